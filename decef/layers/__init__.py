@@ -1,0 +1,20 @@
+"""The layer types, each a drop-in for `torch.nn.Conv2d`. This package needs torch alone."""
+
+from torch import nn
+
+from decef.layers.basis import BasisConv2d
+from decef.layers.cpac import CPACConv2d
+from decef.layers.decef import DeCEFConv2d
+from decef.layers.factorized import FactorizedConv2d
+from decef.layers.rank1 import Rank1Conv2d
+
+#: Every layer type by the name that configs and tables use.
+LAYERS: dict[str, type[nn.Conv2d] | type[FactorizedConv2d]] = {
+    "conv2d": nn.Conv2d,
+    "decef": DeCEFConv2d,
+    "basisconv": BasisConv2d,
+    "cpac": CPACConv2d,
+    "rank1": Rank1Conv2d,
+}
+
+__all__ = ["LAYERS", "BasisConv2d", "CPACConv2d", "DeCEFConv2d", "FactorizedConv2d", "Rank1Conv2d"]

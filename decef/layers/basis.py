@@ -1,0 +1,83 @@
+"""BasisConv: all filters of a layer as combinations of a few basis filters.
+
+Tayyab, Mahalanobis: "BasisConv: a method for compressed representation and learning in CNNs", arXiv 1906.04509
+(2019): basis fixed. Tayyab, Khan, Mahalanobis: arXiv 2105.10436 (ICIP 2021): basis trained too.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decef.layers.factorized import FactorizedConv2d
+
+
+class BasisConv2d(FactorizedConv2d):
+    """A convolution with `rank` orthonormal basis filters, then a 1x1 convolution that mixes them.
+
+        W[n] = sum_{q <= rank} coefficients[n, q] basis[q]
+
+    The best basis for a dense kernel is the leading eigenvectors of `H^T H`, where row n of H is filter n,
+    vectorised (with groups: each group has its own). Stride, padding and dilation are on the first convolution, the
+    bias on the second. Arguments and errors: `FactorizedConv2d`.
+
+    Args:
+        train_basis: whether the basis filters are trained. False, the default, is the 2019 paper: from scratch they
+            are random, orthonormal, and never change; only the coefficients learn.
+
+    Factors:
+        basis: `(groups * rank, in_channels // groups, kh, kw)`
+        coefficients: `(out_channels, rank)`
+    """
+
+    rank_meaning = "basis filters (per group)"
+
+    def __init__(self, *args: Any, train_basis: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.basis.requires_grad_(train_basis)
+
+    @classmethod
+    def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
+        return min(out_channels // groups, in_per_group * kh * kw)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        out, per_group, kh, kw = self.weight_shape
+        return {"basis": (self.groups * self.rank, per_group, kh, kw), "coefficients": (out, self.rank)}
+
+    def compose(self) -> Tensor:
+        g, shape = self.groups, self.weight_shape
+        weight = self.coefficients.reshape(g, shape[0] // g, self.rank) @ self.basis.reshape(g, self.rank, -1)
+        return weight.reshape(shape)
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
+        return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
+
+    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+        rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)  # (g, out/g, in/g kh kw)
+        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        coefficients = (u * s.unsqueeze(-2))[..., : self.rank]
+        return {
+            "basis": vh[:, : self.rank].reshape(self.basis.shape),
+            "coefficients": coefficients.reshape(self.coefficients.shape),
+        }
+
+    def _init_factors(self, std: float) -> None:
+        dim = math.prod(self.weight_shape[1:])
+        gaussian = torch.randn(self.groups, dim, self.rank, dtype=torch.float64, device=self.basis.device)
+        self.basis.copy_(torch.linalg.qr(gaussian).Q.transpose(1, 2).reshape(self.basis.shape))
+        # E ||W[n]||^2 = rank * var(coefficients), which a dense filter spreads over `dim` weights.
+        self.coefficients.normal_(std=std * math.sqrt(dim / self.rank))
+
+    def orthogonality(self) -> Tensor:
+        """`sum ||B B^T - I||_F^2` over groups, zero where the basis is orthonormal (the 2021 paper's constraint).
+
+        Unlike in the authors' code, whose term is detached from the graph, it has a gradient.
+        """
+        basis = self.basis.reshape(self.groups, self.rank, -1)
+        gram = basis @ basis.transpose(1, 2)
+        return (gram - torch.eye(self.rank, device=gram.device, dtype=gram.dtype)).square().sum()

@@ -1,0 +1,82 @@
+"""CPAC-Conv: the kernel as a CP decomposition.
+
+Wang, Guo, Yue: "CPAC-Conv: CP-decomposition to approximately compress convolutional layers in deep learning",
+arXiv 2005.13746 (2020).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decef.layers.cp import cp_als
+from decef.layers.factorized import FactorizedConv2d
+
+
+class CPACConv2d(FactorizedConv2d):
+    """The kernel as a sum of `rank` outer products of four vectors.
+
+        W[n, c, i, j] = sum_{r <= rank} filters[n, r] channels[r, c] vertical[r, i] horizontal[r, j]
+
+    (the paper's K^N, K^S, K^X, K^Y; with groups, each group has its own components). It runs as 1x1, depthwise
+    kh x 1, depthwise 1 x kw, 1x1, the bias on the last. Arguments and errors: `FactorizedConv2d`.
+
+    Factors:
+        filters: `(out_channels, rank)`
+        channels: `(groups * rank, in_channels // groups)`
+        vertical: `(groups * rank, kh)`
+        horizontal: `(groups * rank, kw)`
+    """
+
+    rank_meaning = "CP components (per group)"
+
+    @classmethod
+    def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
+        shape = (out_channels // groups, in_per_group, kh, kw)
+        return math.prod(shape) // max(shape)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        out, per_group, kh, kw = self.weight_shape
+        components = self.groups * self.rank
+        return {
+            "filters": (out, self.rank),
+            "channels": (components, per_group),
+            "vertical": (components, kh),
+            "horizontal": (components, kw),
+        }
+
+    def compose(self) -> Tensor:
+        g, shape = self.groups, self.weight_shape
+        parts = self.channels.unsqueeze(2) * self.vertical.unsqueeze(1)  # (g rank, in/g, kh)
+        parts = parts.unsqueeze(3) * self.horizontal[:, None, None, :]  # (g rank, in/g, kh, kw)
+        weight = self.filters.reshape(g, shape[0] // g, self.rank) @ parts.reshape(g, self.rank, -1)
+        return weight.reshape(shape)
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        components = self.groups * self.rank
+        (sh, sw), (dh, dw) = self.stride, self.dilation
+        x = F.conv2d(x, self.channels[:, :, None, None], groups=self.groups)
+        vertical, horizontal = self.vertical[:, None, :, None], self.horizontal[:, None, None, :]
+        x = F.conv2d(x, vertical, None, (sh, 1), (padding[0], 0), (dh, 1), groups=components)
+        x = F.conv2d(x, horizontal, None, (1, sw), (0, padding[1]), (1, dw), groups=components)
+        return F.conv2d(x, self.filters[:, :, None, None], self.bias, groups=self.groups)
+
+    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+        g, (out, per_group, kh, kw) = self.groups, self.weight_shape
+        filters, channels, vertical, horizontal = cp_als(weight.reshape(g, out // g, per_group, kh, kw), self.rank)
+        return {
+            "filters": filters.reshape(out, self.rank),
+            "channels": channels.transpose(1, 2).reshape(-1, per_group),
+            "vertical": vertical.transpose(1, 2).reshape(-1, kh),
+            "horizontal": horizontal.transpose(1, 2).reshape(-1, kw),
+        }
+
+    def _init_factors(self, std: float) -> None:
+        # Three factors have columns of norm 1 and random directions; the scale is the last one's.
+        for factor in (self.channels, self.vertical, self.horizontal):
+            factor.normal_()
+            factor /= factor.norm(dim=1, keepdim=True)
+        self.filters.normal_(std=std * math.sqrt(math.prod(self.weight_shape[1:]) / self.rank))

@@ -1,0 +1,91 @@
+"""DeCEF: every input channel's filters in a small subspace of their own.
+
+Yu, Scheidegger, McKelvey: "DeCEF: depthwise separable convolution eigen-filters for efficient convolutional neural
+networks", Neurocomputing 609 (2024) 128461; arXiv 1910.09359.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decef.layers.factorized import FactorizedConv2d
+
+
+class DeCEFConv2d(FactorizedConv2d):
+    """`rank` depthwise eigen-filters per input channel, then a 1x1 convolution.
+
+        y_n = sum_c W[n, c] * x_c,    W[n, c] = sum_{j <= rank} coefficients[n, c, j] eigenfilters[c, j]
+
+    The filters that act on input channel c, vectorised, are the columns of a `(kh kw, out / groups)` matrix; its
+    truncated singular value decomposition gives the best eigen-filters (left singular vectors) and coefficients.
+    The two convolutions have nothing between them; stride, padding and dilation are on the first, the bias on the
+    second. Arguments and errors: `FactorizedConv2d`; a 1x1 kernel is refused, its subspace is the whole space.
+
+    From scratch the factors are those of a He-initialised dense kernel, rescaled to its norm per channel; the
+    paper's own initialisation is not known to us.
+
+    Factors:
+        eigenfilters: `(in_channels, rank, kh, kw)`
+        coefficients: `(out_channels, in_channels // groups, rank)`
+    """
+
+    rank_meaning = "eigen-filters per input channel"
+
+    @classmethod
+    def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
+        if kh * kw == 1:
+            raise ValueError("a 1x1 kernel has no eigen-filters: DeCEF needs a kernel of more than one element")
+        return min(kh * kw, out_channels // groups)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        out, per_group, kh, kw = self.weight_shape
+        return {
+            "eigenfilters": (self.in_channels, self.rank, kh, kw),
+            "coefficients": (out, per_group, self.rank),
+        }
+
+    def compose(self) -> Tensor:
+        g, (out, per_group, kh, kw) = self.groups, self.weight_shape
+        filters = self.eigenfilters.reshape(g, per_group, self.rank, kh * kw)
+        coefficients = self.coefficients.reshape(g, out // g, per_group, self.rank)
+        weight = coefficients.transpose(1, 2) @ filters  # (g, in/g, out/g, kh kw)
+        return weight.transpose(1, 2).reshape(out, per_group, kh, kw)
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        filters = self.eigenfilters.flatten(0, 1).unsqueeze(1)  # (in rank, 1, kh, kw)
+        y = F.conv2d(x, filters, None, self.stride, padding, self.dilation, groups=self.in_channels)
+        return F.conv2d(y, self.coefficients.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+
+    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+        g, (out, per_group, kh, kw) = self.groups, self.weight_shape
+        stacked = weight.reshape(g, out // g, per_group, kh * kw).permute(0, 2, 3, 1)  # (g, in/g, kh kw, out/g)
+        u, s, vh = torch.linalg.svd(stacked, full_matrices=False)
+        filters = u[..., : self.rank].transpose(-1, -2)  # (g, in/g, rank, kh kw)
+        coefficients = (s.unsqueeze(-1) * vh)[..., : self.rank, :]  # (g, in/g, rank, out/g)
+        return {
+            "eigenfilters": filters.reshape(self.in_channels, self.rank, kh, kw),
+            "coefficients": coefficients.permute(0, 3, 1, 2).reshape(out, per_group, self.rank),
+        }
+
+    def _init_factors(self, std: float) -> None:
+        weight = torch.randn(self.weight_shape, dtype=torch.float64, device=self.eigenfilters.device) * std
+        factors = self._factorize(weight)
+        # The eigen-filters are orthonormal, so the coefficients alone carry the kernel's norm.
+        kept = factors["coefficients"].norm() / math.sqrt(weight.numel())
+        factors["coefficients"] *= std / kept
+        for name, value in factors.items():
+            getattr(self, name).copy_(value)
+
+    def orthogonality(self) -> Tensor:
+        """`sum_c ||E_c E_c^T - I||_F^2`, zero where every channel's eigen-filters are orthonormal.
+
+        A penalty for training. The paper's strategy is not known to us; at weight 0 nothing holds the filters
+        orthonormal, which the function that the layer computes does not need.
+        """
+        filters = self.eigenfilters.flatten(2)  # (in, rank, kh kw)
+        gram = filters @ filters.transpose(1, 2)
+        return (gram - torch.eye(self.rank, device=gram.device, dtype=gram.dtype)).square().sum()

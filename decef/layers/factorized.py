@@ -1,0 +1,258 @@
+"""What every low-rank convolution shares: Conv2d's arguments, two ways to run, decomposition, conversion."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
+Size = int | tuple[int, int]
+
+
+class FactorizedConv2d(nn.Module):
+    """A convolution whose dense kernel is confined to a low-rank set.
+
+    A subclass says four things: the shapes of its factors (`factor_shapes`), the dense kernel they stand for
+    (`compose`), the nearest factors of a dense kernel (`_factorize`) and how they run as a chain of small
+    convolutions (`chain`). The rest is shared.
+
+    Arguments are those of `torch.nn.Conv2d`, in its order, then by keyword:
+
+    Args:
+        rank: size of the low-rank set, from 1 to `max_rank`; what it counts is the subclass's.
+        implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once,
+            "auto" picks one by a rule (`prefers_chain`). All are the same function of input and factors.
+
+    Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as `torch.nn.Conv2d`.
+
+    Raises:
+        ValueError: rank out of range, an implementation that doesn't exist, a kernel that the method cannot
+            represent, or arguments that `torch.nn.Conv2d` refuses.
+    """
+
+    rank_meaning: ClassVar[str]
+    #: Share of the dense MACs below which the chain was measured faster than one dense convolution; see `auto`.
+    chain_pays_below: ClassVar[float] = 0.0
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__()
+        # A dense convolution without storage checks the arguments and brings them to their normal form.
+        dense = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
+        )
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = _pair(dense.kernel_size)
+        self.stride, self.dilation = _pair(dense.stride), _pair(dense.dilation)
+        self.padding, self.padding_mode = dense.padding, padding_mode
+        left, right, top, bottom = dense._reversed_padding_repeated_twice
+        # One convolution of the chain can pad by itself only with zeros and evenly; else the input is padded first.
+        self._pad_first = padding_mode != "zeros" or left != right or top != bottom
+        self._pads = (left, right, top, bottom)
+        self._padding = (0, 0) if self._pad_first else (top, left)
+
+        shape = self.weight_shape
+        self.max_rank = self.max_rank_for(*shape, groups=groups)
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.max_rank:
+            raise ValueError(
+                f"rank={rank!r} is not possible for {type(self).__name__} with a kernel of shape {shape} and "
+                f"groups={groups}: it counts {self.rank_meaning} and goes from 1 to {self.max_rank}"
+            )
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+        self.rank = rank
+        self.implementation = implementation
+
+        for name, factor_shape in self.factor_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(factor_shape, device=device, dtype=dtype)))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    # What a layer type says of itself -------------------------------------------------------------------------
+
+    @classmethod
+    def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
+        """Smallest rank at which every kernel `(out_channels, in_per_group, kh, kw)` can be represented.
+
+        Raises:
+            ValueError: the method cannot represent such a kernel with fewer parameters at any rank.
+        """
+        raise NotImplementedError
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each factor."""
+        raise NotImplementedError
+
+    def compose(self) -> Tensor:
+        """The dense kernel `(out_channels, in_channels // groups, kh, kw)`, differentiable in the factors."""
+        raise NotImplementedError
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        """The forward pass as a chain of small convolutions, bias included.
+
+        Args:
+            x: input `(B, in_channels, H, W)`.
+            padding: zeros to add above and below, left and right.
+        """
+        raise NotImplementedError
+
+    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Factors of the kernel nearest to `weight`, a float64 tensor of `weight_shape`."""
+        raise NotImplementedError
+
+    def _init_factors(self, std: float) -> None:
+        """Draw the factors so that the composed kernel has standard deviation `std`."""
+        raise NotImplementedError
+
+    # What all share -------------------------------------------------------------------------------------------
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the dense kernel `(out_channels, in_channels // groups, kh, kw)`."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The factors by name, bias not among them."""
+        return {name: getattr(self, name) for name in self.factor_shapes()}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new factors; the composed kernel gets He's variance, `2 / fan_in` (He et al. 2015, eq. 10).
+
+        The bias is drawn as `torch.nn.Conv2d` draws it.
+        """
+        fan_in = math.prod(self.weight_shape[1:])
+        if next(iter(self.factors().values())).device.type != "meta":
+            self._init_factors(math.sqrt(2 / fan_in))
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._pad_first:
+            x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_chain()):
+            return self.chain(x, self._padding)
+        return F.conv2d(x, self.compose(), self.bias, self.stride, self._padding, self.dilation, self.groups)
+
+    def prefers_chain(self) -> bool:
+        """Whether `implementation="auto"` runs the chain: when its share of the dense MACs is small enough.
+
+        The limit is the subclass's `chain_pays_below`. The rule looks at shapes alone, so that a run repeats bit
+        for bit; where you have measured, say "factorized" or "reconstructed".
+        """
+        return sum(p.numel() for p in self.factors().values()) < self.chain_pays_below * math.prod(self.weight_shape)
+
+    @torch.no_grad()
+    def decompose_(self, weight: Tensor) -> float:
+        """Set the factors to the kernel of the set nearest to `weight`, and return how far that is.
+
+        Computed in float64 and cast back.
+
+        Args:
+            weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
+
+        Returns:
+            The relative error `||weight - compose()|| / ||weight||` in the Frobenius norm, 0 for a zero kernel.
+
+        Raises:
+            ValueError: `weight` has another shape or is not finite.
+        """
+        if tuple(weight.shape) != self.weight_shape:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}, this layer's kernel has {self.weight_shape}")
+        weight = weight.detach().to(torch.float64)
+        if not weight.isfinite().all():
+            raise ValueError("weight has NaN or infinite values, which have no decomposition")
+        for name, value in self._factorize(weight).items():
+            getattr(self, name).copy_(value)
+        norm = weight.norm().item()
+        return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
+        """A freshly initialised layer with the arguments, device and dtype of `conv`; `rank=None` is full rank."""
+        if rank is None:
+            rank = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)  # type: ignore[misc]
+        return cls(
+            conv.in_channels,
+            conv.out_channels,
+            _pair(conv.kernel_size),
+            _pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            _pair(conv.dilation),
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            conv.weight.device,
+            conv.weight.dtype,
+            rank=rank,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
+        """The layer of this type nearest to `conv`; `rank=None` is full rank, where the two are equal."""
+        layer = cls.like(conv, rank, **kwargs).train(conv.training)
+        layer.decompose_(conv.weight)
+        if layer.bias is not None:
+            assert conv.bias is not None
+            with torch.no_grad():
+                layer.bias.copy_(conv.bias)
+        return layer
+
+    @torch.no_grad()
+    def to_conv2d(self) -> nn.Conv2d:
+        """The equal `torch.nn.Conv2d`, its weight composed once."""
+        weight = self.compose()
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            weight.device,
+            weight.dtype,
+        )
+        conv.weight.copy_(weight)
+        if self.bias is not None:
+            assert conv.bias is not None
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"]
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+        parts += [f"{k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v]
+        if self.bias is None:
+            parts.append("bias=False")
+        return ", ".join([*parts, f"rank={self.rank}", f"implementation={self.implementation!r}"])
+
+
+def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,80 @@
+"""Rank-1 filters: every filter an outer product of three 1-D filters.
+
+Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (2018); Lee, Kim, Jeong, Yoon:
+"Compression of deep learning models by alternating tensor compose-decompose" (ATCD), Appl. Sci. 2021, 11(2), 643.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from decef.layers.cp import cp_als
+from decef.layers.factorized import FactorizedConv2d
+
+
+class Rank1Conv2d(FactorizedConv2d):
+    """Every filter a 3-D rank-1 tensor, in use as a chain of 1-D convolutions.
+
+        W[n, c, i, j] = sum_{m <= rank} channel[n, m, c] vertical[n, m, i] horizontal[n, m, j]
+
+    `rank=1` is the papers' layer. More terms per filter are our extension, so that the layer can be compared with
+    others at equal cost. The chain is 1x1, depthwise kh x 1 (which has the vertical stride), then 1 x kw (the
+    horizontal stride), which adds the terms; nothing is between them and the bias is on the last. Arguments and
+    errors: `FactorizedConv2d`; a 1x1 kernel is refused, its filters have rank 1 already.
+
+    Training with `implementation="reconstructed"` is ATCD in its chain-rule reading: each step composes the 3-D
+    filters, convolves with them, and updates the 1-D ones by the gradient.
+
+    Factors:
+        channel: `(out_channels, rank, in_channels // groups)`
+        vertical: `(out_channels, rank, kh)`
+        horizontal: `(out_channels, rank, kw)`
+    """
+
+    rank_meaning = "rank-1 terms per filter"
+
+    @classmethod
+    def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
+        if kh * kw == 1:
+            raise ValueError("the filters of a 1x1 kernel have rank 1 already: Rank1Conv2d would change nothing")
+        return in_per_group * kh * kw // max(in_per_group, kh, kw)
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        out, per_group, kh, kw = self.weight_shape
+        return {
+            "channel": (out, self.rank, per_group),
+            "vertical": (out, self.rank, kh),
+            "horizontal": (out, self.rank, kw),
+        }
+
+    def compose(self) -> Tensor:
+        spatial = self.vertical.unsqueeze(3) * self.horizontal.unsqueeze(2)  # (out, rank, kh, kw)
+        return (self.channel.transpose(1, 2) @ spatial.flatten(2)).reshape(self.weight_shape)
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        terms = self.out_channels * self.rank
+        (sh, sw), (dh, dw) = self.stride, self.dilation
+        x = F.conv2d(x, self.channel.flatten(0, 1)[:, :, None, None], groups=self.groups)
+        vertical = self.vertical.flatten(0, 1)[:, None, :, None]
+        x = F.conv2d(x, vertical, None, (sh, 1), (padding[0], 0), (dh, 1), groups=terms)
+        horizontal = self.horizontal[:, :, None, :]  # terms of a filter are added here
+        return F.conv2d(x, horizontal, self.bias, (1, sw), (0, padding[1]), (1, dw), groups=self.out_channels)
+
+    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+        channel, vertical, horizontal = cp_als(weight, self.rank)
+        return {
+            "channel": channel.transpose(1, 2),
+            "vertical": vertical.transpose(1, 2),
+            "horizontal": horizontal.transpose(1, 2),
+        }
+
+    def _init_factors(self, std: float) -> None:
+        # The 1-D spatial filters have norm 1 and random directions; the scale is the channel filter's.
+        for factor in (self.vertical, self.horizontal):
+            factor.normal_()
+            factor /= factor.norm(dim=2, keepdim=True)
+        self.channel.normal_(std=std * math.sqrt(math.prod(self.kernel_size) / self.rank))

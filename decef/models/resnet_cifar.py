@@ -1,0 +1,99 @@
+"""ResNets for 32x32 images (He, Zhang, Ren, Sun: "Deep residual learning for image recognition", 2016, section 4.2).
+
+Parameter names are those of most CIFAR ResNets in circulation (conv1, bn1, layer1.0.conv1, ..., linear), so that
+their weights load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decef.layers import FactorizedConv2d
+
+ConvFactory = Callable[..., nn.Module]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut; where the shape changes, shortcut "A" subsamples and adds zero channels
+    (no parameters, the paper's choice for CIFAR), "B" is a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str, conv: ConvFactory) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - in_channels
+        self.shortcut: nn.Module | None = None
+        if self.new_channels and shortcut == "B":
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
+        return F.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2: a 3x3 stem, three stages of n blocks with 16, 32, 64 channels, mean, classifier.
+
+    Args:
+        depth: 20, 32, 44, 56, 110 in the paper (0.27, 0.46, 0.66, 0.85, 1.7 M parameters); any 6n + 2.
+        num_classes: outputs.
+        in_channels: channels of the image.
+        shortcut: "A" or "B", see `BasicBlock`.
+        conv: makes the 3x3 convolutions of the blocks; takes `torch.nn.Conv2d`'s arguments.
+
+    Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 4.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        shortcut: str = "A",
+        conv: ConvFactory = nn.Conv2d,
+    ) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth={depth} is not 6n + 2, as 20, 32, 44, 56 and 110 are")
+        if shortcut not in ("A", "B"):
+            raise ValueError(f"shortcut={shortcut!r} is neither 'A' nor 'B'")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+
+        def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+            shapes = [(in_channels, stride)] + [(channels, 1)] * (blocks - 1)
+            return nn.Sequential(*[BasicBlock(c, channels, s, shortcut, conv) for c, s in shapes])
+
+        self.layer1 = stage(16, 16, 1)
+        self.layer2 = stage(16, 32, 2)
+        self.layer3 = stage(32, 64, 2)
+        self.linear = nn.Linear(64, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """He initialisation of every convolution and of the classifier; factorised layers have their own."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, FactorizedConv2d):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(torch.mean(x, dim=(2, 3)))
