@@ -53,7 +53,8 @@ class Plan:
         """The rows as a table."""
         import pandas as pd
 
-        return pd.DataFrame([asdict(row) for row in self.rows])
+        whole = dict.fromkeys(("rank", "max_rank", "macs_before", "macs_after"), "Int64")
+        return pd.DataFrame([asdict(row) for row in self.rows]).astype(whole)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which `from_dict` makes the plan again."""
@@ -122,39 +123,40 @@ def plan(
     cached: dict[tuple[Any, ...], int] = {}
 
     def macs_of(module: nn.Module, name: str) -> int:
-        # Printed, a layer shows all that its cost depends on, so that equal layers are measured once.
-        key = (repr(module), shapes[name])
-        if key not in cached:
-            cached[key] = layer_macs(module, shapes[name])
-        return cached[key]
+        total = 0
+        for shape in shapes.get(name, ()):
+            # Printed, a layer shows all that its cost depends on, so that equal layers are measured once.
+            key = (repr(module), shape)
+            if key not in cached:
+                cached[key] = layer_macs(module, shape)
+            total += cached[key]
+        return total
 
     for name, module in convolutions.items():
         costs[name] = (
             sum(p.numel() for key, p in module.named_parameters(recurse=False) if key != "bias"),
-            macs_of(module, name) if name in shapes else 0,
+            macs_of(module, name),
         )
         reason = _reason_to_keep(name, module, layer_class, include, exclude, min_kernel_size)
-        if reason is None:
-            assert isinstance(module, nn.Conv2d) and issubclass(layer_class, FactorizedConv2d)
-            try:
-                with torch.device("meta"):
-                    unit = layer_class.like(_shell(module), 1, **options)
-            except ValueError as error:
-                reason = str(error)
-            else:
-                candidates.append(
-                    Candidate(
-                        name=name,
-                        layer=layer_class,
-                        max_rank=unit.max_rank,
-                        params=costs[name][0],
-                        params_per_rank=sum(p.numel() for p in unit.factors().values()),
-                        macs=costs[name][1],
-                        macs_per_rank=macs_of(unit, name) if name in shapes else 0,
-                    )
-                )
+        if reason is None and input_size is not None and name not in shapes:
+            reason = "does not run in evaluation mode"
         if reason is not None:
             reasons[name] = reason
+            continue
+        assert isinstance(module, nn.Conv2d)
+        assert issubclass(layer_class, FactorizedConv2d)
+        unit = layer_class.like(_shell(module), 1, **options)
+        candidates.append(
+            Candidate(
+                name=name,
+                layer=layer_class,
+                max_rank=unit.max_rank,
+                params=costs[name][0],
+                params_per_rank=sum(p.numel() for p in unit.factors().values()),
+                macs=costs[name][1],
+                macs_per_rank=macs_of(unit, name),
+            )
+        )
 
     totals = Totals(
         params=sum(p.numel() for p in model.parameters()),
@@ -214,7 +216,7 @@ def convert(model: nn.Module, plan: Plan, *, from_scratch: bool = False) -> nn.M
         if not from_scratch:
             weight = conv.weight.detach()
             row.error = _relative_error(weight, layer.compose().detach())
-        replaced[id(conv)] = layer.train(conv.training)
+        replaced[id(conv)] = layer
     return _replace(model, replaced)
 
 
@@ -228,7 +230,7 @@ def layer_type(name: str) -> type[nn.Module]:
     """The class of a layer type.
 
     Raises:
-        ValueError: there is no such type; the message names the nearest.
+        ValueError: there is no such type; the message lists them.
     """
     if name not in LAYERS:
         raise ValueError(f"unknown layer type '{name}'; there are {', '.join(LAYERS)}")
@@ -254,6 +256,11 @@ def _reason_to_keep(
         return f"{type(module).__name__} is not a plain Conv2d"
     if max(module.kernel_size) < min_kernel_size:
         return f"kernel smaller than {min_kernel_size}"
+    assert issubclass(layer_class, FactorizedConv2d)
+    try:
+        layer_class.max_rank_for(*module.weight.shape, groups=module.groups)
+    except ValueError as error:
+        return str(error)
     return None
 
 

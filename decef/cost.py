@@ -40,7 +40,8 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
     import pandas as pd
 
     flops = _flops_by_module(model, input_size)
-    rows, seen = {}, set()
+    rows: dict[str, dict[str, object]] = {}
+    seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(map(id, own))
@@ -60,21 +61,26 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
 def total_cost(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     """The totals of `cost`: params, trainable_params, macs, flops."""
-    return dict(cost(model, input_size).attrs)
+    attrs = cost(model, input_size).attrs
+    return {column: attrs[column] for column in COLUMNS}
 
 
-def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Shape, batch of one included, of what every convolution receives on its first call, by module name.
+def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
+    """Shape, batch of one included, of what every convolution receives, a call each, by module name.
+
+    A convolution that does not run in evaluation mode is not among them.
 
     Raises:
         ValueError: the network doesn't run on an input of this size.
     """
     model = _on_meta(model)
-    shapes: dict[str, tuple[int, ...]] = {}
-    names = {m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    names: dict[nn.Module, str] = {
+        m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))
+    }
 
     def remember(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        shapes.setdefault(names[module], tuple(args[0].shape))
+        shapes.setdefault(names[module], []).append(tuple(args[0].shape))
 
     for module in names:
         module.register_forward_pre_hook(remember)
@@ -90,20 +96,28 @@ def layer_macs(layer: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
+    """FLOPs of every module by name, without those of the modules inside it, summed over its calls."""
     model = _on_meta(model)
-    with FlopCounterMode(display=False) as counter:
+    own: dict[nn.Module, int] = {}
+    open_calls: list[tuple[int, int]] = []  # FLOPs counted when the call began, FLOPs of the calls inside it
+    counter = FlopCounterMode(display=False)
+
+    def enter(module: nn.Module, args: tuple[object, ...]) -> None:
+        open_calls.append((counter.get_total_flops(), 0))
+
+    def leave(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        start, inside = open_calls.pop()
+        total = counter.get_total_flops() - start
+        own[module] = own.get(module, 0) + total - inside
+        if open_calls:
+            open_calls[-1] = (open_calls[-1][0], open_calls[-1][1] + total)
+
+    for module in model.modules():
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+    with counter:
         _forward(model, input_size)
-    inclusive = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name != "Global"}
-    root = type(model).__name__
-    inclusive = {name.removeprefix(root).removeprefix("."): n for name, n in inclusive.items()}
-    own = dict(inclusive)
-    for name, n in inclusive.items():  # the counter gives a module what its children do too
-        if name:
-            parent = name.rpartition(".")[0]
-            while parent not in own:
-                parent = parent.rpartition(".")[0]
-            own[parent] -= n
-    return own
+    return {name: own.get(module, 0) for name, module in model.named_modules()}
 
 
 def _on_meta(model: nn.Module) -> nn.Module:

@@ -175,9 +175,9 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
 
 
 def _checked(candidate: Candidate, rank: int) -> int:
-    if not 1 <= rank <= candidate.max_rank:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= candidate.max_rank:
         raise ValueError(
-            f"rank {rank} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
+            f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
             f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"
         )
     return rank

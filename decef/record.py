@@ -74,19 +74,22 @@ class RunRecord:
         """Make the folder and hold it against other processes.
 
         Raises:
-            OSError: the folder cannot be written.
-            ValueError: it holds another config, or another process is at this run.
+            ValueError: the folder cannot be written, it holds another config, or another process is at this run.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as lock:
+        config = self.path / CONFIG
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+            if not config.is_file():
+                _write(config, yaml.safe_dump(self.config, sort_keys=False))
+        except OSError as error:
+            raise ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is at this run: {self.path}") from None
-            config = self.path / CONFIG
-            if not config.is_file():
-                _write(config, yaml.safe_dump(self.config, sort_keys=False))
-            elif yaml.safe_load(config.read_text()) != self.config:
+            if yaml.safe_load(config.read_text()) != self.config:
                 raise ValueError(f"{config} is the config of another run: move {self.path} away to start anew")
             yield
 
@@ -119,7 +122,7 @@ class RunRecord:
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Commit, versions and machine, for the summary."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "numpy", "hydra-core", "wandb"):
         try:
             packages[name] = version(name)

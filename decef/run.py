@@ -1,11 +1,13 @@
-"""One run from a plain config to a finished record: `run`. `prepare` is all that can be wrong with a config."""
+"""One run, from a plain config to a finished record."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from torch import nn
 from decef.checkpoint import load_checkpoint, save_checkpoint
 from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
-from decef.data import DATASETS, Dataset
+from decef.data import DATASETS, Dataset, Images
 from decef.layers import LAYERS
-from decef.models import CIFAR_RESNETS, create_model
+from decef.models import create_model
 from decef.ranks import Budget, Fixed
-from decef.record import RunRecord, environment, identity
+from decef.record import RunRecord, environment
 from decef.tracking import Tracker, resolve_mode
 from decef.train import Metrics, TrainConfig, fit, resolve_precision
 
@@ -37,17 +39,29 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with defaults filled in and what does not apply taken out, so that equal runs have equal configs.
 
     Raises:
-        InputError: rank and budget are both given.
+        InputError: a value of the wrong type, or rank and budget both given.
     """
     resolved = copy.deepcopy(dict(config))
     layer = resolved["layer"]
+    whole = {
+        "seed": resolved["seed"],
+        "threads": resolved["threads"],
+        "layer.rank": layer.get("rank"),
+        "dataset.train_size": resolved["dataset"]["train_size"],
+        "dataset.crop_padding": resolved["dataset"]["crop_padding"],
+    }
+    for key, value in whole.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise InputError(f"{key}={value!r} must be a whole number, 0 or more")
+    if layer.get("flops") is not None and not isinstance(layer["flops"], (int, float)):
+        raise InputError(f"layer.flops={layer['flops']!r} must be a share of the dense network's FLOPs, such as 0.667")
     if layer["name"] == "conv2d":
         resolved["layer"] = {"name": "conv2d"}
     elif layer.get("rank") is not None and layer.get("flops") is not None:
         raise InputError(f"layer.rank={layer['rank']} and layer.flops={layer['flops']} are both given: give one")
     elif layer.get("rank") is None and layer.get("flops") is None:
         layer["flops"] = DEFAULT_FLOPS
-    if not any(hasattr(LAYERS.get(layer["name"]), name) for name in ("orthogonality",)):
+    if not hasattr(LAYERS.get(layer["name"]), "orthogonality"):
         resolved["train"].pop("orthogonality", None)
     return resolved
 
@@ -78,6 +92,21 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
     return convert(dense, the_plan, from_scratch=True), the_plan, total_cost(dense, dataset.input_size)
 
 
+@dataclass
+class _Job:
+    """A run that can start: everything in its config has been checked."""
+
+    config: dict[str, Any]
+    record: RunRecord
+    train_config: TrainConfig
+    dataset: Dataset
+    device: torch.device
+    wandb_mode: str
+    model: nn.Module
+    plan: Plan
+    dense_cost: dict[str, int]
+
+
 def run(config: Mapping[str, Any]) -> dict[str, Any]:
     """Train what `config` says, unless that has been done, and return the record's summary.
 
@@ -89,127 +118,111 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         FloatingPointError: the training diverged; the record says "failed".
     """
     started = time.perf_counter()
-    config = resolve(config)
-    try:
-        train_config = TrainConfig(**_tuples(config["train"]))
-        dataset = DATASETS[config["dataset"]["name"]]
-        mode = resolve_mode(config["wandb"]["mode"])
-        device = _device(config["device"])
-        if config["threads"]:
-            torch.set_num_threads(config["threads"])
-        torch.manual_seed(config["seed"])
-        model, the_plan, dense_cost = build(config, dataset)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-    record = RunRecord(Path(config["results"]), config)
-    summary = record.summary()
+    with _input_errors():
+        job = _prepare(config)
+    summary = job.record.summary()
     if summary.get("status") == "finished":
-        log.info("%s is finished already (top-1 %.2f %%)", record.id, summary["test_top1"])
+        log.info("%s is finished already (top-1 %.2f %%)", job.record.id, summary["test_top1"])
         return summary
-    try:
-        with record.open():
-            return _run(config, record, model, the_plan, dense_cost, train_config, dataset, device, mode, started)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise InputError(f"the results cannot be written to {record.path}: {error.strerror or error}") from error
+    with ExitStack() as held:
+        with _input_errors():
+            held.enter_context(job.record.open())
+            checkpoint = _load_checkpoint(job.record)
+            train, test = _load_data(job)
+        return _train(job, checkpoint, train, test, started)
 
 
-def _run(
-    config: dict[str, Any],
-    record: RunRecord,
-    model: nn.Module,
-    the_plan: Plan,
-    dense_cost: dict[str, int],
-    train_config: TrainConfig,
-    dataset: Dataset,
-    device: torch.device,
-    mode: str,
-    started: float,
-) -> dict[str, Any]:
-    try:
-        checkpoint = load_checkpoint(record.checkpoint) if record.checkpoint.is_file() else None
-        if checkpoint is not None and checkpoint["config"] != record.config:
-            raise ValueError(f"{record.checkpoint} is of another config: move it away to start anew")
-        root = config["dataset"]["root"]
-        train, test = dataset.load(Path(root) if root else None)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(str(error)) from error
-    limit = config["dataset"]["train_size"]
-    if limit:
-        train = train.subset(slice(0, limit))
+def _prepare(config: Mapping[str, Any]) -> _Job:
+    config = resolve(config)
+    name = config["dataset"]["name"]
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset '{name}'; there are {', '.join(DATASETS)}")
+    train_config = TrainConfig(**_tuples(config["train"]))
+    device = _device(config["device"])
+    wandb_mode = resolve_mode(config["wandb"]["mode"])
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    model, the_plan, dense_cost = build(config, DATASETS[name])
+    record = RunRecord(Path(config["results"]), config)
+    return _Job(config, record, train_config, DATASETS[name], device, wandb_mode, model, the_plan, dense_cost)
 
-    cost = total_cost(model, dataset.input_size)
+
+def _load_checkpoint(record: RunRecord) -> dict[str, Any] | None:
+    if not record.checkpoint.is_file():
+        return None
+    checkpoint = load_checkpoint(record.checkpoint)
+    if checkpoint["config"] != record.config:
+        raise ValueError(f"{record.checkpoint} is of another config: move it away to start anew")
+    return checkpoint
+
+
+def _load_data(job: _Job) -> tuple[Images, Images]:
+    settings = job.config["dataset"]
+    train, test = job.dataset.load(Path(settings["root"]) if settings["root"] else None)
+    if settings["train_size"]:
+        train = train.subset(slice(0, settings["train_size"]))
+    return train.to(job.device), test.to(job.device)
+
+
+def _train(job: _Job, checkpoint: dict[str, Any] | None, train: Images, test: Images, started: float) -> dict[str, Any]:
+    record, config, train_config = job.record, job.config, job.train_config
     done = checkpoint["epoch"] if checkpoint else 0
     record.keep_epochs(done)
-    previous = record.summary()
-    summary: dict[str, Any] = {
-        "id": record.id,
-        "status": "running",
-        "schedule": train_config.name,
-        "test_top1": None,
-        "test_top1_is": "the test accuracy of the last epoch; nothing was chosen on the test set",
-        "val_top1": None,
-        **cost,
-        "dense": dense_cost,
-        "ranks": the_plan.ranks,
-        "precision": resolve_precision(device, train_config.precision),
-        "implementation": config["layer"].get("implementation"),
-        "epochs": done,
-        "wall_seconds": previous.get("wall_seconds", 0.0),
-        "images_per_second": None,
-        **environment(_device_name(device), torch.get_num_threads()),
-    }
-    if previous.get("started"):
-        summary["resumed"] = [*previous.get("resumed", []), summary["started"]]
-        summary["started"] = previous["started"]
+    summary = _first_summary(job, done)
     record.write_summary(summary)
     if done:
         log.info("%s goes on after epoch %d", record.id, done)
     else:
-        ratio = cost["macs"] / dense_cost["macs"]
-        log.info("%s: %s parameters, %s MACs (%.3f of dense)", record.id, f"{cost['params']:,}", f"{cost['macs']:,}", ratio)
-
+        share = summary["macs"] / job.dense_cost["macs"]
+        log.info(
+            "%s: %s parameters, %s MACs (%.3f of dense)",
+            record.id,
+            f"{summary['params']:,}",
+            f"{summary['macs']:,}",
+            share,
+        )
     tracker = Tracker(
-        mode,
+        job.wandb_mode,
         run_id=record.id,
         folder=record.path,
-        config=identity(config),
+        config=record.config,
         group=config["wandb"]["group"] or record.id.rsplit("-s", 1)[0],
         tags=[config["dataset"]["name"], config["model"]["name"], config["layer"]["name"], train_config.name],
         project=config["wandb"]["project"],
         entity=config["wandb"]["entity"],
     )
-    earlier, wall = summary["wall_seconds"], started
+    earlier = summary["wall_seconds"]
 
     def on_epoch(metrics: Metrics) -> None:
         record.add_epoch(metrics)
         tracker.log(metrics)
         log.info(
             "epoch %d/%d  loss %.3f  test top-1 %.2f %%  %.0f images/s",
-            metrics["epoch"], train_config.epochs, metrics["train_loss"], metrics["test_top1"], metrics["images_per_second"],
+            metrics["epoch"], train_config.epochs, metrics["train_loss"], metrics["test_top1"],
+            metrics["images_per_second"],
         )  # fmt: skip
         rows = record.metrics()
+        images = sum(row["images_per_second"] * row["seconds"] for row in rows)
         summary.update(
             epochs=metrics["epoch"],
-            wall_seconds=round(earlier + time.perf_counter() - wall, 1),
-            images_per_second=round(sum(r["images_per_second"] * r["seconds"] for r in rows) / sum(r["seconds"] for r in rows), 1),
+            wall_seconds=round(earlier + time.perf_counter() - started, 1),
+            images_per_second=round(images / sum(row["seconds"] for row in rows), 1),
         )
         record.write_summary(summary)
 
     try:
         fit(
-            model.to(device),
-            train.to(device),
-            test.to(device),
+            job.model.to(job.device),
+            train,
+            test,
             train_config,
-            mean=torch.tensor(dataset.mean, device=device),
-            std=torch.tensor(dataset.std, device=device),
+            mean=torch.tensor(job.dataset.mean, device=job.device),
+            std=torch.tensor(job.dataset.std, device=job.device),
             crop_padding=config["dataset"]["crop_padding"],
             flip=config["dataset"]["flip"],
             seed=config["seed"],
-            state=_CheckpointState(record, checkpoint, the_plan),
+            state=_CheckpointState(record, checkpoint, job.plan),
             on_epoch=on_epoch,
             progress=config["progress"],
         )
@@ -232,6 +245,42 @@ def _run(
     tracker.finish(summary)
     log.info("%s is finished: test top-1 %.2f %%", record.id, summary["test_top1"])
     return summary
+
+
+def _first_summary(job: _Job, done: int) -> dict[str, Any]:
+    previous = job.record.summary()
+    summary: dict[str, Any] = {
+        "id": job.record.id,
+        "status": "running",
+        "schedule": job.train_config.name,
+        "test_top1": None,
+        "test_top1_is": "the test accuracy of the last epoch; nothing was chosen on the test set",
+        "val_top1": None,
+        **total_cost(job.model, job.dataset.input_size),
+        "dense": job.dense_cost,
+        "ranks": job.plan.ranks,
+        "precision": resolve_precision(job.device, job.train_config.precision),
+        "implementation": job.config["layer"].get("implementation"),
+        "epochs": done,
+        "wall_seconds": previous.get("wall_seconds", 0.0),
+        "images_per_second": None,
+        **environment(_device_name(job.device), torch.get_num_threads()),
+    }
+    if done:
+        summary["resumed"] = [*previous.get("resumed", []), summary["started"]]
+        summary["started"] = previous["started"]
+    else:
+        summary["wall_seconds"] = 0.0
+    return summary
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """What is wrong with the input, as `InputError`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
 
 
 class _CheckpointState:
@@ -269,6 +318,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _tuples(v) for key, v in value.items()}
     return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-__all__ = ["CIFAR_RESNETS", "InputError", "build", "resolve", "run"]

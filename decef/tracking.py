@@ -73,7 +73,7 @@ class Tracker:
         """Add the summary and end the run; say how to upload it when it is offline."""
         if self._run is None:
             return
-        self._run.summary.update({k: v for k, v in summary.items() if isinstance(v, (int, float, str, bool))})
+        self._run.summary.update({key: value for key, value in summary.items() if value is not None})
         folder = Path(self._run.dir).parent
         self._run.finish(exit_code=int(failed))
         self._run = None

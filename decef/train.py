@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -71,6 +72,21 @@ class TrainConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size"):
+            if not isinstance(getattr(self, key), int):
+                raise ValueError(f"train.{key}={getattr(self, key)!r} must be a whole number")
+        for key in (
+            "lr",
+            "momentum",
+            "weight_decay",
+            "label_smoothing",
+            "warmup",
+            "gamma",
+            "orthogonality",
+            "validation",
+        ):
+            if not isinstance(getattr(self, key), (int, float)):
+                raise ValueError(f"train.{key}={getattr(self, key)!r} must be a number")
         checks = [
             (self.epochs >= 1, "train.epochs", "at least 1"),
             (self.batch_size >= 1, "train.batch_size", "at least 1"),
@@ -135,7 +151,7 @@ def fit(
     batch_size = min(config.batch_size, len(train))
     steps = len(train) // batch_size
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model, config)
     first = 0
     if (saved := state.load()) is not None:
@@ -145,7 +161,9 @@ def fit(
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
     autocast = autocast_for(device, config.precision)
 
-    with tqdm(total=steps * config.epochs, initial=first * steps, disable=None if progress else True, unit="step") as bar:
+    with tqdm(
+        total=steps * config.epochs, initial=first * steps, disable=None if progress else True, unit="step"
+    ) as bar:
         for epoch in range(first, config.epochs):
             started = time.perf_counter()
             generator = seed_epoch(seed, epoch)
@@ -177,9 +195,11 @@ def fit(
                     f"the loss is {train_loss} in epoch {epoch + 1} (learning rate up to {config.lr:g}): try a "
                     "smaller train.lr, a longer train.warmup or train.precision=fp32"
                 )
-            evaluation = {"mean": mean, "std": std, "channels_last": config.channels_last, "autocast": autocast}
-            test_loss, test_top1 = evaluate(model, test, **evaluation)
-            val_loss, val_top1 = evaluate(model, validation, **evaluation) if len(validation) else (None, None)
+            measure = partial(
+                evaluate, model, mean=mean, std=std, channels_last=config.channels_last, autocast=autocast
+            )
+            test_loss, test_top1 = measure(test)
+            val_loss, val_top1 = measure(validation) if len(validation) else (None, None)
             metrics = Metrics(
                 epoch=epoch + 1,
                 lr=optimizer.param_groups[0]["lr"],

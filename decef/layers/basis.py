@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from decef.layers.factorized import FactorizedConv2d
 
@@ -35,6 +35,9 @@ class BasisConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "basis filters (per group)"
+
+    basis: nn.Parameter
+    coefficients: nn.Parameter
 
     def __init__(self, *args: Any, train_basis: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from decef.layers.cp import cp_als
 from decef.layers.factorized import FactorizedConv2d
@@ -32,6 +31,11 @@ class CPACConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "CP components (per group)"
+
+    filters: nn.Parameter
+    channels: nn.Parameter
+    vertical: nn.Parameter
+    horizontal: nn.Parameter
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
@@ -78,5 +82,5 @@ class CPACConv2d(FactorizedConv2d):
         # Three factors have columns of norm 1 and random directions; the scale is the last one's.
         for factor in (self.channels, self.vertical, self.horizontal):
             factor.normal_()
-            factor /= factor.norm(dim=1, keepdim=True)
+            factor.div_(factor.norm(dim=1, keepdim=True))
         self.filters.normal_(std=std * math.sqrt(math.prod(self.weight_shape[1:]) / self.rank))

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from decef.layers.factorized import FactorizedConv2d
 
@@ -34,6 +34,9 @@ class DeCEFConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "eigen-filters per input channel"
+
+    eigenfilters: nn.Parameter
+    coefficients: nn.Parameter
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:

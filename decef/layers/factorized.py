@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
 Size = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class FactorizedConv2d(nn.Module):
@@ -50,7 +51,7 @@ class FactorizedConv2d(nn.Module):
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -65,7 +66,8 @@ class FactorizedConv2d(nn.Module):
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size = _pair(dense.kernel_size)
         self.stride, self.dilation = _pair(dense.stride), _pair(dense.dilation)
-        self.padding, self.padding_mode = dense.padding, padding_mode
+        self.padding = dense.padding
+        self.padding_mode: PaddingMode = padding_mode
         left, right, top, bottom = dense._reversed_padding_repeated_twice
         # One convolution of the chain can pad by itself only with zeros and evenly; else the input is padded first.
         self._pad_first = padding_mode != "zeros" or left != right or top != bottom
@@ -192,10 +194,13 @@ class FactorizedConv2d(nn.Module):
 
     @classmethod
     def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
-        """A freshly initialised layer with the arguments, device and dtype of `conv`; `rank=None` is full rank."""
+        """A freshly initialised layer with the arguments, device, dtype, mode and `requires_grad` of `conv`.
+
+        `rank=None` is full rank.
+        """
         if rank is None:
-            rank = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)  # type: ignore[misc]
-        return cls(
+            rank = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)
+        layer = cls(
             conv.in_channels,
             conv.out_channels,
             _pair(conv.kernel_size),
@@ -210,11 +215,16 @@ class FactorizedConv2d(nn.Module):
             rank=rank,
             **kwargs,
         )
+        for parameter in layer.factors().values():
+            parameter.requires_grad_(parameter.requires_grad and conv.weight.requires_grad)
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer.train(conv.training)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
         """The layer of this type nearest to `conv`; `rank=None` is full rank, where the two are equal."""
-        layer = cls.like(conv, rank, **kwargs).train(conv.training)
+        layer = cls.like(conv, rank, **kwargs)
         layer.decompose_(conv.weight)
         if layer.bias is not None:
             assert conv.bias is not None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from decef.layers.cp import cp_als
 from decef.layers.factorized import FactorizedConv2d
@@ -36,6 +35,10 @@ class Rank1Conv2d(FactorizedConv2d):
     """
 
     rank_meaning = "rank-1 terms per filter"
+
+    channel: nn.Parameter
+    vertical: nn.Parameter
+    horizontal: nn.Parameter
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
@@ -76,5 +79,5 @@ class Rank1Conv2d(FactorizedConv2d):
         # The 1-D spatial filters have norm 1 and random directions; the scale is the channel filter's.
         for factor in (self.vertical, self.horizontal):
             factor.normal_()
-            factor /= factor.norm(dim=2, keepdim=True)
+            factor.div_(factor.norm(dim=2, keepdim=True))
         self.channel.normal_(std=std * math.sqrt(math.prod(self.kernel_size) / self.rank))

@@ -1,0 +1,48 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint quickstart reproduce-cifar tables clean
+
+PYTHON ?= python3
+TRAIN ?= quick
+SEEDS ?= 0
+MODEL ?= resnet20
+FLOPS ?= 0.667
+RESULTS ?= results
+REPRODUCED ?= reproduced
+SOURCE ?= local
+
+RUN := .venv/bin/python
+READY := .venv/.ready
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv with everything pinned; nothing to do when it is there and nothing changed
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"decef needs Python 3.11 to 3.13, not {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+test: setup ## Run the tests (a few minutes on 2 cores)
+	$(RUN) -m pytest
+
+lint: setup ## Check style and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+quickstart: setup ## All five layer types on the bundled digits, in a few minutes: trains and prints the table
+	$(RUN) scripts/train.py -m experiment=quickstart results=$(RESULTS)
+	$(RUN) scripts/tables.py --results $(RESULTS) --print digits-quickstart
+
+reproduce-cifar: setup ## The five layer types on CIFAR-10, from scratch, into reproduced/ (TRAIN=paper SEEDS=0,1,2 MODEL=resnet56 FLOPS=0.5)
+	$(RUN) scripts/train.py -m experiment=cifar10 train=$(TRAIN) model=$(MODEL) layer.flops=$(FLOPS) seed=$(SEEDS) results=$(REPRODUCED)
+	$(RUN) scripts/tables.py --results $(REPRODUCED) --print cifar10-$(TRAIN)
+
+tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
+	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+clean: ## Remove the environment and caches; results stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info

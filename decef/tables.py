@@ -1,0 +1,218 @@
+"""Tables of results from run records, or from their mirrors in W&B."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from decef.layers import LAYERS
+from decef.record import CONFIG, SUMMARY
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run: what it was and what came out."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+    @property
+    def setting(self) -> str:
+        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", and options that are not the default."""
+        layer = dict(self.config["layer"])
+        if layer.pop("name") == "conv2d":
+            return "dense"
+        layer.pop("implementation", None)  # another way to compute the same function
+        rank, flops = layer.pop("rank", None), layer.pop("flops", None)
+        words = [f"rank {rank}" if rank else f"{flops:g} of FLOPs"]
+        return ", ".join(words + [f"{key} {value}" for key, value in layer.items()])
+
+    @property
+    def comparison(self) -> str:
+        """Equal for runs that may stand in one table: same data, same network options, same training."""
+        same = {"dataset": self.config["dataset"], "train": self.config["train"]}
+        return json.dumps(same, sort_keys=True)
+
+
+def load_records(results: Path) -> list[Record]:
+    """All finished runs in a results folder, by id. What is unreadable or not finished is logged and left out."""
+    records = []
+    for folder in sorted((results / "runs").glob("*")):
+        try:
+            summary = json.loads((folder / SUMMARY).read_text())
+            config = yaml.safe_load((folder / CONFIG).read_text())
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            log.warning("left out: %s cannot be read (%s)", folder, error)
+            continue
+        if summary.get("status") == "finished":
+            records.append(Record(config, summary))
+        else:
+            log.info("left out: %s is %s after %s epochs", folder.name, summary.get("status"), summary.get("epochs"))
+    return records
+
+
+def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
+    """All finished runs of a W&B project, by id.
+
+    Raises:
+        ValueError: there is no API key, or W&B cannot be reached or has no such project.
+    """
+    import wandb
+
+    path = f"{entity}/{project}" if entity else project
+    try:
+        runs = wandb.Api().runs(path)
+        found = [Record(dict(run.config), dict(run.summary)) for run in runs]
+    except (wandb.errors.Error, ValueError) as error:
+        raise ValueError(f"W&B's project {path} cannot be read: {error}") from error
+    return sorted((r for r in found if r.summary.get("status") == "finished"), key=lambda r: r.summary["id"])
+
+
+def summarize(records: Sequence[Record]) -> pd.DataFrame:
+    """A row per network, layer type and setting: top-1 over seeds, costs, each also as a ratio to Conv2d.
+
+    All records must share one `comparison`. `top1_sd` is the sample standard deviation, missing for one run.
+    """
+    published = pd.read_csv(str(files("decef") / "published.csv"))
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        model = " ".join(
+            str(v) for k, v in record.config["model"].items() if (k, v) != ("shortcut", "A") and v is not True
+        )
+        groups.setdefault((model, record.config["layer"]["name"], record.setting), []).append(record)
+    rows = []
+    for (model, layer, setting), runs in groups.items():
+        top1 = pd.Series([run.summary["test_top1"] for run in runs])
+        summary = runs[0].summary
+        known = published[
+            (published.dataset == runs[0].config["dataset"]["name"])
+            & (published.model == model)
+            & (published.layer == layer)
+            & (published.setting == setting)
+        ]
+        rows.append(
+            {
+                "model": model,
+                "layer": layer,
+                "setting": setting,
+                "top1": top1.mean(),
+                "top1_sd": top1.std(ddof=1),
+                "n": len(runs),
+                "params": summary["params"],
+                "params_ratio": summary["params"] / summary["dense"]["params"],
+                "trainable_params": summary["trainable_params"],
+                "macs": summary["macs"],
+                "flops": summary["flops"],
+                "flops_ratio": summary["flops"] / summary["dense"]["flops"],
+                "images_per_second": pd.Series([run.summary["images_per_second"] for run in runs]).mean(),
+                "published_top1": known.top1.iloc[0] if len(known) else None,
+                "published_source": known.source.iloc[0] if len(known) else None,
+                "runs": " ".join(run.summary["id"] for run in runs),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    dense = frame[frame.layer == "conv2d"].set_index("model").top1
+    frame.insert(list(frame.columns).index("n"), "top1_minus_conv2d", frame.top1 - frame.model.map(dense))
+    order = frame.layer.map(list(LAYERS).index)
+    return (
+        frame.assign(order=order)
+        .sort_values(["model", "order", "setting"])
+        .drop(columns="order")
+        .reset_index(drop=True)
+    )
+
+
+def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
+    """`summarize`'s frame for people, with what they must know to read it."""
+    first = records[0]
+    train, dataset = first.config["train"], first.config["dataset"]
+    published = frame.dropna(subset="published_top1")
+    rows = []
+    for row in frame.to_dict("records"):
+        difference = row["top1_minus_conv2d"]
+        rows.append(
+            {
+                "network": row["model"],
+                "layer": row["layer"],
+                "setting": row["setting"],
+                "top-1 %": _mean_sd(row["top1"], row["top1_sd"]),
+                "vs Conv2d": "" if pd.isna(difference) or row["layer"] == "conv2d" else f"{difference:+.2f}",
+                "n": row["n"],
+                "params": f"{row['params']:,}",
+                "x dense": f"{row['params_ratio']:.3f}",
+                "of them trained": f"{row['trainable_params']:,}",
+                "MFLOPs": f"{row['flops'] / 1e6:.2f}",
+                "x dense ": f"{row['flops_ratio']:.3f}",
+                "published top-1": "-" if pd.isna(row["published_top1"]) else f"{row['published_top1']:.2f}",
+            }
+        )
+    hardware = sorted({f"{r.summary['device']} ({r.summary['machine']})" for r in records})
+    commits = sorted({f"{str(r.summary['git_commit'])[:10]}{'+' * bool(r.summary['git_dirty'])}" for r in records})
+    lines = [
+        f"# {dataset['name']}, schedule `{train['name']}`",
+        "",
+        f"{train['epochs']} epochs, batch {train['batch_size']}, {train['schedule']} schedule. Top-1 is the test "
+        "accuracy of the last epoch, mean ± sd over n seeds; nothing was chosen on the test set. FLOPs = 2 x MACs, of "
+        "one image through the network as deployed (factorised layers as their chains); parameters likewise. The "
+        "published column is somebody else's figure with another training; - where we know of none.",
+        "",
+        pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
+        "",
+        *(
+            f"- published, {row['model']} {row['layer']} ({row['setting']}): {row['published_source']}"
+            for row in published.to_dict("records")
+        ),
+        f"- ran on {'; '.join(hardware)}",
+        f"- from commit {', '.join(commits)} (+: with uncommitted changes)",
+        f"- runs: {', '.join(r.summary['id'] for r in records)}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
+    """A Markdown and a CSV file for every group of runs that may be compared; returns the Markdown files.
+
+    Tables of groups that no longer have a run are removed.
+    """
+    by_comparison: dict[str, list[Record]] = {}
+    for record in records:
+        by_comparison.setdefault(record.comparison, []).append(record)
+    names = _names(by_comparison)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.md"), *folder.glob("*.csv")):
+        if old.stem not in names.values():
+            old.unlink()
+    written = []
+    for comparison, group in by_comparison.items():
+        frame = summarize(group)
+        path = folder / f"{names[comparison]}.md"
+        frame.round(6).to_csv(path.with_suffix(".csv"), index=False)
+        path.write_text(markdown(frame, group))
+        written.append(path)
+    return sorted(written)
+
+
+def _names(groups: Mapping[str, Sequence[Record]]) -> dict[str, str]:
+    """`<dataset>-<schedule>`, with a hash where one schedule was run with different settings."""
+    plain = {c: f"{g[0].config['dataset']['name']}-{g[0].config['train']['name']}" for c, g in groups.items()}
+    taken = list(plain.values())
+    return {
+        c: name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}"
+        for c, name in plain.items()
+    }
+
+
+def _mean_sd(mean: float, sd: float) -> str:
+    return f"{mean:.2f}" if pd.isna(sd) else f"{mean:.2f} ± {sd:.2f}"

@@ -1,0 +1,82 @@
+"""What the command lines share: Hydra arguments checked before anything is imported or run."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+
+
+def fail(message: str) -> NoReturn:
+    """Say what is wrong in one sentence and exit with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Exit with status 2 when an override names a config group's choice or a key that there is not.
+
+    Every value of a sweep is checked, so that a typing error in the last does not show after the first has run.
+    """
+    given = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra"))]
+    try:
+        overrides = OverridesParser.create().parse_overrides(given)
+    except HydraException as error:
+        fail(f"cannot read the arguments: {' '.join(str(error).split())}")
+    first, others = [], []
+    for position, override in enumerate(overrides):
+        key, text = override.get_key_element(), str(override.input_line)
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [text.partition("=")[2]]
+        if len(values) > 1 and not {"-m", "--multirun"} & set(arguments):
+            fail(f"{text} gives several values: add -m to run them all")
+        if key in GROUPS:
+            _check_choices(key, values)
+        first.append(f"{key}={values[0]}")
+        others += [(position, f"{key}={value}") for value in values[1:]]
+    _check_keys(first)
+    for position, text in others:
+        _check_keys([*first[:position], text, *first[position + 1 :]])
+
+
+def _check_choices(group: str, values: list[str]) -> None:
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    for value in values:
+        if value not in (*choices, "null"):
+            fail(f"there is no {group} '{value}'{_near(value, choices)}; there are {', '.join(choices)}")
+
+
+def _check_keys(overrides: list[str]) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            compose("train", overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            unknown = re.search(r"Could not override '([^']+)'", str(error))
+            if unknown is None:
+                fail(" ".join(str(error).split()))
+            known = [o for o in overrides if o.lstrip("+").partition("=")[0] in GROUPS]
+            keys = _keys(compose("train", overrides=known))
+            fail(f"there is no key '{unknown[1]}'{_near(unknown[1], keys)}")
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    keys = []
+    for key in map(str, cfg):
+        nested = _keys(cfg[key]) if OmegaConf.is_dict(cfg[key]) else []
+        keys += [key, *(f"{key}.{k}" for k in nested)]
+    return keys
+
+
+def _near(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

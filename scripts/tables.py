@@ -1,0 +1,42 @@
+"""Write results/tables from run records: python scripts/tables.py [--source wandb] [--print]."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder with runs/; tables/ goes there too"
+    )
+    parser.add_argument("--source", choices=["local", "wandb"], default="local", help="where the run records are")
+    parser.add_argument("--project", default="decef", help="W&B project")
+    parser.add_argument("--entity", help="W&B entity; default: the account's")
+    parser.add_argument("--print", metavar="NAME", help="also print the tables whose name begins so, 'all' for all")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from decef.tables import load_records, load_wandb_records, write_tables
+
+    try:
+        if arguments.source == "wandb":
+            records = load_wandb_records(arguments.project, arguments.entity)
+        else:
+            records = load_records(arguments.results)
+    except ValueError as error:
+        fail(str(error))
+    if not records:
+        fail(
+            f"there is no finished run in {arguments.results / 'runs'}: train something first, make quickstart for one"
+        )
+    for path in write_tables(records, arguments.results / "tables"):
+        if arguments.print and (arguments.print == "all" or path.name.startswith(arguments.print)):
+            print(path.read_text())
+        print(f"wrote {path} and {path.with_suffix('.csv').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The command lines, as a user types them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=192", "wandb.mode=disabled"]
+
+
+def command(script, *arguments):
+    return [sys.executable, str(ROOT / "scripts" / script), *arguments]
+
+
+def call(script, *arguments, cwd, **kwargs):
+    environment = {**os.environ, "WANDB_MODE": "offline", "NETRC": "/nonexistent"}
+    return subprocess.run(
+        command(script, *arguments), cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, **kwargs
+    )
+
+
+def records(results):
+    return {p.parent.name: json.loads(p.read_text()) for p in sorted(Path(results, "runs").glob("*/summary.json"))}
+
+
+def test_a_sweep_a_failed_job_a_rerun_and_the_table(tmp_path):
+    sweep = ["-m", "layer=conv2d,decef,basisconv,cpac,rank1", "seed=0", "layer.flops=0.3,0.16", *TINY]
+    first = call("train.py", *sweep, cwd=tmp_path)
+    assert first.returncode == 1, first.stderr
+    assert "1 of the sweep's jobs failed" in first.stderr
+    assert "layer=rank1 seed=0 layer.flops=0.16" in first.stderr.split("failed:")[1]  # the others can, this one can't
+    runs = records(tmp_path / "results")
+    finished = {name for name, summary in runs.items() if summary["status"] == "finished"}
+    assert len(finished) == len(runs)
+    table = call("tables.py", "--print", "all", cwd=tmp_path)
+    assert table.returncode == 0, table.stderr
+    for layer in ("conv2d", "decef", "basisconv", "cpac", "rank1"):
+        assert f"| {layer} " in table.stdout
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "results" / "runs").glob("*/*.json*")}
+    again = call("train.py", *sweep, cwd=tmp_path)
+    assert again.stdout.count("is finished already") >= len(finished)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
+    arguments = ["layer=decef", *TINY, "train.epochs=4", "threads=1"]
+    whole = call("train.py", *arguments, f"results={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("train.py", *arguments, f"results={killed}"), cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    deadline = time.time() + 200
+    while not list(killed.glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (name,) = records(killed)
+    assert records(killed)[name]["status"] == "running"
+    resumed = call("train.py", *arguments, f"results={killed}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on after epoch" in resumed.stdout
+    states = [torch.load(tmp_path / part / "runs" / name / "checkpoint.pt") for part in ("whole", "killed")]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+    assert records(killed)[name]["test_loss"] == records(tmp_path / "whole")[name]["test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layer=dcef"], "there is no layer 'dcef'; did you mean 'decef'"),
+        (["-m", "layer=conv2d,decef,cpca"], "there is no layer 'cpca'; did you mean 'cpac'"),
+        (["layer=conv2d,decef"], "add -m"),
+        (["model=resnet21"], "there is no model 'resnet21'"),
+        (["layer.rnk=3"], "there is no key 'layer.rnk'; did you mean 'layer.rank'"),
+        (["dataset=cifar10", "dataset.root=cifar"], "data_batch_1 is missing"),
+        (["results=file"], "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(tmp_path, arguments, message):
+    (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    done = call("train.py", "dataset=digits", "wandb.mode=disabled", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_comes_without_torch(tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["train.py", "--help"]
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+try: runpy.run_path({str(ROOT / "scripts" / "train.py")!r}, run_name="__main__")
+except SystemExit: pass
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "layer: basisconv, conv2d, cpac, decef, rank1" in done.stdout
+
+
+def test_tables_without_runs_say_what_to_do(tmp_path):
+    done = call("tables.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "make quickstart" in done.stderr
+
+
+def test_make_help_lists_every_target():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    targets = {line.split()[1] for line in done.stdout.splitlines()}
+    assert {"setup", "test", "lint", "quickstart", "reproduce-cifar", "tables"} <= targets

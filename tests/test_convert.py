@@ -1,0 +1,285 @@
+"""Plan a conversion, carry it out, fold it back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from decef.convert import Plan, convert, fold, plan
+from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
+from decef.models import CifarResNet
+from decef.ranks import Fixed, PerLayer, Share
+
+FACTORIZED = [name for name in LAYERS if name != "conv2d"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def network(depth=8, shortcut="A"):
+    """A float64 ResNet in eval mode whose batch norms do something."""
+    model = CifarResNet(depth, shortcut=shortcut).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def images():
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+
+def of_type(model, cls):
+    return {name for name, module in model.named_modules() if isinstance(module, cls)}
+
+
+def actions(made):
+    return {row.name: row.action for row in made.rows}
+
+
+def reasons(made):
+    return {row.name: row.reason for row in made.rows if row.action == "keep"}
+
+
+# Plan -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_plan_changes_nothing(layer):
+    model = network().train()
+    before, text, random_state = copy.deepcopy(model.state_dict()), repr(model), torch.get_rng_state()
+    plan(model, layer, rank=2, input_size=(3, 8, 8))
+    assert repr(model) == text
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_plan_says_ranks_and_costs():
+    made = plan(network(), "decef", rank=3, exclude="conv1", input_size=(3, 8, 8))
+    rows = {row.name: row for row in made.rows}
+    assert list(rows) == ["conv1", *(f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2))]
+    assert made.ranks == dict.fromkeys(list(rows)[1:], 3)
+    row = rows["layer2.0.conv1"]  # 16 -> 32 channels, 8 x 8 -> 4 x 4
+    assert (row.action, row.rank, row.max_rank, row.error) == ("convert", 3, 9, None)
+    assert (row.params_before, row.params_after) == (32 * 16 * 9, 16 * 3 * (9 + 32))
+    assert (row.macs_before, row.macs_after) == (16 * row.params_before, 16 * row.params_after)
+    kept = rows["conv1"]
+    assert (kept.action, kept.rank, kept.params_after, kept.macs_after) == ("keep", None, 16 * 27, 64 * 16 * 27)
+    frame = made.to_frame()
+    assert frame["name"].tolist() == list(rows)
+    assert "layer2.0.conv1" in str(made)
+
+
+def test_without_an_input_size_there_are_no_macs():
+    assert all(row.macs_before is row.macs_after is None for row in plan(network(), "decef", rank=1).rows)
+
+
+def test_include_and_exclude():
+    model = network()
+    made = plan(model, "basisconv", rank=2, include=["layer2.*", "conv1"], exclude="*.conv2")
+    assert set(made.ranks) == {"conv1", "layer2.0.conv1"}
+    assert reasons(made)["layer2.0.conv2"] == "excluded by '*.conv2'"
+    assert reasons(made)["layer1.0.conv1"] == "not included"
+    assert of_type(convert(model, made), FactorizedConv2d) == {"conv1", "layer2.0.conv1"}
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing(argument):
+    for pattern in ("layer9.*", ["conv1", "layer9.*"], "bn1"):
+        with pytest.raises(ValueError, match=r"pattern '(layer9\.\*|bn1)' matches no convolution"):
+            plan(network(), "decef", rank=1, **{argument: pattern})
+
+
+def test_reasons_to_keep():
+    class Special(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), Special(8, 8, 3), DeCEFConv2d(8, 8, 3, rank=2))
+    made = plan(model, "decef", rank=2)
+    assert actions(made) == {"0": "convert", "1": "keep", "2": "keep", "3": "keep"}
+    assert "1x1" in reasons(made)["1"]
+    assert reasons(made)["2"] == "Special is not a plain Conv2d"
+    assert reasons(made)["3"] == "DeCEFConv2d is not a plain Conv2d"
+    assert reasons(plan(model, "cpac", rank=2, min_kernel_size=2))["1"] == "kernel smaller than 2"
+    assert set(plan(model, "conv2d", rank=2).ranks) == set()
+    assert set(reasons(plan(model, "conv2d", rank=2)).values()) == {"conv2d keeps every convolution"}
+
+
+def test_unknown_layer_type():
+    with pytest.raises(ValueError, match=r"unknown layer type 'decaf'.*decef"):
+        plan(network(), "decaf", rank=1)
+
+
+def test_options_of_a_layer_type():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    made = plan(model, "basisconv", rank=2, train_basis=True, implementation="factorized")
+    layer = convert(model, made)[0]
+    assert layer.basis.requires_grad
+    assert layer.implementation == "factorized"
+
+
+def test_a_wrong_option_is_an_error():
+    with pytest.raises(ValueError, match="implementation='fast'"):
+        plan(network(), "decef", rank=1, implementation="fast")
+
+
+# Ranks ------------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_by_rule():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))  # at most 9 and 4
+    assert plan(model, "decef", rank=3).ranks == plan(model, "decef", rank=Fixed(3)).ranks == {"0": 3, "1": 3}
+    assert plan(model, "decef", rank=Share(0.5)).ranks == {"0": 4, "1": 2}
+    assert plan(model, "decef", rank=Share(0.01)).ranks == {"0": 1, "1": 1}
+    assert plan(model, "decef", rank=Share(1)).ranks == {"0": 9, "1": 4}
+    assert plan(model, "decef", rank={"0": 7, "1": 2}).ranks == {"0": 7, "1": 2}
+    assert plan(model, "decef", rank=lambda candidates, totals: {c.name: c.max_rank for c in candidates}).ranks == {
+        "0": 9,
+        "1": 4,
+    }
+
+
+def test_per_layer_ranks_that_do_not_fit():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    with pytest.raises(ValueError, match="no rank for 1; no such layer: 2"):
+        plan(model, "decef", rank=PerLayer({"0": 1, "2": 1}))
+    with pytest.raises(ValueError, match=r"rank 5 is not possible in layer '1'.* 1 to 4"):
+        plan(model, "decef", rank={"0": 5, "1": 5})
+    with pytest.raises(ValueError, match=r"no such layer: 0$"):
+        plan(model, "decef", rank={"0": 1, "1": 1}, exclude="0")
+
+
+def test_wrong_ranks():
+    with pytest.raises(ValueError, match="rank 0 is not possible in layer 'conv1'"):
+        plan(network(), "decef", rank=0)
+    for rank in (True, 2.5, "3", None):
+        with pytest.raises(TypeError, match="neither a whole number"):
+            plan(network(), "decef", rank=rank)
+    with pytest.raises(ValueError, match=r"share=1\.5"):
+        Share(1.5)
+
+
+# Save and load ----------------------------------------------------------------------------------------------------
+
+
+def test_plan_round_trip(tmp_path):
+    model = network()
+    made = plan(model, "basisconv", rank=Share(0.4), exclude="conv1", input_size=(3, 8, 8), implementation="factorized")
+    made.save(tmp_path / "planned.yaml")
+    assert Plan.load(tmp_path / "planned.yaml") == made
+    converted = convert(model, made)
+    made.save(tmp_path / "done.yaml")
+    loaded = Plan.load(tmp_path / "done.yaml")
+    assert loaded == made
+    assert all(row.error > 0 for row in loaded.rows if row.action == "convert")
+    again, x = convert(network(), loaded, from_scratch=True), images()
+    again.load_state_dict(converted.state_dict())
+    assert torch.equal(again.eval()(x), converted(x))
+
+
+# Convert and fold -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_full_rank_conversion_and_its_fold_are_the_network(layer):
+    model, x = network(20, shortcut="B"), images()
+    before, expected = copy.deepcopy(model.state_dict()), model(x)
+    made = plan(model, layer, rank=Share(1))
+    new = convert(model, made)
+    assert len(of_type(new, FactorizedConv2d)) == len(made.ranks) >= 19
+    assert_close(new(x), expected, rtol=1e-9, atol=1e-9)
+    assert max(row.error for row in made.rows if row.action == "convert") < 1e-10
+    folded = fold(new)
+    assert repr(folded) == repr(model)
+    assert_close(folded(x), expected, rtol=1e-9, atol=1e-9)
+    assert of_type(model, FactorizedConv2d) == set()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_low_rank_conversion_approximates_and_folds_exactly(layer):
+    model, x = network(), images()
+    made = plan(model, layer, rank=3)
+    new = convert(model, made)
+    for row in made.rows:
+        weight, approximation = model.get_submodule(row.name).weight, new.get_submodule(row.name).compose()
+        assert row.error == pytest.approx(((weight - approximation).norm() / weight.norm()).item())
+        assert 0 < row.error < 1
+    assert not torch.allclose(new(x), model(x), rtol=1e-3)
+    folded = fold(new)
+    assert of_type(folded, FactorizedConv2d) == set()
+    assert_close(folded(x), new(x))
+    assert of_type(new, FactorizedConv2d) == set(made.ranks)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_kept(training):
+    model = network().train(training)
+    model.layer2.train(not training)
+    new = convert(model, plan(model, "decef", rank=2))
+    for network_ in (new, fold(new)):
+        assert {n: m.training for n, m in network_.named_modules()} == {n: m.training for n, m in model.named_modules()}
+
+
+def test_device_dtype_and_bias_are_kept():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, dtype=torch.bfloat16))
+    new = convert(model, plan(model, "cpac", rank=2))
+    assert new[0].bias is None
+    assert torch.equal(new[1].bias, model[1].bias)
+    assert [layer.filters.dtype for layer in new] == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_from_scratch_draws_new_factors(layer):
+    model = network()
+    made = plan(model, layer, rank=3)
+    one, two = (convert(model, made, from_scratch=True) for _ in range(2))
+    assert all(row.error is None for row in made.rows)
+    for name in made.ranks:
+        weight = model.get_submodule(name).weight
+        kernels = [new.get_submodule(name).compose() for new in (one, two)]
+        assert (weight - kernels[0]).norm() > weight.norm()
+        assert not torch.allclose(*kernels)
+    assert torch.equal(one.linear.weight, model.linear.weight)
+
+
+def test_a_plan_for_another_network():
+    made = plan(network(), "decef", rank=9, include="layer2.*")
+    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no Conv2d"):
+        convert(nn.Sequential(nn.Conv2d(3, 8, 3)), made)
+    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no Conv2d"):
+        convert(convert(network(), made), made)
+    made.rows[3].rank = 99
+    with pytest.raises(ValueError, match=rf"layer '{made.rows[3].name}': rank=99"):
+        convert(network(), made)
+
+
+def test_a_module_in_two_places_stays_one():
+    conv = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)
+    model = nn.ModuleDict({"a": nn.Sequential(conv, nn.ReLU()), "b": nn.Sequential(nn.Conv2d(4, 4, 3), conv)})
+    made = plan(model, "decef", rank=4)
+    assert set(made.ranks) == {"a.0", "b.0"}
+    new = convert(model, made)
+    assert isinstance(new["a"][0], DeCEFConv2d)
+    assert new["a"][0] is new["b"][1]
+    folded = fold(new)
+    assert type(folded["a"][0]) is nn.Conv2d
+    assert folded["a"][0] is folded["b"][1]
+    assert_close(folded["a"][0].weight, conv.weight)
+
+
+def test_a_network_that_is_one_convolution():
+    conv = nn.Conv2d(4, 8, 3)
+    made = plan(conv, "basisconv", rank=8, input_size=(4, 6, 6))
+    new = convert(conv, made)
+    assert isinstance(new, BasisConv2d)
+    assert type(fold(new)) is nn.Conv2d
+    assert_close(fold(new).weight, conv.weight)

@@ -1,0 +1,483 @@
+"""The layer types: one function however they run, nearest factors of a kernel, and an initialisation like Conv2d's."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.testing import assert_close
+
+from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
+
+TYPES = [pytest.param(cls, id=name) for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)]
+IMPLEMENTATIONS = ("factorized", "reconstructed", "auto")
+F64 = torch.float64
+
+#: Arguments of a convolution with 4 input and 8 output channels, by name.
+CASES = {
+    "plain": {"kernel_size": 3},
+    "stride": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "uneven stride": {"kernel_size": 3, "stride": (1, 3)},
+    "uneven padding": {"kernel_size": 3, "padding": (0, 2)},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "dilation": {"kernel_size": 3, "dilation": (2, 1), "padding": (2, 1)},
+    "groups": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
+    "no bias": {"kernel_size": 3, "bias": False},
+    "1 x 3": {"kernel_size": (1, 3), "padding": (0, 1)},
+    "5 x 2": {"kernel_size": (5, 2), "stride": (2, 1), "padding": (2, 1)},
+    "same, even kernel": {"kernel_size": 2, "padding": "same"},
+    "same, half even kernel": {"kernel_size": (3, 4), "dilation": (2, 1), "padding": "same", "groups": 2},
+    "reflect": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "reflect"},
+    "circular": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "circular", "groups": 2},
+    "replicate": {"kernel_size": 3, "stride": 2, "padding": 1, "padding_mode": "replicate"},
+    "reflect, same, even kernel": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
+    "all at once": {
+        "kernel_size": (3, 2),
+        "stride": (2, 3),
+        "padding": (1, 2),
+        "dilation": (1, 2),
+        "groups": 2,
+        "bias": False,
+    },
+    "1x1": {"kernel_size": 1},
+    "1x1, stride, groups": {"kernel_size": 1, "stride": 2, "padding": 1, "groups": 2},
+}
+NEEDS_SPACE = (DeCEFConv2d, Rank1Conv2d)  # refuse 1x1 kernels
+
+
+def fitting(cases):
+    """Every layer type with every case it can do."""
+    return [
+        pytest.param(cls, case, id=f"{name}-{case}")
+        for name, cls in LAYERS.items()
+        if issubclass(cls, FactorizedConv2d)
+        for case in cases
+        if not (cls in NEEDS_SPACE and CASES[case]["kernel_size"] == 1)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(cls, case=None, *, rank=2, **kwargs):
+    """A float64 layer for one of `CASES`, of rank at most `rank`."""
+    args = dict(CASES[case]) if case else {"kernel_size": 3}
+    like = nn.Conv2d(4, 8, **args)
+    rank = min(rank, cls.max_rank_for(*like.weight.shape, groups=like.groups))
+    return cls(4, 8, **args, dtype=F64, rank=rank, **kwargs)
+
+
+def relative_error(weight, approximation):
+    return ((weight - approximation).norm() / weight.norm()).item()
+
+
+# One function -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # the dense reference's
+@pytest.mark.parametrize(("cls", "case"), fitting(CASES))
+def test_forward_is_conv2d_with_the_composed_kernel(cls, case):
+    layer = make(cls, case)
+    dense = nn.Conv2d(4, 8, **CASES[case], dtype=F64)
+    with torch.no_grad():
+        dense.weight.copy_(layer.compose())
+        if layer.bias is not None:
+            dense.bias.copy_(layer.bias)
+    folded = layer.to_conv2d()
+    assert repr(folded) == repr(dense)
+    x = torch.randn(2, 4, 9, 10, dtype=F64)
+    for implementation in IMPLEMENTATIONS:
+        layer.implementation = implementation
+        assert_close(layer(x), dense(x), rtol=0, atol=1e-10)
+        assert_close(layer(x[0]), dense(x[0]), rtol=0, atol=1e-10)
+    assert_close(folded(x), dense(x), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", TYPES)
+def test_compose_is_the_formula_of_the_docstring(cls, groups):
+    layer = cls(4, 6, (3, 2), groups=groups, dtype=F64, rank=2)
+    kernels = []
+    for g in range(groups):
+        f = {n: t.chunk(groups)[g].detach() for n, t in layer.factors().items()}
+        if cls is DeCEFConv2d:
+            kernels.append(torch.einsum("ncr,crij->ncij", f["coefficients"], f["eigenfilters"]))
+        elif cls is BasisConv2d:
+            kernels.append(torch.einsum("nq,qcij->ncij", f["coefficients"], f["basis"]))
+        elif cls is CPACConv2d:
+            parts = f["filters"], f["channels"], f["vertical"], f["horizontal"]
+            kernels.append(torch.einsum("nr,rc,ri,rj->ncij", *parts))
+        else:
+            kernels.append(torch.einsum("nmc,nmi,nmj->ncij", f["channel"], f["vertical"], f["horizontal"]))
+    assert_close(layer.compose(), torch.cat(kernels), check_stride=False)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_implementation_says_what_runs(cls, monkeypatch):
+    layer, x, calls = make(cls), torch.randn(1, 4, 5, 5, dtype=F64), []
+    for name in ("chain", "compose"):
+        whole = getattr(layer, name)
+        monkeypatch.setattr(layer, name, lambda *a, name=name, whole=whole: calls.append(name) or whole(*a))
+
+    def runs(implementation):
+        calls.clear()
+        layer.implementation = implementation
+        layer(x)
+        return list(calls)
+
+    assert runs("factorized") == ["chain"]
+    assert runs("reconstructed") == ["compose"]
+    share = sum(f.numel() for f in layer.factors().values()) / math.prod(layer.weight_shape)
+    monkeypatch.setattr(cls, "chain_pays_below", share * 1.01)
+    assert runs("auto") == ["chain"]
+    monkeypatch.setattr(cls, "chain_pays_below", share * 0.99)
+    assert runs("auto") == ["compose"]
+
+
+@pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
+@pytest.mark.parametrize("cls", TYPES)
+def test_gradcheck(cls, implementation):
+    layer = cls(2, 4, (2, 3), (2, 1), (1, 0), groups=2, dtype=F64, rank=1, implementation=implementation)
+    names, values = zip(*layer.named_parameters(), strict=True)
+    values = [v.detach().clone().requires_grad_() for v in values]
+    x = torch.randn(1, 2, 3, 4, dtype=F64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *v: functional_call(layer, dict(zip(names, v, strict=True)), x), (x, *values)
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "case"), fitting(["uneven stride", "5 x 2", "circular", "same, half even kernel", "all at once", "1x1"])
+)
+def test_both_implementations_have_the_same_gradients(cls, case):
+    layer = make(cls, case)
+    layer.requires_grad_(True)
+    x = torch.randn(2, 4, 9, 10, dtype=F64, requires_grad=True)
+    gradients = []
+    for layer.implementation in ("factorized", "reconstructed"):
+        loss = layer(x).sin().sum()
+        gradients.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    assert all(g.abs().max() > 1e-6 for g in gradients[0])
+    assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_channels_last(cls):
+    layer = make(cls, "groups")
+    x = torch.randn(2, 4, 6, 7, dtype=F64)
+    expected, kernel = layer(x), layer.compose()
+    layer.to(memory_format=torch.channels_last)
+    assert_close(layer.compose(), kernel, check_stride=False)
+    for layer.implementation in IMPLEMENTATIONS:
+        out = layer(x.to(memory_format=torch.channels_last).requires_grad_())
+        assert_close(out, expected, check_stride=False)
+        out.sum().backward()
+    layer.decompose_(kernel.detach())
+    assert_close(layer.to_conv2d()(x), layer(x), check_stride=False)
+
+
+# From scratch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("cls", TYPES)
+def test_initial_kernel_has_he_variance(cls, groups, rank):
+    layer = cls(64, 128, (3, 2), groups=groups, rank=rank)
+    squares = []
+    for _ in range(30):
+        layer.reset_parameters()
+        squares.append(layer.compose().detach().square().mean())
+    fan_in = 64 // groups * 6
+    assert torch.stack(squares).mean().sqrt().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.04)
+    assert layer.compose().mean().abs().item() < 0.2 * math.sqrt(2 / fan_in)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_initial_bias_is_drawn_as_conv2d_draws_it(cls):
+    bias = cls(3, 400, 3, rank=1).bias
+    bound = 1 / math.sqrt(27)
+    assert bias.abs().max().item() <= bound
+    assert bias.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_initialisation_follows_the_seed(cls):
+    def kernel(seed):
+        torch.manual_seed(seed)
+        return cls(4, 8, 3, rank=2).compose()
+
+    assert torch.equal(kernel(1), kernel(1))
+    assert not torch.allclose(kernel(1), kernel(2))
+
+
+# Nearest factors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(("cls", "case"), fitting(CASES))
+def test_full_rank_reproduces_the_convolution(cls, case):
+    conv = nn.Conv2d(4, 8, **CASES[case], dtype=F64).eval()
+    layer = cls.from_conv2d(conv)
+    assert layer.rank == layer.max_rank
+    assert not layer.training
+    x = torch.randn(2, 4, 9, 10, dtype=F64)
+    for layer.implementation in IMPLEMENTATIONS:
+        assert_close(layer(x), conv(x), rtol=0, atol=1e-10)
+
+
+def discarded(cls, weight, rank, groups):
+    """Relative error that the singular values say a truncation to `rank` makes."""
+    total = torch.zeros((), dtype=F64)
+    for block in weight.chunk(groups):
+        matrices = block.permute(1, 2, 3, 0).flatten(1, 2) if cls is DeCEFConv2d else block.flatten(1)[None]
+        total += torch.linalg.svdvals(matrices)[:, rank:].square().sum()
+    return (total.sqrt() / weight.norm()).item()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+def test_truncation_error_is_the_discarded_singular_values(cls, groups):
+    conv = nn.Conv2d(4, 12, (3, 2), groups=groups, dtype=F64)
+    for rank in range(1, cls.max_rank_for(*conv.weight.shape, groups=groups) + 1):
+        layer = cls.from_conv2d(conv, rank)
+        error = relative_error(conv.weight, layer.compose())
+        assert error == pytest.approx(discarded(cls, conv.weight, rank, groups), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", TYPES)
+def test_error_falls_with_the_rank_to_zero(cls, groups):
+    conv = nn.Conv2d(6, 8, 3, groups=groups, dtype=F64)
+    full = cls.max_rank_for(*conv.weight.shape, groups=groups)
+    ranks = sorted({1, 2, full // 2, full - 1, full} - {0})
+    errors = [relative_error(conv.weight, cls.from_conv2d(conv, rank).compose()) for rank in ranks]
+    assert all(a > b for a, b in itertools.pairwise(errors)), errors
+    assert errors[0] < 1
+    assert errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cls", TYPES)
+def test_decompose_returns_the_error_of_what_it_stored(cls, dtype):
+    layer = cls(6, 8, 3, rank=2, dtype=dtype)
+    weight = torch.randn(8, 6, 3, 3)
+    error = layer.decompose_(weight)
+    assert isinstance(error, float)
+    assert error == pytest.approx(relative_error(weight.double(), layer.compose().double()), rel=1e-6)
+    assert 0 < error < 1
+
+
+def truncated_hosvd(tensor):
+    """Rank-1 approximation by the leading singular vector of every unfolding."""
+    vectors = [
+        torch.linalg.svd(tensor.movedim(k, 0).flatten(1), full_matrices=False).U[:, 0] for k in range(tensor.dim())
+    ]
+    core = tensor
+    for vector in vectors:
+        core = torch.tensordot(vector, core, dims=([0], [0]))
+    approximation = core
+    for vector in vectors:
+        approximation = approximation[..., None] * vector
+    return approximation
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank1_filters_are_at_least_as_near_as_hosvd(seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(10, 7, 3, 3, dtype=F64)
+    layer = Rank1Conv2d(7, 10, 3, rank=1, dtype=F64)
+    layer.decompose_(weight)
+    ours = (weight - layer.compose()).flatten(1).norm(dim=1)
+    hosvd = torch.stack([(f - truncated_hosvd(f)).norm() for f in weight])
+    assert (ours <= hosvd + 1e-10).all()
+    assert ours.sum() < 0.999 * hosvd.sum()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank1_cpac_is_at_least_as_near_as_hosvd(seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(5, 4, 3, 2, dtype=F64)
+    error = CPACConv2d(4, 5, (3, 2), rank=1, dtype=F64).decompose_(weight)
+    assert error <= relative_error(weight, truncated_hosvd(weight)) + 1e-10
+
+
+@pytest.mark.parametrize("cls", TYPES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_kernel_of_the_set_is_found_exactly(cls, groups):
+    rank = 2 if cls in (DeCEFConv2d, BasisConv2d) else 1  # beyond 1, finding CP terms is a hard problem
+    source, target = (cls(6, 8, 3, groups=groups, rank=rank, dtype=F64) for _ in range(2))
+    assert target.decompose_(source.compose()) < 1e-7
+    x = torch.randn(1, 6, 5, 5, dtype=F64)
+    assert_close(target.chain(x, (0, 0)) - target.bias[:, None, None], source(x) - source.bias[:, None, None])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("cls", TYPES)
+def test_decompose_copes_with_zeros(cls, rank):
+    layer = cls(6, 8, 3, rank=rank, dtype=F64)
+    weight = torch.randn(8, 6, 3, 3, dtype=F64)
+    weight[0], weight[:, 1] = 0, 0
+    assert 0 < layer.decompose_(weight) < 1
+    assert all(f.isfinite().all() for f in layer.factors().values())
+    assert layer.decompose_(torch.zeros(8, 6, 3, 3)) == 0
+    assert layer.compose().norm().item() < 1e-6
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, -1, 10_000, True, 2.0, None])
+@pytest.mark.parametrize("cls", TYPES)
+def test_impossible_rank_names_the_maximum(cls, rank):
+    largest = cls.max_rank_for(8, 4, 3, 3)
+    with pytest.raises(ValueError, match=rf"rank={rank!r}.*from 1 to {largest}$"):
+        cls(4, 8, 3, rank=rank)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_rank_ends_at_the_maximum(cls):
+    largest = cls.max_rank_for(8, 4, 3, 3)
+    assert cls(4, 8, 3, rank=largest).rank == largest
+    with pytest.raises(ValueError, match="rank"):
+        cls(4, 8, 3, rank=largest + 1)
+
+
+def test_maximal_ranks():
+    """9 taps, 8 filters, 36 weights a filter; CP needs the product of all modes but the largest."""
+    shape = (8, 4, 3, 3)
+    largest = {name: LAYERS[name].max_rank_for(*shape) for name in LAYERS if name != "conv2d"}
+    assert largest == {"decef": 8, "basisconv": 8, "cpac": 36, "rank1": 9}
+    grouped = {name: LAYERS[name].max_rank_for(*shape, groups=2) for name in largest}
+    assert grouped == {"decef": 4, "basisconv": 4, "cpac": 36, "rank1": 9}
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_unknown_implementation(cls):
+    with pytest.raises(ValueError, match="'fast' is not one of auto, factorized, reconstructed"):
+        cls(4, 8, 3, rank=1, implementation="fast")
+
+
+@pytest.mark.parametrize("cls", NEEDS_SPACE)
+def test_1x1_is_refused(cls):
+    with pytest.raises(ValueError, match="1x1"):
+        cls(4, 8, 1, rank=1)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_arguments_that_conv2d_refuses(cls):
+    for wrong in ({"groups": 3}, {"padding": "full"}, {"padding": "same", "stride": 2}, {"padding_mode": "wrap"}):
+        with pytest.raises(ValueError, match=r"groups|padding"):
+            cls(4, 8, 3, rank=1, **wrong)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_decompose_refuses_and_leaves_the_factors(cls):
+    layer = make(cls)
+    before = layer.compose().detach().clone()
+    with pytest.raises(ValueError, match=r"\(8, 4, 3, 2\).*\(8, 4, 3, 3\)"):
+        layer.decompose_(torch.zeros(8, 4, 3, 2))
+    for bad in (math.nan, math.inf):
+        weight = torch.randn(8, 4, 3, 3)
+        weight[1, 2, 0, 0] = bad
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            layer.decompose_(weight)
+    assert torch.equal(layer.compose(), before)
+
+
+# Orthonormal factors ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+def test_initial_filters_are_orthonormal(cls, groups):
+    layer = cls(4, 8, 3, groups=groups, rank=3, dtype=F64)
+    rows = layer.eigenfilters.reshape(4, 3, 9) if cls is DeCEFConv2d else layer.basis.reshape(groups, 3, -1)
+    assert_close(rows @ rows.mT, torch.eye(3, dtype=F64).expand(len(rows), 3, 3), rtol=0, atol=1e-12)
+    assert layer.orthogonality().item() < 1e-24
+
+
+@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+def test_orthogonality_is_a_penalty_that_pulls_back(cls):
+    layer = cls(4, 8, 3, rank=3, dtype=F64).requires_grad_(True)
+    filters = next(iter(layer.factors().values()))
+    with torch.no_grad():
+        filters += 0.05 * torch.randn_like(filters)
+    before = layer.orthogonality()
+    before.backward()
+    assert before.item() > 1e-3
+    with torch.no_grad():
+        filters -= 0.02 * filters.grad
+    assert layer.orthogonality().item() < before.item()
+
+
+@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+def test_orthogonality_of_doubled_filters(cls):
+    """||4 I - I||^2 = 9 for every one of the orthonormal rows."""
+    layer = cls(4, 8, 3, rank=3, dtype=F64)
+    with torch.no_grad():
+        next(iter(layer.factors().values())).mul_(2)
+    assert layer.orthogonality().item() == pytest.approx(9 * 3 * (4 if cls is DeCEFConv2d else 1))
+
+
+@pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
+@pytest.mark.parametrize("train_basis", [None, False, True])
+def test_basis_learns_only_when_asked(train_basis, implementation):
+    options = {} if train_basis is None else {"train_basis": train_basis}
+    layer = BasisConv2d(4, 8, 3, rank=3, implementation=implementation, **options)
+    basis, coefficients = layer.basis.detach().clone(), layer.coefficients.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 4, 5, 5)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(layer.basis, basis) is not bool(train_basis)
+    assert not torch.equal(layer.coefficients, coefficients)
+    assert "basis" in layer.state_dict()
+    assert layer.basis.requires_grad is bool(train_basis)
+
+
+# A module like any other ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_deepcopy_is_equal_and_apart(cls):
+    layer = make(cls, "all at once")
+    x = torch.randn(1, 4, 9, 10, dtype=F64)
+    twin, expected = copy.deepcopy(layer), layer(x)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in layer.parameters()]
+    assert torch.equal(twin(x), expected)
+    twin.reset_parameters()
+    assert not torch.allclose(twin(x), expected)
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_state_dict_round_trip(cls):
+    layer, other = make(cls, "groups"), make(cls, "groups")
+    x = torch.randn(1, 4, 9, 10, dtype=F64)
+    assert not torch.allclose(other(x), layer(x))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    assert set(layer.state_dict()) == {*layer.factor_shapes(), "bias"}
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_repr_shows_what_the_layer_is(cls):
+    text = repr(make(cls, "all at once", implementation="factorized"))
+    for part in (
+        f"{cls.__name__}(4, 8, kernel_size=(3, 2), stride=(2, 3)",
+        *("padding=(1, 2)", "dilation=(1, 2)", "groups=2", "bias=False", "rank=2", "implementation='factorized'"),
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_like_takes_over_device_and_dtype(cls):
+    layer = cls.like(nn.Conv2d(4, 8, 3, device="meta", dtype=torch.bfloat16), 1)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}

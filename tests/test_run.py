@@ -1,0 +1,210 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from decef.checkpoint import load_checkpoint, save_checkpoint
+from decef.record import RunRecord, identity, run_id
+from decef.run import InputError, resolve, run
+from decef.tracking import Tracker, resolve_mode
+
+CONFIG = {
+    "dataset": {"name": "digits", "root": None, "train_size": 256, "crop_padding": 1, "flip": False},
+    "model": {"name": "resnet20", "shortcut": "A", "dense_stem": True},
+    "layer": {"name": "decef", "rank": 2, "flops": None, "implementation": "reconstructed"},
+    "train": {"name": "smoke", "epochs": 2, "batch_size": 64, "lr": 0.1, "scales": [[0.5, 0.5]], "orthogonality": 0.0},
+    "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None},
+    "experiment": None,
+    "seed": 0,
+    "device": "cpu",
+    "threads": None,
+    "progress": False,
+}
+
+
+def config(results, **changes):
+    new = {**copy.deepcopy(CONFIG), "results": str(results)}
+    for key, value in changes.items():
+        group, _, name = key.partition("__")
+        if name:
+            new[group][name] = value
+        else:
+            new[group] = value
+    return new
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    return results, run(config(results))
+
+
+def test_a_run_leaves_its_record(finished):
+    results, summary = finished
+    folder = results / "runs" / summary["id"]
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["dense"]["params"] == 269_434
+    assert summary["macs"] < 0.4 * summary["dense"]["macs"]
+    assert summary["flops"] == 2 * summary["macs"]
+    assert set(summary["ranks"].values()) == {2}
+    assert "conv1" not in summary["ranks"]
+    for key in ("git_commit", "git_dirty", "packages", "machine", "wall_seconds", "started", "finished", "schedule"):
+        assert summary[key] is not None
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[-1]["test_top1"] == summary["test_top1"]
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == identity(resolve(config(results)))
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    results, summary = finished
+    monkeypatch.setattr("decef.run.fit", lambda *a, **k: pytest.fail("trained again"))
+    assert run(config(results, device="cpu", wandb__project="other")) == summary
+
+
+def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+    _, expected = finished
+    save = save_checkpoint
+
+    def save_then_stop(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decef.run.save_checkpoint", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path))
+    folder = tmp_path / "runs" / expected["id"]
+    assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "test_top1": 0.0}\n{"epo')  # logged, then killed before the checkpoint
+    monkeypatch.setattr("decef.run.save_checkpoint", save)
+    summary = run(config(tmp_path))
+    assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
+    assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert len(summary["resumed"]) == 1
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    record = RunRecord(tmp_path, resolve(config(tmp_path)))
+    record.path.mkdir(parents=True)
+    save_checkpoint(record.checkpoint, {"epoch": 1, "config": {"seed": 5}, "model": {}, "optimizer": {}})
+    with pytest.raises(InputError, match="of another config: move it away"):
+        run(config(tmp_path))
+    record.checkpoint.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        run(config(tmp_path))
+
+
+def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"epoch": 1})
+    monkeypatch.setattr(
+        torch, "save", lambda state, file: (file.write(b"half"), (_ for _ in ()).throw(OSError("full")))
+    )
+    with pytest.raises(OSError, match="full"):
+        save_checkpoint(path, {"epoch": 2})
+    assert load_checkpoint(path) == {"epoch": 1}
+
+
+def test_a_failed_run_says_why_in_its_record(tmp_path):
+    with pytest.raises(FloatingPointError):
+        run(config(tmp_path, train__lr=1e20))
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "loss is nan" in summary["error"]
+
+
+def test_two_processes_cannot_be_at_one_run(tmp_path):
+    record = RunRecord(tmp_path, resolve(config(tmp_path)))
+    with record.open(), pytest.raises(InputError, match="another process is at this run"):
+        run(config(tmp_path))
+
+
+def test_an_unwritable_results_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written to"):
+        run(config(tmp_path / "file"))
+
+
+def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
+    def name(**changes):
+        return run_id(resolve(config(tmp_path, **changes)))
+
+    first = name()
+    assert first.startswith("digits-resnet20-decef-r2-smoke-s0-")
+    for same in (
+        {"device": "cuda"}, {"threads": 3}, {"wandb__mode": "online"}, {"dataset__root": "/elsewhere"},
+        {"train__validation": 0.0}, {"train__new_option": None},
+    ):  # fmt: skip
+        assert name(**same) == first
+    others = [{"seed": 1}, {"layer__rank": 3}, {"train__epochs": 3}, {"model__shortcut": "B"}, {"dataset__flip": True}]
+    assert len({first, *(name(**other) for other in others)}) == 6
+    dense = {"name": "conv2d", "rank": None, "flops": None}
+    assert name(layer=dense) == name(layer={**dense, "flops": 0.667})
+    assert name(layer__rank=None) == name(layer__rank=None, layer__flops=0.667)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer__rank": 0}, r"rank 0 is not possible in layer 'layer1\.0\.conv1'.*from 1 to 9"),
+        ({"layer__rank": 10}, "rank 10 is not possible"),
+        ({"layer__rank": 2.5}, "layer.rank=2.5 must be a whole number"),
+        ({"layer__flops": 0.5}, "both given"),
+        (
+            {"layer__rank": None, "layer__flops": 0.1},
+            r"0\.1 of the dense network's FLOPs can't be met.*it has 0\.1\d\d",
+        ),
+        ({"layer__rank": None, "layer__flops": 2}, "flops=2 is not a share"),
+        ({"layer__implementation": "fast"}, "implementation='fast'"),
+        ({"layer__name": "decaf"}, "unknown layer type 'decaf'"),
+        ({"model__name": "resnet21"}, "unknown model"),
+        ({"model__shortcut": "C"}, "shortcut='C'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"device": "gpu"}, "device='gpu' is no device"),
+        ({"wandb__mode": "on"}, "wandb.mode='on'"),
+    ],
+)
+def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("decef.data.digits.load_digits", lambda root: pytest.fail("data was loaded"))
+    with pytest.raises(InputError, match=message):
+        run(config(tmp_path, **changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wandb_offline_without_a_key(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert resolve_mode("auto") == "offline"
+    with pytest.raises(ValueError, match="needs an API key"):
+        resolve_mode("online")
+    with caplog.at_level("INFO"):
+        tracker = Tracker(
+            "auto", run_id="some-run", folder=tmp_path, config={"seed": 0}, group="g", tags=["t"], project="decef"
+        )
+        tracker.log({"epoch": 1, "test_top1": 50.0, "val_top1": None})
+        tracker.finish({"test_top1": 50.0, "dense": {"params": 3}, "id": "some-run"})
+    assert "wandb sync" in caplog.text
+    written = next((tmp_path / "wandb").glob("offline-run-*/*.wandb")).read_bytes()
+    for part in (b"test_top1", b"some-run", b"seed", b"dense"):
+        assert part in written
+
+
+def test_disabled_needs_no_wandb(tmp_path):
+    code = """
+import sys; sys.modules["wandb"] = None  # importing it fails
+from decef.tracking import Tracker, resolve_mode
+t = Tracker("disabled", run_id="x", folder=None, config={}, group="", tags=[], project="p")
+t.log({"a": 1}); t.finish({})
+try: resolve_mode("offline")
+except ValueError as error: print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "wandb is not installed" in out.stdout

@@ -1,0 +1,102 @@
+import json
+
+import pandas as pd
+import pytest
+import yaml
+
+from decef.tables import load_records, summarize, write_tables
+
+DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
+
+
+def add(results, layer, seed, top1, *, schedule="quick", model="resnet20", status="finished", **layer_options):
+    share = 1 if layer == "conv2d" else 0.5
+    name = f"{layer}-{schedule}-{model}-{seed}-{'-'.join(map(str, layer_options.values()))}"
+    folder = results / "runs" / name
+    folder.mkdir(parents=True)
+    config = {
+        "dataset": {"name": "cifar10"},
+        "model": {"name": model, "shortcut": "A", "dense_stem": True},
+        "layer": {"name": layer, **layer_options},
+        "train": {"name": schedule, "epochs": 3, "batch_size": 128, "schedule": "onecycle"},
+        "seed": seed,
+    }
+    summary = {
+        "id": name,
+        "status": status,
+        "test_top1": top1,
+        "images_per_second": 100.0,
+        "dense": DENSE,
+        **{key: int(value * share) for key, value in DENSE.items()},
+        "device": "cpu",
+        "machine": "test machine",
+        "git_commit": "0123456789abcdef",
+        "git_dirty": False,
+        "epochs": 3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_seeds_are_one_row_with_mean_sd_and_ratios(tmp_path):
+    for seed, top1 in enumerate((90.0, 91.0, 92.0)):
+        add(tmp_path, "conv2d", seed, top1)
+    add(tmp_path, "decef", 0, 90.5, rank=4)
+    frame = summarize(load_records(tmp_path))
+    dense, decef = frame.to_dict("records")
+    assert (dense["layer"], dense["setting"], dense["n"]) == ("conv2d", "dense", 3)
+    assert dense["top1"] == pytest.approx(91)
+    assert dense["top1_sd"] == pytest.approx(1)
+    assert dense["published_top1"] == 91.73
+    assert (decef["setting"], decef["n"], decef["params_ratio"], decef["flops_ratio"]) == ("rank 4", 1, 0.5, 0.5)
+    assert pd.isna(decef["top1_sd"])
+    assert decef["top1_minus_conv2d"] == pytest.approx(-0.5)
+    assert decef["flops"] == 2 * decef["macs"]
+    assert pd.isna(decef["published_top1"])
+
+
+def test_schedules_are_never_in_one_table(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    add(tmp_path, "conv2d", 0, 93.0, schedule="paper")
+    add(tmp_path, "decef", 0, 92.5, schedule="paper", flops=0.667)
+    paths = write_tables(load_records(tmp_path), tmp_path / "tables")
+    assert [p.name for p in paths] == ["cifar10-paper.md", "cifar10-quick.md"]
+    quick = (tmp_path / "tables" / "cifar10-quick.md").read_text()
+    assert "schedule `quick`" in quick
+    assert "90.00" in quick
+    assert "93.00" not in quick
+    assert len(pd.read_csv(tmp_path / "tables" / "cifar10-paper.csv")) == 2
+
+
+def test_one_schedule_with_other_settings_is_another_table(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    folder = add(tmp_path, "conv2d", 1, 80.0)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["train"]["epochs"] = 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    tables = write_tables(load_records(tmp_path), tmp_path / "tables")
+    assert len(tables) == 2
+    assert all(len(pd.read_csv(t.with_suffix(".csv"))) == 1 for t in tables)
+
+
+def test_unfinished_and_unreadable_runs_are_left_out_and_named(tmp_path, caplog):
+    add(tmp_path, "conv2d", 0, 90.0)
+    add(tmp_path, "decef", 0, None, status="running", rank=2)
+    (add(tmp_path, "cpac", 0, 90.0, rank=2) / "summary.json").write_text('{"id": ')
+    with caplog.at_level("INFO"):
+        records = load_records(tmp_path)
+    assert [r.config["layer"]["name"] for r in records] == ["conv2d"]
+    assert "decef-quick-resnet20-0-2 is running" in caplog.text
+    assert "cpac-quick-resnet20-0-2 cannot be read" in caplog.text
+
+
+def test_rebuilding_gives_identical_files_and_drops_stale_ones(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    add(tmp_path, "rank1", 0, 88.0, flops=0.667)
+    tables = tmp_path / "tables"
+    write_tables(load_records(tmp_path), tables)
+    before = {p.name: p.read_bytes() for p in tables.iterdir()}
+    (tables / "cifar10-old.md").write_text("stale")
+    write_tables(load_records(tmp_path), tables)
+    assert {p.name: p.read_bytes() for p in tables.iterdir()} == before

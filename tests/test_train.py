@@ -1,0 +1,203 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from decef.convert import convert, plan
+from decef.data import DATASETS, Images
+from decef.layers import LAYERS
+from decef.models import CifarResNet
+from decef.train import TrainConfig, evaluate, fit, lr_at, make_optimizer
+
+CONFIG = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
+DIGITS = DATASETS["digits"]
+
+
+class Memory:
+    """A state that remembers, and can stop the training after some epoch as a kill would."""
+
+    def __init__(self, stop_after=None):
+        self.saved, self.stop_after = None, stop_after
+
+    def load(self):
+        return self.saved
+
+    def save(self, state):
+        self.saved = {
+            "epoch": state["epoch"],
+            "model": {k: v.clone() for k, v in state["model"].items()},
+            "optimizer": torch.utils._pytree.tree_map(
+                lambda v: v.clone() if isinstance(v, torch.Tensor) else v, state["optimizer"]
+            ),
+        }
+        if state["epoch"] == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def network(layer="conv2d", seed=0, **options):
+    torch.manual_seed(seed)
+    model = CifarResNet(8, in_channels=1)
+    rank = 12 if layer == "basisconv" else 4
+    return convert(model, plan(model, layer, rank=rank, exclude="conv1", **options), from_scratch=True)
+
+
+def train(model, config=CONFIG, state=None, seed=0, size=512):
+    images, test = DIGITS.load(None)
+    metrics = []
+    fit(
+        model,
+        images.subset(slice(0, size)),
+        test,
+        config,
+        mean=torch.tensor(DIGITS.mean, dtype=model.linear.weight.dtype),
+        std=torch.tensor(DIGITS.std, dtype=model.linear.weight.dtype),
+        crop_padding=1,
+        flip=False,
+        seed=seed,
+        state=state or Memory(),
+        on_epoch=metrics.append,
+    )
+    return metrics
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_layer_type_learns_the_digits(layer):
+    model = network(layer)
+    frozen = {k: p.clone() for k, p in model.named_parameters() if not p.requires_grad}
+    assert bool(frozen) == (layer == "basisconv")
+    metrics = train(model, dataclasses.replace(CONFIG, epochs=8), size=1437)
+    assert [m["epoch"] for m in metrics] == list(range(1, 9))
+    assert metrics[-1]["test_top1"] > 85
+    assert metrics[-1]["train_loss"] < 0.5 * metrics[0]["train_loss"]
+    for name, value in frozen.items():
+        assert torch.equal(value, model.get_parameter(name))
+
+
+def test_both_implementations_train_alike():
+    config = dataclasses.replace(CONFIG, epochs=1)
+    runs = [train(network("decef", implementation=i).double(), config) for i in ("factorized", "reconstructed")]
+    assert runs[0][-1]["train_loss"] == pytest.approx(runs[1][-1]["train_loss"], rel=1e-5)
+
+
+def test_a_seed_repeats_bit_for_bit_and_another_does_not():
+    models = [network(seed=s) for s in (0, 0, 1)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        train(model, dataclasses.replace(CONFIG, epochs=1), seed=seed)
+    first, second, other = [torch.cat([p.flatten() for p in m.parameters()]) for m in models]
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one():
+    whole, state = network("decef"), Memory(stop_after=2)
+    expected = train(whole)
+    with pytest.raises(KeyboardInterrupt):
+        train(network("decef"), state=state)
+    state.stop_after = None
+    resumed = network("decef", seed=99)  # what it starts with must not matter
+    metrics = train(resumed, state=state)
+    assert [m["epoch"] for m in metrics] == [3, 4]
+    assert metrics[-1]["test_loss"] == expected[-1]["test_loss"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_a_diverging_run_says_so():
+    with pytest.raises(FloatingPointError, match=r"epoch 1 .*smaller train\.lr"):
+        train(network(), dataclasses.replace(CONFIG, lr=1e20))
+
+
+def test_validation_images_are_not_trained_on():
+    images, test = DIGITS.load(None)
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 10)
+
+        def forward(self, x):
+            if self.training:
+                seen.append(x.detach().flatten(1))
+            return self.linear(x.flatten(1))
+
+    metrics = []
+    config = dataclasses.replace(CONFIG, epochs=2, validation=0.25, batch_size=1)
+    numbered = Images(torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 1, 8, 8), images.labels[:80])
+    fit(
+        Spy(), numbered, test, config, mean=torch.zeros(1), std=torch.ones(1) / 255, crop_padding=0, flip=False,
+        seed=0, state=Memory(), on_epoch=metrics.append,
+    )  # fmt: skip
+    assert len({int(x[0, 0]) for x in seen}) == 60
+    assert 0 <= metrics[-1]["val_top1"] <= 100
+    assert metrics[-1]["val_loss"] > 0
+
+
+def test_evaluate_against_a_hand_count():
+    model = network().eval()
+    _, test = DIGITS.load(None)
+    mean, std = torch.tensor(DIGITS.mean), torch.tensor(DIGITS.std)
+    logits = model((test.images / 255 - mean) / std)
+    loss, top1 = evaluate(model, test, mean=mean, std=std)
+    assert top1 == pytest.approx(100 * (logits.argmax(1) == test.labels).double().mean().item())
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, test.labels).item(), rel=1e-4)
+
+
+def test_learning_rates():
+    onecycle = dataclasses.replace(CONFIG, lr=1.0, warmup=0.2)
+    assert [lr_at(onecycle, d) for d in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    cosine = dataclasses.replace(onecycle, schedule="cosine", warmup=0.0)
+    assert [lr_at(cosine, d) for d in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert lr_at(cosine, 0.25) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    step = dataclasses.replace(onecycle, schedule="step", milestones=(0.5, 0.75), gamma=0.1)
+    assert [lr_at(step, d) for d in (0, 0.49, 0.5, 0.8)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+def test_images_are_smaller_where_the_schedule_says_so():
+    sizes = []
+    model = network()
+    model.conv1.register_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].shape[2]) if module.training else None
+    )
+    train(model, dataclasses.replace(CONFIG, scales=((0.5, 0.5), (0.75, 0.75))), size=64)
+    assert sizes == [4, 4, 6, 8]
+
+
+def test_orthogonality_holds_the_filters_and_takes_their_weight_decay():
+    config = dataclasses.replace(CONFIG, orthogonality=0.1, weight_decay=0.01)
+    model = network("decef")
+    groups = make_optimizer(model, config).param_groups
+    free = list(groups[1]["params"])
+    assert [g["weight_decay"] for g in groups] == [0.01, 0.0]
+    assert len(free) == sum(1 for name, _ in model.named_parameters() if name.endswith("eigenfilters"))
+
+    def drift(orthogonality):
+        model = network("decef")
+        train(model, dataclasses.replace(config, orthogonality=orthogonality), size=256)
+        return sum(m.orthogonality().item() for m in model.modules() if hasattr(m, "orthogonality"))
+
+    assert drift(0.1) < 0.2 * drift(0.0)
+
+
+def test_bf16_trains_too():
+    metrics = train(network("rank1"), dataclasses.replace(CONFIG, precision="bf16", epochs=1), size=128)
+    assert math.isfinite(metrics[0]["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "train.epochs=0 must be at least 1"),
+        ({"epochs": "ten"}, "train.epochs='ten' must be a whole number"),
+        ({"lr": 0}, "train.lr=0 must be above 0"),
+        ({"lr": "fast"}, "train.lr='fast' must be a number"),
+        ({"schedule": "cyclic"}, "train.schedule='cyclic' must be one of onecycle, cosine, step"),
+        ({"momentum": 0.0}, "train.nesterov=True must be false when momentum is 0"),
+        ({"scales": ((0.5, 2),)}, "train.scales"),
+        ({"validation": 1.0}, "train.validation=1.0"),
+    ],
+)
+def test_settings_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
