@@ -78,17 +78,23 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
         num_classes=dataset.num_classes,
         in_channels=dataset.input_size[0],
         shortcut=settings["shortcut"],
+        conv_classifier=settings["factorize_classifier"],
     )
     name, rank, flops = layer.pop("name"), layer.pop("rank", None), layer.pop("flops", None)
     the_plan = plan(
         dense,
         name,
         rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0),
-        exclude="conv1" if settings["dense_stem"] else None,
-        min_kernel_size=2,
+        exclude=[
+            *(["conv1"] if settings["dense_stem"] else []),
+            *(["*.shortcut.0"] if settings["shortcut"] == "B" else []),
+        ],
         input_size=dataset.input_size,
         **layer,
     )
+    if settings["factorize_classifier"] and name != "conv2d" and "linear" not in the_plan.ranks:
+        reason = next(row.reason for row in the_plan.rows if row.name == "linear")
+        raise ValueError(f"model.factorize_classifier=true is not possible with layer={name}: {reason}")
     return convert(dense, the_plan, from_scratch=True), the_plan, total_cost(dense, dataset.input_size)
 
 

@@ -14,7 +14,7 @@ from decef.tracking import Tracker, resolve_mode
 
 CONFIG = {
     "dataset": {"name": "digits", "root": None, "train_size": 256, "crop_padding": 1, "flip": False},
-    "model": {"name": "resnet20", "shortcut": "A", "dense_stem": True},
+    "model": {"name": "resnet20", "shortcut": "A", "dense_stem": True, "factorize_classifier": False},
     "layer": {"name": "decef", "rank": 2, "flops": None, "implementation": "reconstructed"},
     "train": {"name": "smoke", "epochs": 2, "batch_size": 64, "lr": 0.1, "scales": [[0.5, 0.5]], "orthogonality": 0.0},
     "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None},
@@ -166,6 +166,7 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
         ({"layer__name": "decaf"}, "unknown layer type 'decaf'"),
         ({"model__name": "resnet21"}, "unknown model"),
         ({"model__shortcut": "C"}, "shortcut='C'"),
+        ({"model__factorize_classifier": True}, "not possible with layer=decef: a 1x1 kernel"),
         ({"seed": -1}, "seed=-1"),
         ({"device": "gpu"}, "device='gpu' is no device"),
         ({"wandb__mode": "on"}, "wandb.mode='on'"),
@@ -208,3 +209,22 @@ except ValueError as error: print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "wandb is not installed" in out.stdout
+
+
+def test_stem_and_classifier_are_factorised_when_asked():
+    from decef.data import DATASETS
+    from decef.run import build
+
+    layer = {"name": "cpac", "rank": 5, "flops": None}
+    for stem, classifier in ((True, False), (False, True)):
+        for shortcut in "AB":
+            settings = {
+                "name": "resnet20",
+                "shortcut": shortcut,
+                "dense_stem": stem,
+                "factorize_classifier": classifier,
+            }
+            model, plan, _ = build({"model": settings, "layer": layer}, DATASETS["digits"])
+            assert ("conv1" in plan.ranks, "linear" in plan.ranks) == (not stem, classifier)
+            assert len(plan.ranks) == 18 + (not stem) + classifier
+            assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

@@ -54,6 +54,7 @@ class CifarResNet(nn.Module):
         in_channels: channels of the image.
         shortcut: "A" or "B", see `BasicBlock`.
         conv: makes the 3x3 convolutions of the blocks; takes `torch.nn.Conv2d`'s arguments.
+        conv_classifier: make the classifier a 1x1 convolution, the same function, so that it can be factorised.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 4.
     """
@@ -65,6 +66,7 @@ class CifarResNet(nn.Module):
         in_channels: int = 3,
         shortcut: str = "A",
         conv: ConvFactory = nn.Conv2d,
+        conv_classifier: bool = False,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -82,7 +84,7 @@ class CifarResNet(nn.Module):
         self.layer1 = stage(16, 16, 1)
         self.layer2 = stage(16, 32, 2)
         self.layer3 = stage(32, 64, 2)
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = nn.Conv2d(64, num_classes, 1) if conv_classifier else nn.Linear(64, num_classes)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,4 +98,5 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.mean(x, dim=(2, 3)))
+        x = torch.mean(x, dim=(2, 3), keepdim=not isinstance(self.linear, nn.Linear))
+        return self.linear(x).flatten(1)
