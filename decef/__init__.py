@@ -1,10 +1,13 @@
 """Low-rank convolution layers: DeCEF, BasisConv, CPAC and rank-1, against the plain Conv2d."""
 
+from decef.atcd import ATCD
 from decef.convert import Plan, convert, fold, plan
 from decef.cost import cost
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
+from decef.ranks import effective_rank
 
 __all__ = [
+    "ATCD",
     "LAYERS",
     "BasisConv2d",
     "CPACConv2d",
@@ -13,6 +16,7 @@ __all__ = [
     "Rank1Conv2d",
     "convert",
     "cost",
+    "effective_rank",
     "fold",
     "plan",
 ]

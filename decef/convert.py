@@ -14,7 +14,7 @@ from torch import nn
 
 from decef.cost import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
-from decef.ranks import Candidate, Rule, Totals, as_rule
+from decef.ranks import Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,9 @@ def plan(
 ) -> Plan:
     """Say what converting `model` would do; nothing is changed.
 
+    A rule that weighs costs (Energy, EffectiveRank, Budget) leaves a layer dense where its rank would cost as much as
+    the dense layer; a rank that is given directly is taken as it is.
+
     Args:
         model: any network.
         layer: a layer type, a key of `decef.layers.LAYERS`; with "conv2d" every convolution is kept.
@@ -121,6 +124,8 @@ def plan(
     candidates: list[Candidate] = []
     costs: dict[str, tuple[int, int]] = {}
     cached: dict[tuple[Any, ...], int] = {}
+    rule = as_rule(rank)
+    given = isinstance(rule, (Fixed, Share, PerLayer))
 
     def macs_of(module: nn.Module, name: str) -> int:
         total = 0
@@ -146,41 +151,48 @@ def plan(
         assert isinstance(module, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
         unit = layer_class.like(_shell(module), 1, **options)
-        candidates.append(
-            Candidate(
-                name=name,
-                layer=layer_class,
-                max_rank=unit.max_rank,
-                params=costs[name][0],
-                params_per_rank=sum(p.numel() for p in unit.factors().values()),
-                macs=costs[name][1],
-                macs_per_rank=macs_of(unit, name),
-            )
+        candidate = Candidate(
+            name=name,
+            layer=layer_class,
+            weight=module.weight.detach(),
+            groups=module.groups,
+            max_rank=unit.max_rank,
+            params=costs[name][0],
+            params_per_rank=sum(p.numel() for p in unit.factors().values()),
+            macs=costs[name][1],
+            macs_per_rank=macs_of(unit, name),
         )
+        if not given and _saves_nothing(candidate, 1):
+            reasons[name] = "costs no less at rank 1 than dense"
+        else:
+            candidates.append(candidate)
 
     totals = Totals(
         params=sum(p.numel() for p in model.parameters()),
         macs=total_cost(model, input_size)["macs"] if input_size is not None else 0,
     )
-    ranks = as_rule(rank)(candidates, totals) if candidates else {}
+    ranks = rule(candidates, totals) if candidates or isinstance(rule, PerLayer) else {}
     by_name = {c.name: c for c in candidates}
+    for name, candidate in list(by_name.items()):
+        if not given and _saves_nothing(candidate, ranks[name]):
+            reasons[name] = f"rank {ranks[name]} would cost no less than dense"
+            del by_name[name], ranks[name]
     rows = []
     for name in convolutions:
         params, macs = costs[name]
-        candidate = by_name.get(name)
-        new_rank = ranks.get(name)
+        row_candidate, new_rank = by_name.get(name), ranks.get(name)
         rows.append(
             PlanRow(
                 name=name,
-                action="keep" if candidate is None else "convert",
+                action="keep" if row_candidate is None else "convert",
                 reason=reasons.get(name, ""),
                 rank=new_rank,
-                max_rank=candidate.max_rank if candidate else None,
+                max_rank=row_candidate.max_rank if row_candidate else None,
                 error=None,
                 params_before=params,
-                params_after=new_rank * candidate.params_per_rank if candidate and new_rank else params,
+                params_after=new_rank * row_candidate.params_per_rank if row_candidate and new_rank else params,
                 macs_before=macs if name in shapes else None,
-                macs_after=(new_rank * candidate.macs_per_rank if candidate and new_rank else macs)
+                macs_after=(new_rank * row_candidate.macs_per_rank if row_candidate and new_rank else macs)
                 if name in shapes
                 else None,
             )
@@ -262,6 +274,13 @@ def _reason_to_keep(
     except ValueError as error:
         return str(error)
     return None
+
+
+def _saves_nothing(candidate: Candidate, rank: int) -> bool:
+    """Whether the factorised layer costs at least what the dense one does, in MACs where they are known."""
+    if candidate.macs:
+        return rank * candidate.macs_per_rank >= candidate.macs
+    return rank * candidate.params_per_rank >= candidate.params
 
 
 def _shell(conv: nn.Conv2d) -> nn.Conv2d:

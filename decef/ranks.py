@@ -1,13 +1,73 @@
-"""Rules that give every layer its rank."""
+"""Effective ranks of kernels, and the rules that give every layer its rank."""
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from decef.layers import FactorizedConv2d
+import torch
+from torch import Tensor
+
+from decef.layers import DeCEFConv2d, FactorizedConv2d
+from decef.layers.decef import stack_filters
+
+#: Definitions of `effective_rank` and the threshold that each uses when none is given.
+DEFINITIONS = {"threshold": 0.3, "energy": 0.9, "entropy": None, "stable": None}
+
+
+def effective_rank(
+    weight: Tensor, threshold: float | None = None, *, definition: str = "threshold", groups: int = 1
+) -> Tensor:
+    """Effective rank of the filters that act on each input channel.
+
+    Of the `(kh kw, out / groups)` matrix of a channel's vectorised filters, with singular values s_1 >= s_2 >= ...:
+
+    - "threshold": how many s_i are at least `threshold * s_1`. The DeCEF paper counts singular values per input
+      channel; its exact definition and threshold are not known to us, this is our reading, and 0.3 our default.
+    - "energy": the fewest s_i whose squares hold a share `threshold` of all squares (default 0.9).
+    - "entropy": exp of the entropy of s_i / sum s (Roy, Vetterli 2007).
+    - "stable": sum of all s_i^2 over s_1^2.
+
+    All depend on the matrix's shape: compare with the same kernel at random initialisation.
+
+    Args:
+        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
+        threshold: for the first two definitions, in (0, 1].
+        definition: one of the four.
+        groups: of the convolution.
+
+    Returns:
+        `(in_channels,)` in float64; 0 for a channel whose filters are all zero.
+
+    Raises:
+        ValueError: an unknown definition, or a threshold that is no share or that the definition doesn't take.
+    """
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition={definition!r} is not one of {', '.join(DEFINITIONS)}")
+    default = DEFINITIONS[definition]
+    if threshold is not None and default is None:
+        raise ValueError(f"definition={definition!r} has no threshold")
+    threshold = default if threshold is None else threshold
+    if threshold is not None:
+        _check_share("threshold", threshold)
+    s = torch.linalg.svdvals(stack_filters(weight, groups))
+    largest, total = s[:, :1], s.sum(1, keepdim=True)
+    if definition == "threshold":
+        rank = ((s >= threshold * largest) & (s > 0)).sum(1).to(s.dtype)
+    elif definition == "energy":
+        assert threshold is not None
+        energy = s.square().cumsum(1)
+        # The tolerance keeps a share of 1 from counting values that are zero but for rounding.
+        rank = (energy < (threshold - 1e-12) * energy[:, -1:]).sum(1) + 1.0
+    elif definition == "entropy":
+        p = s / total
+        rank = torch.exp(-torch.special.xlogy(p, p).sum(1))
+    else:
+        rank = s.square().sum(1) / largest.squeeze(1).square()
+    return torch.where(largest.squeeze(1) > 0, rank, 0.0)
 
 
 @dataclass(frozen=True)
@@ -21,11 +81,19 @@ class Candidate:
 
     name: str
     layer: type[FactorizedConv2d]
+    weight: Tensor
+    groups: int
     max_rank: int
     params: int
     params_per_rank: int
     macs: int
     macs_per_rank: int
+
+    def kept_energy(self) -> Tensor:
+        """Share of the kernel's squared norm that each rank adds, `(max_rank,)`, falling; see `spectrum`."""
+        spectrum = self.layer.spectrum(self.weight, groups=self.groups)
+        total = spectrum.sum()
+        return spectrum / total if total > 0 else torch.zeros_like(spectrum)
 
 
 @dataclass(frozen=True)
@@ -71,6 +139,49 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """The smallest ranks that keep this share of every kernel's squared norm (BasisConv's rule, Tayyab 2021).
+
+    For CPAC and rank-1 the share is of an upper bound, see `FactorizedConv2d.spectrum`: they keep less.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        _check_share("share", self.share)
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        # As in `effective_rank`, a share of 1 doesn't count what is zero but for rounding.
+        below = {c.name: int((c.kept_energy().cumsum(0) < self.share - 1e-12).sum()) for c in candidates}
+        return {c.name: min(below[c.name] + 1, c.max_rank) for c in candidates}
+
+
+@dataclass(frozen=True)
+class EffectiveRank:
+    """The DeCEF paper's analysis as a rule: each layer's mean effective rank over input channels, rounded up.
+
+    For the other layer types, which have no subspace per channel, it counts the singular values of their `spectrum`
+    that are at least `threshold` times the largest.
+    """
+
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_share("threshold", self.threshold)
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        ranks = {}
+        for c in candidates:
+            if c.layer is DeCEFConv2d:
+                mean = effective_rank(c.weight, self.threshold, groups=c.groups).mean().item()
+            else:
+                values = c.kept_energy().sqrt()
+                mean = (values >= self.threshold * values[0]).sum().item()
+            ranks[c.name] = min(max(1, math.ceil(mean)), c.max_rank)
+        return ranks
+
+
+@dataclass(frozen=True)
 class PerLayer:
     """Ranks by layer name; a layer that is not named is an error, and so is a name that is no layer."""
 
@@ -90,16 +201,20 @@ class PerLayer:
 class Budget:
     """The largest ranks with which the whole network stays within a share of its dense cost.
 
-    Every layer gets the same share of its own dense cost, as high as the budget allows; what the rounding to whole
-    ranks leaves over goes to the layers in their order, one rank at a time. Give one of the two.
+    A rank goes where it keeps most of a kernel's squared norm (as a share of that kernel's) for its cost, until
+    nothing fits any more; every layer has at least rank 1. Before training, when spectra say nothing, `uniform` gives
+    every layer the same share of its own dense cost, as high as the budget allows; what rounding to whole ranks leaves
+    over goes to the layers in their order, one rank at a time. Give one of `flops` and `params`.
 
     Args:
         flops: share of the dense network's FLOPs (the same share of its MACs), in (0, 1].
         params: share of its parameters, in (0, 1].
+        uniform: spread the budget evenly instead of by spectra.
     """
 
     flops: float | None = None
     params: float | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if (self.flops is None) == (self.params is None):
@@ -132,31 +247,64 @@ class Budget:
                 f"a budget of {self.share:g} of the dense network's {what} can't be met: with rank 1 in every layer "
                 f"it has {smallest / total:.3f} of them"
             )
+        spread = _spread_evenly if self.uniform else _spread_by_energy
+        return spread(candidates, dense, per_rank, limit - kept)
 
-        def ranks_at(share: float) -> dict[str, int]:
-            return {
-                c.name: min(max(1, math.floor(share * dense[c.name] / per_rank[c.name])), c.max_rank)
-                for c in candidates
-            }
 
-        def used(ranks: dict[str, int]) -> int:
-            return kept + sum(rank * per_rank[name] for name, rank in ranks.items())
+def _spread_by_energy(
+    candidates: Sequence[Candidate], dense: dict[str, int], per_rank: dict[str, int], limit: float
+) -> dict[str, int]:
+    """Ranks of a total cost of at most `limit`: each next rank is the one that keeps most energy per cost."""
+    ranks = {c.name: 1 for c in candidates}
+    left = limit - sum(per_rank.values())
+    energies = {c.name: c.kept_energy().tolist() for c in candidates}
+    # Beyond its dense cost a layer is better left dense, so no rank goes there.
+    most = {c.name: max(1, min(c.max_rank, dense[c.name] // per_rank[c.name])) for c in candidates}
 
-        low, high = 0.0, max((c.max_rank * per_rank[c.name] / dense[c.name] for c in candidates), default=0.0)
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if used(ranks_at(middle)) <= limit else (low, middle)
-        ranks = ranks_at(low)
-        left = limit - used(ranks)
-        grown = True
-        while grown:
-            grown = False
-            for c in candidates:
-                if ranks[c.name] < c.max_rank and per_rank[c.name] <= left:
-                    ranks[c.name] += 1
-                    left -= per_rank[c.name]
-                    grown = True
-        return ranks
+    def entry(position: int, name: str) -> tuple[float, int, str]:
+        return (-energies[name][ranks[name]] / per_rank[name], position, name)
+
+    names = [c.name for c in candidates]
+    heap = [entry(i, name) for i, name in enumerate(names) if ranks[name] < most[name]]
+    heapq.heapify(heap)
+    while heap:
+        _, position, name = heapq.heappop(heap)
+        if per_rank[name] > left:
+            continue
+        ranks[name] += 1
+        left -= per_rank[name]
+        if ranks[name] < most[name]:
+            heapq.heappush(heap, entry(position, name))
+    return ranks
+
+
+def _spread_evenly(
+    candidates: Sequence[Candidate], dense: dict[str, int], per_rank: dict[str, int], limit: float
+) -> dict[str, int]:
+    """Ranks of a total cost of at most `limit`: every layer at the same share of its dense cost."""
+
+    def ranks_at(share: float) -> dict[str, int]:
+        fitting = {c.name: math.floor(share * dense[c.name] / per_rank[c.name]) for c in candidates}
+        return {c.name: min(max(1, fitting[c.name]), c.max_rank) for c in candidates}
+
+    def used(ranks: dict[str, int]) -> int:
+        return sum(rank * per_rank[name] for name, rank in ranks.items())
+
+    low, high = 0.0, max((c.max_rank * per_rank[c.name] / dense[c.name] for c in candidates), default=0.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if used(ranks_at(middle)) <= limit else (low, middle)
+    ranks = ranks_at(low)
+    left = limit - used(ranks)
+    grown = True
+    while grown:
+        grown = False
+        for c in candidates:
+            if ranks[c.name] < c.max_rank and per_rank[c.name] <= left:
+                ranks[c.name] += 1
+                left -= per_rank[c.name]
+                grown = True
+    return ranks
 
 
 def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:

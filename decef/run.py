@@ -84,7 +84,7 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
     the_plan = plan(
         dense,
         name,
-        rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0),
+        rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0, uniform=True),
         exclude=[
             *(["conv1"] if settings["dense_stem"] else []),
             *(["*.shortcut.0"] if settings["shortcut"] == "B" else []),

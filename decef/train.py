@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from decef.atcd import ATCD
 from decef.data import Images, augmented_batches, normalize
 from decef.layers import BasisConv2d, DeCEFConv2d
 
@@ -66,6 +67,7 @@ class TrainConfig:
     gamma: float = 0.1
     scales: tuple[tuple[float, float], ...] = ()
     orthogonality: float = 0.0
+    atcd: int | str | None = None
     validation: float = 0.0
     precision: str = "auto"
     channels_last: bool = True
@@ -105,6 +107,12 @@ class TrainConfig:
                 "pairs [share of the training, scale of the images]",
             ),
             (self.orthogonality >= 0, "train.orthogonality", "at least 0"),
+            (
+                self.atcd in (None, "epoch")
+                or (isinstance(self.atcd, int) and not isinstance(self.atcd, bool) and self.atcd >= 1),
+                "train.atcd",
+                "null, 'epoch' or a number of steps",
+            ),
             (0 <= self.validation < 1, "train.validation", "a share of the training images, in [0, 1)"),
             (self.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
         ]
@@ -152,13 +160,17 @@ def fit(
     steps = len(train) // batch_size
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model, config)
-    first = 0
-    if (saved := state.load()) is not None:
+    saved, first = state.load(), 0
+    if saved is not None:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
         first = saved["epoch"]
-    forward: Callable[[Tensor], Tensor] = torch.compile(model) if config.compile else model
+    # With ATCD the dense twin is trained; at the end of an epoch it is the same function as `model`.
+    atcd = ATCD(model, config.atcd) if config.atcd is not None else None
+    trained = model if atcd is None else atcd.dense
+    optimizer = make_optimizer(trained, config)
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    forward: Callable[[Tensor], Tensor] = torch.compile(trained) if config.compile else trained
     autocast = autocast_for(device, config.precision)
 
     with tqdm(
@@ -167,7 +179,7 @@ def fit(
         for epoch in range(first, config.epochs):
             started = time.perf_counter()
             generator = seed_epoch(seed, epoch)
-            model.train()
+            trained.train()
             scale = _scale_at(config, epoch)
             loss_sum = torch.zeros((), device=device)
             correct = torch.zeros((), device=device, dtype=torch.long)
@@ -181,10 +193,12 @@ def fit(
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                 total = loss
                 if config.orthogonality:
-                    total = loss + config.orthogonality * orthogonality(model)
+                    total = loss + config.orthogonality * orthogonality(trained)
                 optimizer.zero_grad()
                 total.backward()
                 optimizer.step()
+                if atcd is not None:
+                    atcd.after_step()
                 loss_sum += loss.detach()
                 correct += (logits.argmax(1) == labels).sum()
                 bar.update()
@@ -195,6 +209,8 @@ def fit(
                     f"the loss is {train_loss} in epoch {epoch + 1} (learning rate up to {config.lr:g}): try a "
                     "smaller train.lr, a longer train.warmup or train.precision=fp32"
                 )
+            if atcd is not None:
+                atcd.after_epoch()
             measure = partial(
                 evaluate, model, mean=mean, std=std, channels_last=config.channels_last, autocast=autocast
             )

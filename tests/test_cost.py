@@ -216,7 +216,9 @@ def candidates_of(seed):
         max_rank = rng.randint(1, 30)
         shares = (math.ceil(cost * rng.uniform(1, 2) / max_rank) for cost in (params, macs))
         params_per_rank, macs_per_rank = shares
-        candidates.append(Candidate(f"c{i}", DeCEFConv2d, max_rank, params, params_per_rank, macs, macs_per_rank))
+        candidates.append(
+            Candidate(f"c{i}", DeCEFConv2d, torch.empty(0), 1, max_rank, params, params_per_rank, macs, macs_per_rank)
+        )
     kept = rng.randint(0, 500)
     return candidates, Totals(kept + sum(c.params for c in candidates), kept + sum(c.macs for c in candidates))
 
@@ -264,7 +266,7 @@ def test_network_meets_its_budget(layer, what):
 
 
 def test_budget_of_equal_layers_is_shared_evenly():
-    candidates = [Candidate(f"c{i}", DeCEFConv2d, 9, 900, 100, 0, 0) for i in range(3)]
+    candidates = [Candidate(f"c{i}", DeCEFConv2d, torch.empty(0), 1, 9, 900, 100, 0, 0) for i in range(3)]
     assert Budget(params=0.5)(candidates, Totals(2700, 0)) == {"c0": 5, "c1": 4, "c2": 4}
 
 

@@ -134,11 +134,31 @@ def test_implementation_says_what_runs(cls, monkeypatch):
 
     assert runs("factorized") == ["chain"]
     assert runs("reconstructed") == ["compose"]
-    share = sum(f.numel() for f in layer.factors().values()) / math.prod(layer.weight_shape)
-    monkeypatch.setattr(cls, "chain_pays_below", share * 1.01)
-    assert runs("auto") == ["chain"]
-    monkeypatch.setattr(cls, "chain_pays_below", share * 0.99)
+    for seconds, expected in (
+        ({"factorized": 1, "reconstructed": 2}, "chain"),
+        ({"factorized": 2, "reconstructed": 1}, "compose"),
+    ):
+        monkeypatch.setattr("decef.layers.factorized._CHAIN_IS_FASTER", {})
+        monkeypatch.setattr(cls, "_time", lambda self, name, x, trains, seconds=seconds: seconds[name])
+        assert runs("auto") == [expected]
+    monkeypatch.setattr(cls, "_time", lambda *args: pytest.fail("measured again"))
     assert runs("auto") == ["compose"]
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
+    remembered = {}
+    monkeypatch.setattr("decef.layers.factorized._CHAIN_IS_FASTER", remembered)
+    layer = make(cls, padding=1, padding_mode="reflect")
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    calls, gradients = [], []
+    for shape in ((2, 4, 6, 6), (2, 4, 6, 6), (1, 4, 6, 6)):
+        x = torch.randn(shape, dtype=F64, requires_grad=True)
+        assert_close(layer(x), layer.to_conv2d()(x))
+        layer(x).sum().backward()
+        gradients.append(x.grad)
+    assert len(remembered) == 2
+    assert len(calls) == 6  # measuring runs no hooks
 
 
 @pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])

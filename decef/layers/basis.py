@@ -60,7 +60,12 @@ class BasisConv2d(FactorizedConv2d):
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
-    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+        rows = weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, -1)
+        return torch.linalg.svdvals(rows).square().sum(0)
+
+    def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)  # (g, out/g, in/g kh kw)
         u, s, vh = torch.linalg.svd(rows, full_matrices=False)
         coefficients = (u * s.unsqueeze(-2))[..., : self.rank]

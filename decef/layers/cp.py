@@ -8,12 +8,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-SWEEPS = 100
+SWEEPS, WARM_SWEEPS = 100, 5
 TOLERANCE = 1e-7  # a sweep that lowers the mean squared error by less than this share of the norm is the last
 PROXIMAL = 1e-8  # weight of staying near the last factors; keeps every step solvable and the error from rising
 
 
-def cp_als(tensors: Tensor, rank: int) -> list[Tensor]:
+def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> list[Tensor]:
     """Factors `A_k` of shape `(batch, d_k, rank)` with `tensors[b] ~ sum_r A_1[b, :, r] o ... o A_K[b, :, r]`.
 
     Starts from the leading singular vectors of every unfolding (HOSVD) and never gets worse from there, so that at
@@ -23,14 +23,15 @@ def cp_als(tensors: Tensor, rank: int) -> list[Tensor]:
     Args:
         tensors: `(batch, d_1, ..., d_K)`, K >= 2, in float64.
         rank: number of components, at least 1.
+        start: factors to start from instead, near the solution: few sweeps are made.
     """
     dims = tensors.shape[1:]
     if rank >= math.prod(dims) // max(dims):
         return _exact(tensors, rank)
-    factors = _hosvd_start(tensors, rank)
+    factors = _hosvd_start(tensors, rank) if start is None else list(start)
     total = tensors.square().sum().clamp_min(torch.finfo(tensors.dtype).tiny)
     last = torch.inf
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS if start is None else WARM_SWEEPS):
         for mode in range(len(dims)):
             factors[mode] = _least_squares(tensors, factors, mode)
             if mode:  # the scale is the first factor's, so that no component can grow while another shrinks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,9 +69,27 @@ class CPACConv2d(FactorizedConv2d):
         x = F.conv2d(x, horizontal, None, (1, sw), (0, padding[1]), (1, dw), groups=components)
         return F.conv2d(x, self.filters[:, :, None, None], self.bias, groups=self.groups)
 
-    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+        # A CP component has rank 1 in every unfolding; this one, (out kh) x (in kw), has the most singular values.
+        out, per_group, kh, kw = weight.shape
+        unfolded = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh, kw)
+        unfolded = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
+        values = torch.linalg.svdvals(unfolded).square().sum(0)
+        return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
+
+    def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         g, (out, per_group, kh, kw) = self.groups, self.weight_shape
-        filters, channels, vertical, horizontal = cp_als(weight.reshape(g, out // g, per_group, kh, kw), self.rank)
+        start = None
+        if warm_start:
+            start = [self.filters.reshape(g, out // g, self.rank).to(weight)]
+            start += [
+                factor.to(weight).reshape(g, self.rank, -1).transpose(1, 2)
+                for factor in (self.channels, self.vertical, self.horizontal)
+            ]
+        filters, channels, vertical, horizontal = cp_als(
+            weight.reshape(g, out // g, per_group, kh, kw), self.rank, start
+        )
         return {
             "filters": filters.reshape(out, self.rank),
             "channels": channels.transpose(1, 2).reshape(-1, per_group),

@@ -63,15 +63,20 @@ class DeCEFConv2d(FactorizedConv2d):
         y = F.conv2d(x, filters, None, self.stride, padding, self.dilation, groups=self.in_channels)
         return F.conv2d(y, self.coefficients.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
 
-    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+        return torch.linalg.svdvals(stack_filters(weight, groups)).square().sum(0)
+
+    def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         g, (out, per_group, kh, kw) = self.groups, self.weight_shape
-        stacked = weight.reshape(g, out // g, per_group, kh * kw).permute(0, 2, 3, 1)  # (g, in/g, kh kw, out/g)
-        u, s, vh = torch.linalg.svd(stacked, full_matrices=False)
-        filters = u[..., : self.rank].transpose(-1, -2)  # (g, in/g, rank, kh kw)
-        coefficients = (s.unsqueeze(-1) * vh)[..., : self.rank, :]  # (g, in/g, rank, out/g)
+        u, s, vh = torch.linalg.svd(stack_filters(weight, g), full_matrices=False)
+        filters = u[..., : self.rank].transpose(1, 2)  # (in, rank, kh kw)
+        coefficients = (s.unsqueeze(2) * vh)[:, : self.rank]  # (in, rank, out/g)
         return {
             "eigenfilters": filters.reshape(self.in_channels, self.rank, kh, kw),
-            "coefficients": coefficients.permute(0, 3, 1, 2).reshape(out, per_group, self.rank),
+            "coefficients": coefficients.reshape(g, per_group, self.rank, out // g)
+            .permute(0, 3, 1, 2)
+            .reshape(out, per_group, self.rank),
         }
 
     def _init_factors(self, std: float) -> None:
@@ -92,3 +97,18 @@ class DeCEFConv2d(FactorizedConv2d):
         filters = self.eigenfilters.flatten(2)  # (in, rank, kh kw)
         gram = filters @ filters.transpose(1, 2)
         return (gram - torch.eye(self.rank, device=gram.device, dtype=gram.dtype)).square().sum()
+
+
+def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:
+    """The filters that act on each input channel, vectorised, as the columns of a matrix, in float64.
+
+    Args:
+        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
+        groups: of the convolution.
+
+    Returns:
+        `(in_channels, kh * kw, out_channels // groups)`.
+    """
+    out, per_group, kh, kw = weight.shape
+    stacked = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh * kw)
+    return stacked.permute(0, 2, 3, 1).reshape(groups * per_group, kh * kw, out // groups)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import time
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
+_CHAIN_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_chain` has measured
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -26,7 +29,8 @@ class FactorizedConv2d(nn.Module):
     Args:
         rank: size of the low-rank set, from 1 to `max_rank`; what it counts is the subclass's.
         implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once,
-            "auto" picks one by a rule (`prefers_chain`). All are the same function of input and factors.
+            "auto" measures both once for every shape (see `prefers_chain`). All are the same function of input and
+            factors, but not to the last bit: a run that has to repeat bit for bit names one.
 
     Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as `torch.nn.Conv2d`.
 
@@ -36,9 +40,6 @@ class FactorizedConv2d(nn.Module):
     """
 
     rank_meaning: ClassVar[str]
-    #: Share of the dense MACs below which the chain was measured faster than one dense convolution; see `auto`.
-    chain_pays_below: ClassVar[float] = 0.0
-
     bias: nn.Parameter | None
 
     def __init__(
@@ -121,8 +122,21 @@ class FactorizedConv2d(nn.Module):
         """
         raise NotImplementedError
 
-    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Factors of the kernel nearest to `weight`, a float64 tensor of `weight_shape`."""
+    @classmethod
+    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+        """How much of the squared norm of a kernel each rank adds, `(max_rank,)` in float64, falling.
+
+        The sum of the first r is what the nearest kernel of rank r keeps: exactly for DeCEF and BasisConv (Eckart and
+        Young), at most for CPAC and rank-1, whose best approximations are not nested and have no closed form.
+
+        Args:
+            weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
+            groups: of the convolution.
+        """
+        raise NotImplementedError
+
+    def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
+        """Factors of the kernel nearest to `weight`, a float64 tensor of `weight_shape`; see `decompose_`."""
         raise NotImplementedError
 
     def _init_factors(self, std: float) -> None:
@@ -155,26 +169,61 @@ class FactorizedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._pad_first:
             x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_chain()):
+        if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_chain(x)):
             return self.chain(x, self._padding)
         return F.conv2d(x, self.compose(), self.bias, self.stride, self._padding, self.dilation, self.groups)
 
-    def prefers_chain(self) -> bool:
-        """Whether `implementation="auto"` runs the chain: when its share of the dense MACs is small enough.
+    def prefers_chain(self, x: Tensor) -> bool:
+        """Whether the chain is faster than composing the kernel and convolving once, for inputs like `x`.
 
-        The limit is the subclass's `chain_pays_below`. The rule looks at shapes alone, so that a run repeats bit
-        for bit; where you have measured, say "factorized" or "reconstructed".
+        Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
+        backward pass where gradients are wanted; the answer is remembered for the life of the process. Where nothing
+        can be timed (tracing, compiling, `torch.func` transforms, the meta device) the one with fewer MACs is taken.
         """
-        return sum(p.numel() for p in self.factors().values()) < self.chain_pays_below * math.prod(self.weight_shape)
+        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda") or not _has_storage(x):
+            return self._chain_has_fewer_macs(x)
+        layer = (type(self), self.weight_shape, self.groups, self.rank, self.stride, self._padding, self.dilation)
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        where = (x.device, x.dtype, x.shape, x.stride(), x.requires_grad, trains, torch.get_num_threads())
+        autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+        key = (*layer, *where, autocast)
+        if key not in _CHAIN_IS_FASTER:
+            _CHAIN_IS_FASTER[key] = self._time("factorized", x, trains) < self._time("reconstructed", x, trains)
+        return _CHAIN_IS_FASTER[key]
+
+    def _chain_has_fewer_macs(self, x: Tensor) -> bool:
+        # Per output position the chain does about a MAC for each of its parameters, and composing costs about that
+        # many for every weight of the kernel, once.
+        dense, chain = math.prod(self.weight_shape), sum(p.numel() for p in self.factors().values())
+        return chain < dense * (1 + self.rank / max(1, x.numel() // self.in_channels))
+
+    def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
+        """Seconds of the fastest of a few runs."""
+        twin = copy.deepcopy(self)
+        twin.implementation = implementation
+        twin._pad_first = False  # `x` is padded already
+        x = x.detach().clone().requires_grad_(x.requires_grad)
+        best = math.inf
+        for _ in range(4):
+            started = time.perf_counter()
+            with torch.set_grad_enabled(trains):
+                y = twin.forward(x)  # not the module: its hooks are not for this
+            if trains:
+                y.sum().backward()
+            if x.device.type == "cuda":
+                torch.cuda.synchronize(x.device)
+            best = min(best, time.perf_counter() - started)
+        return best
 
     @torch.no_grad()
-    def decompose_(self, weight: Tensor) -> float:
+    def decompose_(self, weight: Tensor, *, warm_start: bool = False) -> float:
         """Set the factors to the kernel of the set nearest to `weight`, and return how far that is.
 
-        Computed in float64 and cast back.
+        Computed in float64 and cast back. CPAC and rank-1 have no closed form: they iterate to a local optimum.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
+            warm_start: start an iteration from the present factors, which are near, and take few sweeps.
 
         Returns:
             The relative error `||weight - compose()|| / ||weight||` in the Frobenius norm, 0 for a zero kernel.
@@ -187,7 +236,7 @@ class FactorizedConv2d(nn.Module):
         weight = weight.detach().to(torch.float64)
         if not weight.isfinite().all():
             raise ValueError("weight has NaN or infinite values, which have no decomposition")
-        for name, value in self._factorize(weight).items():
+        for name, value in self._factorize(weight, warm_start).items():
             getattr(self, name).copy_(value)
         norm = weight.norm().item()
         return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
@@ -266,3 +315,12 @@ class FactorizedConv2d(nn.Module):
 
 def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _has_storage(x: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor, not one that `torch.func` or a tracer wraps."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return type(x) in (Tensor, nn.Parameter)

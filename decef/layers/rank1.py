@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,8 +68,15 @@ class Rank1Conv2d(FactorizedConv2d):
         horizontal = self.horizontal[:, :, None, :]  # terms of a filter are added here
         return F.conv2d(x, horizontal, self.bias, (1, sw), (0, padding[1]), (1, dw), groups=self.out_channels)
 
-    def _factorize(self, weight: Tensor) -> dict[str, Tensor]:
-        channel, vertical, horizontal = cp_als(weight, self.rank)
+    @classmethod
+    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+        # A rank-1 term has rank 1 in the unfolding channels x space too, whose singular values bound what it keeps.
+        values = torch.linalg.svdvals(weight.detach().to(torch.float64).flatten(2)).square().sum(0)
+        return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
+
+    def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
+        start = [factor.to(weight).transpose(1, 2) for factor in self.factors().values()] if warm_start else None
+        channel, vertical, horizontal = cp_als(weight, self.rank, start)
         return {
             "channel": channel.transpose(1, 2),
             "vertical": vertical.transpose(1, 2),
