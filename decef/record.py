@@ -24,7 +24,7 @@ import yaml
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT, LOCK = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", ".lock"
 #: Config keys that say where and how a run happens, not what comes out of it.
-NOT_IDENTITY = ("results", "device", "threads", "wandb", "progress", "experiment")
+NOT_IDENTITY = ("results", "device", "threads", "wandb", "progress", "experiment", "keep_checkpoints")
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"layer.flops={layer['flops']!r} must be a share of the dense network's FLOPs, such as 0.667")
     if layer["name"] == "conv2d":
         resolved["layer"] = {"name": "conv2d"}
+        resolved["train"].pop("atcd", None)
     elif layer.get("rank") is not None and layer.get("flops") is not None:
         raise InputError(f"layer.rank={layer['rank']} and layer.flops={layer['flops']} are both given: give one")
     elif layer.get("rank") is None and layer.get("flops") is None:
@@ -67,7 +68,9 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan, dict[str, int]]:
-    """The freshly initialised network of a resolved config, the plan it follows, and the cost of its dense twin.
+    """The freshly initialised network of a config, the plan it follows, and the cost of its dense twin.
+
+    The config is a resolved one, or a record's, in which options that are off are missing.
 
     Raises:
         ValueError: an unknown model or layer type, or a rank or budget that is not possible.
@@ -78,7 +81,7 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
         num_classes=dataset.num_classes,
         in_channels=dataset.input_size[0],
         shortcut=settings["shortcut"],
-        conv_classifier=settings["factorize_classifier"],
+        conv_classifier=settings.get("factorize_classifier", False),
     )
     name, rank, flops = layer.pop("name"), layer.pop("rank", None), layer.pop("flops", None)
     the_plan = plan(
@@ -86,13 +89,13 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
         name,
         rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0, uniform=True),
         exclude=[
-            *(["conv1"] if settings["dense_stem"] else []),
+            *(["conv1"] if settings.get("dense_stem") else []),
             *(["*.shortcut.0"] if settings["shortcut"] == "B" else []),
         ],
         input_size=dataset.input_size,
         **layer,
     )
-    if settings["factorize_classifier"] and name != "conv2d" and "linear" not in the_plan.ranks:
+    if settings.get("factorize_classifier") and name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={name}: {reason}")
     return convert(dense, the_plan, from_scratch=True), the_plan, total_cost(dense, dataset.input_size)
@@ -228,7 +231,7 @@ def _train(job: _Job, checkpoint: dict[str, Any] | None, train: Images, test: Im
             crop_padding=config["dataset"]["crop_padding"],
             flip=config["dataset"]["flip"],
             seed=config["seed"],
-            state=_CheckpointState(record, checkpoint, job.plan),
+            state=_CheckpointState(record, checkpoint, job.plan, config["keep_checkpoints"]),
             on_epoch=on_epoch,
             progress=config["progress"],
         )
@@ -292,14 +295,17 @@ def _input_errors() -> Iterator[None]:
 class _CheckpointState:
     """The checkpoint file as `fit` sees it: what it saves, with the config and the plan that it belongs to."""
 
-    def __init__(self, record: RunRecord, checkpoint: dict[str, Any] | None, the_plan: Plan) -> None:
-        self._record, self._checkpoint, self._plan = record, checkpoint, the_plan
+    def __init__(self, record: RunRecord, checkpoint: dict[str, Any] | None, the_plan: Plan, keep: bool) -> None:
+        self._record, self._checkpoint, self._plan, self._keep = record, checkpoint, the_plan, keep
 
     def load(self) -> dict[str, Any] | None:
         return self._checkpoint
 
     def save(self, state: dict[str, Any]) -> None:
         extra = {"config": self._record.config, "plan": self._plan.to_dict()}
+        if self._keep:
+            model = {"epoch": state["epoch"], "model": state["model"], **extra}
+            save_checkpoint(self._record.path / f"checkpoint-{state['epoch']:04d}.pt", model)
         save_checkpoint(self._record.checkpoint, {**state, **extra})
 
 

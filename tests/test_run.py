@@ -23,6 +23,7 @@ CONFIG = {
     "device": "cpu",
     "threads": None,
     "progress": False,
+    "keep_checkpoints": False,
 }
 
 

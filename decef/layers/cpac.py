@@ -103,3 +103,34 @@ class CPACConv2d(FactorizedConv2d):
             factor.normal_()
             factor.div_(factor.norm(dim=1, keepdim=True))
         self.filters.normal_(std=std * math.sqrt(math.prod(self.weight_shape[1:]) / self.rank))
+
+    @torch.no_grad()
+    def significance(self, kind: str = "product") -> Tensor:
+        """How much each component, and with it the feature map that it makes, matters: `(groups * rank,)`.
+
+        Args:
+            kind: "channels" is the paper's, the norm of the component's channel vector (K^S). It changes when a factor
+                is scaled up and another down, which leaves the layer as it was. "product", the default, is the product
+                of the four vectors' norms, the norm of the component itself, and doesn't.
+
+        Raises:
+            ValueError: another kind.
+        """
+        if kind not in ("product", "channels"):
+            raise ValueError(f"kind={kind!r} is neither 'product' nor 'channels'")
+        norms = self.channels.norm(dim=1)
+        if kind == "product":
+            filters = self.filters.reshape(self.groups, -1, self.rank).norm(dim=1).flatten()
+            norms = norms * filters * self.vertical.norm(dim=1) * self.horizontal.norm(dim=1)
+        return norms
+
+    @torch.no_grad()
+    def remove_(self, components: Tensor) -> None:
+        """Take components out of the kernel by zeroing their filters.
+
+        Args:
+            components: indices into `significance()`.
+        """
+        filters = self.filters.reshape(self.groups, -1, self.rank).clone()
+        filters[components // self.rank, :, components % self.rank] = 0
+        self.filters.copy_(filters.reshape(self.filters.shape))

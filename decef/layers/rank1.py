@@ -7,6 +7,7 @@ Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,11 @@ class Rank1Conv2d(FactorizedConv2d):
     Training with `implementation="reconstructed"` is ATCD in its chain-rule reading: each step composes the 3-D
     filters, convolves with them, and updates the 1-D ones by the gradient.
 
+    Args:
+        separate_init: draw the three 1-D filters as `torch.nn.Conv2d` draws three separate layers, instead of giving
+            the composed kernel He's variance: the consecutive 1-D layers that, as the papers have it, cannot be
+            trained in some networks.
+
     Factors:
         channel: `(out_channels, rank, in_channels // groups)`
         vertical: `(out_channels, rank, kh)`
@@ -40,6 +46,10 @@ class Rank1Conv2d(FactorizedConv2d):
     channel: nn.Parameter
     vertical: nn.Parameter
     horizontal: nn.Parameter
+
+    def __init__(self, *args: Any, separate_init: bool = False, **kwargs: Any) -> None:
+        self.separate_init = separate_init
+        super().__init__(*args, **kwargs)
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
@@ -84,6 +94,11 @@ class Rank1Conv2d(FactorizedConv2d):
         }
 
     def _init_factors(self, std: float) -> None:
+        if self.separate_init:
+            for factor in self.factors().values():
+                bound = 1 / math.sqrt(factor.shape[2])  # one over the square root of the fan-in
+                factor.uniform_(-bound, bound)
+            return
         # The 1-D spatial filters have norm 1 and random directions; the scale is the channel filter's.
         for factor in (self.vertical, self.horizontal):
             factor.normal_()

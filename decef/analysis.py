@@ -1,0 +1,189 @@
+"""What trained kernels look like: effective rank against depth, and accuracy right after decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from decef.checkpoint import load_checkpoint
+from decef.convert import convert, plan
+from decef.cost import total_cost
+from decef.data import DATASETS, Images
+from decef.layers import FactorizedConv2d
+from decef.models import CIFAR_RESNETS, create_model
+from decef.models.weights import load_weights
+from decef.ranks import DEFINITIONS, Budget, effective_rank
+from decef.record import CHECKPOINT, CONFIG, environment
+from decef.run import build
+from decef.torchvision_cpu import import_torchvision
+from decef.train import evaluate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = False) -> list[tuple[str, nn.Module]]:
+    """Networks by what a user calls them, each with a label.
+
+    Args:
+        name: the folder of a run (its last checkpoint, or one network for every checkpoint that it kept), a CIFAR
+            ResNet's name, `timm/<name>` or `torchvision/<name>`.
+        weights: file with trained weights, not for a run.
+        pretrained: let timm or torchvision download trained weights.
+
+    Raises:
+        ValueError: there is no such network, or the weights are not its.
+        FileNotFoundError: no such file of weights, or a run without a checkpoint.
+        ImportError: timm is not installed.
+    """
+    if Path(name).is_dir():
+        return list(_networks_of_run(Path(name)))
+    library, _, rest = name.partition("/")
+    model: nn.Module
+    if library == "timm" and rest:
+        import_torchvision()
+        import timm
+
+        if not timm.is_model(rest):
+            raise ValueError(f"timm has no model '{rest}'")
+        model = timm.create_model(rest, pretrained=pretrained)
+    elif library == "torchvision" and rest:
+        models = import_torchvision().models
+        if rest not in models.list_models():
+            raise ValueError(f"torchvision has no model '{rest}'")
+        model = models.get_model(rest, weights="DEFAULT" if pretrained else None)
+    elif name in CIFAR_RESNETS:
+        model = create_model(name, num_classes=10, in_channels=3)
+    else:
+        known = ", ".join(CIFAR_RESNETS)
+        raise ValueError(f"'{name}' is neither a run's folder, nor timm/<name>, nor torchvision/<name>, nor {known}")
+    return [(name, load_weights(model, weights) if weights else model)]
+
+
+def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
+    paths = sorted(folder.glob("checkpoint-*.pt")) or [folder / CHECKPOINT]
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    for path in paths:
+        checkpoint = load_checkpoint(path)
+        model, _, _ = build(config, DATASETS[config["dataset"]["name"]])
+        model.load_state_dict(checkpoint["model"])
+        yield f"epoch {checkpoint['epoch']}", model
+
+
+def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, dense kernel and groups of every convolution that is wider than 1x1, in the network's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
+            weight = module.weight if isinstance(module, nn.Conv2d) else module.compose()
+            yield name, weight.detach(), module.groups
+
+
+def rank_table(
+    model: nn.Module, threshold: float | None = None, *, definitions: Iterable[str] = DEFINITIONS
+) -> pd.DataFrame:
+    """Effective rank of every kernel by depth, beside that of a random kernel of its shape.
+
+    A random kernel's effective rank depends on its shape alone, and rises with the number of filters; a fall with
+    depth that the random kernels share says nothing about training.
+
+    Args:
+        model: a network, dense or factorised.
+        threshold: of the definition "threshold", see `effective_rank`.
+        definitions: which definitions.
+
+    Returns:
+        A row per convolution wider than 1x1: `name`, `out_channels`, `in_channels`, `kernel`, and for each definition
+        the mean over input channels, `<definition>`, and the same at random Gaussian weights, `<definition>_init`.
+    """
+    import pandas as pd
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for name, weight, groups in kernels(model):
+        row: dict[str, object] = {
+            "name": name,
+            "out_channels": weight.shape[0],
+            "in_channels": weight.shape[1] * groups,
+            "kernel": f"{weight.shape[2]}x{weight.shape[3]}",
+        }
+        random = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        for definition in definitions:
+            given = threshold if definition == "threshold" else None
+            for column, kernel in ((definition, weight), (f"{definition}_init", random)):
+                row[column] = effective_rank(kernel, given, definition=definition, groups=groups).mean().item()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def untuned(
+    model: nn.Module,
+    test: Images,
+    *,
+    mean: Tensor,
+    std: Tensor,
+    layers: Sequence[str],
+    shares: Sequence[float],
+    exclude: str | None,
+) -> Iterator[dict[str, object]]:
+    """Top-1 of a trained network right after decomposition, without any fine-tuning, at shares of its FLOPs.
+
+    Yields:
+        Rows: the dense network first, then a row for every share, layer type, and way to spread the budget over the
+        layers ("energy": see `Budget`; "uniform": the same share of every layer's cost), with the mean relative error
+        of the decomposed kernels.
+    """
+    input_size = test.images.shape[1:]
+    dense = total_cost(model, input_size)
+
+    def row(network: nn.Module, layer: str, budget: str, spread: str, error: float) -> dict[str, object]:
+        loss, top1 = evaluate(network, test, mean=mean, std=std)
+        cost = total_cost(network, input_size)
+        return {
+            "layer": layer, "budget": budget, "spread": spread, "top1": top1, "loss": loss, "mean_error": error,
+            "params": cost["params"], "params_ratio": cost["params"] / dense["params"],
+            "flops": cost["flops"], "flops_ratio": cost["flops"] / dense["flops"],
+        }  # fmt: skip
+
+    yield row(model, "conv2d", "dense", "", 0.0)
+    for share in shares:
+        for layer in layers:
+            for spread in ("energy", "uniform"):
+                rule = Budget(flops=share, uniform=spread == "uniform")
+                the_plan = plan(
+                    model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
+                )
+                converted = convert(model, the_plan)
+                errors = [r.error for r in the_plan.rows if r.error is not None]
+                yield row(converted, layer, f"{share:.3f}", spread, sum(errors) / len(errors))
+
+
+def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> None:
+    """Write `untuned`'s rows as <out>.csv and <out>.md, with what they were made from and on."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    shown = frame.pivot_table(index=["layer", "spread"], columns="budget", values="top1", sort=False).round(2)
+    made = environment("cpu", torch.get_num_threads())
+    dirty = " with uncommitted changes" if made["git_dirty"] else ""
+    text = [
+        "# Top-1 on CIFAR-10's test images right after decomposition, no fine-tuning",
+        "",
+        "Columns: share of the dense network's FLOPs. Rows: layer type, and how the budget is spread over the layers:",
+        "by the energy that each rank keeps for its FLOPs, or the same share of every layer's FLOPs. The first",
+        "convolution stays dense.",
+        "",
+        shown.reset_index().astype(object).fillna("").to_markdown(index=False),
+        "",
+        f"{what}. Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['machine']}.",
+        "",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
+    out.with_suffix(".md").write_text("\n".join(text))

@@ -1,0 +1,51 @@
+"""Trained weights from files."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """A state dict from a checkpoint file, wherever in it it is (`state_dict`, `model`, or the file itself).
+
+    Prefixes that `torch.nn.DataParallel` and `torch.compile` leave in the names are taken off. Nothing in the file is
+    executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds no state dict.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not data or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{path} holds no state dict")
+    return {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in data.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """`model` with the weights of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_state_dict`, or the weights are of another network.
+    """
+    try:
+        model.load_state_dict(load_state_dict(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    return model
+
+
+def describe_file(path: Path) -> str:
+    """A file's name and MD5, to say in a result what it was made from."""
+    return f"{path.name} (MD5 {hashlib.md5(path.read_bytes()).hexdigest()})"

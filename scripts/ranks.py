@@ -1,0 +1,45 @@
+"""Effective rank against depth of any network.
+
+python scripts/ranks.py results/runs/<run id>                       # a run: its last checkpoint, or all it kept
+python scripts/ranks.py resnet20 --weights resnet20.th --out results/ranks/resnet20
+python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretrained]
+"""
+
+import argparse
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="a run's folder, a model of configs/model, timm/<name> or torchvision/<name>")
+    parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
+    parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
+    parser.add_argument("--threshold", type=float, default=0.3, help="share of the largest singular value that counts")
+    parser.add_argument("--out", type=Path, help="write <out>.csv, <out>.png and <out>.svg too")
+    arguments = parser.parse_args()
+
+    from decef.analysis import load_networks, rank_table
+    from decef.figures import plot_ranks
+
+    try:
+        networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)
+        tables = {label: rank_table(model, arguments.threshold) for label, model in networks}
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        fail(str(error))
+    for label, table in tables.items():
+        print(f"{label}: effective rank, mean over input channels; *_init: random kernels of the same shape")
+        print(table.round(2).to_string(index=False))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        whole = [table.assign(network=label) for label, table in tables.items()]
+        plot_ranks(tables, arguments.threshold, arguments.out)
+        import pandas as pd
+
+        pd.concat(whole).round(6).to_csv(arguments.out.with_suffix(".csv"), index=False)
+        print(f"wrote {arguments.out}.csv, .png and .svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Top-1 of a trained CIFAR-10 network right after decomposition, without fine-tuning, for each layer type and budget.
+
+python scripts/untuned.py resnet20 --weights resnet20-12fca82f.th --out results/untuned/resnet20
+"""
+
+import argparse
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="a model of configs/model, or a run's folder")
+    parser.add_argument("--weights", type=Path, help="file with trained weights")
+    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs")
+    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
+    parser.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="that the network expects")
+    parser.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="that the network expects")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
+    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from decef.analysis import load_networks, untuned, write_untuned
+    from decef.data.cifar import load_cifar10
+    from decef.models.weights import describe_file
+
+    try:
+        (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
+        _, test = load_cifar10(arguments.data)
+        rows = []
+        for row in untuned(
+            model,
+            test,
+            mean=torch.tensor(arguments.mean),
+            std=torch.tensor(arguments.std),
+            layers=arguments.layers,
+            shares=arguments.shares,
+            exclude="conv1",
+        ):
+            rows.append(row)
+            print(f"{row['layer']:10} {row['budget']:6} {row['spread']:8} top-1 {row['top1']:.2f}", flush=True)
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    source = arguments.network if arguments.weights is None else describe_file(arguments.weights)
+    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}")
+    print(f"wrote {arguments.out}.csv and .md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from test_run import config
+from test_train import DIGITS, network, train
+
+from decef.analysis import kernels, load_networks, rank_table, untuned, write_untuned
+from decef.layers import CPACConv2d
+from decef.models import CifarResNet
+from decef.models.weights import load_weights
+from decef.ranks import effective_rank
+from decef.run import run
+from decef.train import evaluate
+
+ROOT = Path(__file__).parents[1]
+weights = Path(os.environ.get("DECEF_DATA", "data")) / "weights" / "resnet20-12fca82f.th"
+
+
+def scores(model):
+    _, test = DIGITS.load(None)
+    return evaluate(model, test, mean=torch.tensor(DIGITS.mean), std=torch.tensor(DIGITS.std))
+
+
+def test_rank_table_stands_beside_random_kernels():
+    torch.manual_seed(0)
+    model = CifarResNet(8)
+    with torch.no_grad():  # one layer of rank 1 in every channel
+        model.layer2[0].conv1.weight.copy_(torch.randn(32, 16, 1, 1) * torch.randn(1, 16, 3, 3))
+    table = rank_table(model, 0.2).set_index("name")
+    assert list(table.index) == [name for name, _, _ in kernels(model)]
+    assert table.loc["layer2.0.conv1", ["threshold", "energy", "entropy", "stable"]].tolist() == pytest.approx([1] * 4)
+    for name, weight, _ in kernels(model):
+        assert table.loc[name, "threshold"] == effective_rank(weight, 0.2).mean().item()
+    other = table.drop("layer2.0.conv1")
+    torch.testing.assert_close(
+        torch.tensor(other["entropy"].values), torch.tensor(other["entropy_init"].values), rtol=0.05, atol=0
+    )
+
+
+def test_ranks_of_a_run_over_its_epochs(tmp_path):
+    run(config(tmp_path, keep_checkpoints=True, layer={"name": "conv2d"}))
+    (folder,) = (tmp_path / "runs").iterdir()
+    out = tmp_path / "figures" / "ranks"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "ranks.py"), str(folder), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(out.with_suffix(".csv"))
+    assert table.network.unique().tolist() == ["epoch 1", "epoch 2"]
+    assert len(table) == 2 * 19
+    for ending in (".png", ".svg"):
+        assert out.with_suffix(ending).stat().st_size > 1000
+    (_, last) = load_networks(str(folder))
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[name]) for name, value in last[1].state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet21", "timm/no_such_model", "torchvision/no_such_model"])
+def test_unknown_networks(name):
+    with pytest.raises(ValueError, match=name.split("/")[-1]):
+        load_networks(name)
+
+
+def test_weights_of_another_network_and_no_weights(tmp_path):
+    torch.save({"state_dict": {"module.conv1.weight": torch.zeros(1)}}, tmp_path / "w.th")
+    with pytest.raises(ValueError, match="does not fit CifarResNet"):
+        load_weights(CifarResNet(8), tmp_path / "w.th")
+    (tmp_path / "w.th").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no file of weights"):
+        load_weights(CifarResNet(8), tmp_path / "w.th")
+
+
+@pytest.mark.skipif(not weights.is_file(), reason="no trained weights under $DECEF_DATA or data/")
+def test_published_weights_classify_cifar10():
+    from decef.data.cifar import load_cifar10
+
+    ((_, model),) = load_networks("resnet20", weights=weights)
+    _, test = load_cifar10()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    _, top1 = evaluate(model, test.subset(slice(0, 1000)), mean=mean, std=std)
+    assert 89 < top1 < 95  # 91.73 on all of them, as published
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = network()
+    train(model, size=1437)
+    return model
+
+
+def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
+    _, test = DIGITS.load(None)
+    rows = list(
+        untuned(
+            trained,
+            test,
+            mean=torch.tensor(DIGITS.mean),
+            std=torch.tensor(DIGITS.std),
+            layers=["decef", "basisconv"],
+            shares=[0.3, 0.9],
+            exclude="conv1",
+        )
+    )
+    dense, rest = rows[0], pd.DataFrame(rows[1:])
+    assert dense["top1"] == scores(trained)[1] > 70
+    assert len(rest) == 8
+    assert (rest.flops_ratio <= rest.budget.astype(float) + 1e-3).all()
+    by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
+    assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]
+    assert by_budget.loc["0.900", "mean_error"] < by_budget.loc["0.300", "mean_error"]
+    write_untuned(rows, tmp_path / "untuned", "a test")
+    text = (tmp_path / "untuned.md").read_text()
+    assert f"{dense['top1']:.2f}".rstrip("0") in text
+    assert len(pd.read_csv(tmp_path / "untuned.csv")) == 9
+
+
+def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():
+    model = network("cpac")
+    for module in model.modules():  # more components than are needed, of very different sizes
+        if isinstance(module, CPACConv2d):
+            assert module.rank == 4
+    train(model, size=1437)
+
+    def loss_without(choose):
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        for module in model.modules():
+            if isinstance(module, CPACConv2d):
+                module.remove_(choose(module)[:1])
+        loss, _ = scores(model)
+        model.load_state_dict(state)
+        return loss
+
+    generator = torch.Generator().manual_seed(0)
+    random = [loss_without(lambda m: torch.randperm(m.rank, generator=generator)) for _ in range(8)]
+    least = loss_without(lambda m: m.significance().argsort())
+    most = loss_without(lambda m: m.significance().argsort(descending=True))
+    assert least < sum(random) / len(random) < most
+
+
+def test_significance_is_the_norm_of_a_component_whatever_its_factors_scale():
+    torch.manual_seed(0)
+    layer = CPACConv2d(4, 6, 3, groups=2, rank=3, dtype=torch.float64)
+    whole = layer.compose()
+    product, published = layer.significance(), layer.significance("channels")
+    for component in range(6):
+        state = {k: v.clone() for k, v in layer.state_dict().items()}
+        layer.remove_(torch.tensor([component]))
+        torch.testing.assert_close((whole - layer.compose()).norm(), product[component])
+        layer.load_state_dict(state)
+    with torch.no_grad():
+        layer.channels.mul_(10)
+        layer.vertical.div_(10)
+    torch.testing.assert_close(layer.significance(), product)
+    torch.testing.assert_close(layer.significance("channels"), 10 * published)
+    with pytest.raises(ValueError, match="neither"):
+        layer.significance("size")

@@ -1,0 +1,275 @@
+"""ATCD: the dense twin stays in the low-rank set, and steps along it."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_train import CONFIG, Memory, network, train
+from torch import nn
+from torch.testing import assert_close
+
+from decef import ATCD
+from decef.convert import convert, plan
+from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
+
+F64 = torch.float64
+TYPES = [pytest.param(cls, id=name) for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def small(cls, rank=2, **kwargs):
+    """A float64 network with two factorised layers and a batch norm whose statistics are not the initial ones."""
+    model = nn.Sequential(
+        cls(4, 8, 3, padding=1, groups=2, rank=rank, dtype=F64, **kwargs),
+        nn.BatchNorm2d(8, dtype=F64),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1, dtype=F64),
+        cls(6, 8, (3, 2), rank=rank, dtype=F64, **kwargs),
+    )
+    return model.train()
+
+
+def step(atcd, optimizer, images=4):
+    optimizer.zero_grad()
+    atcd.dense(torch.randn(images, 4, 6, 6, dtype=F64)).square().mean().backward()
+    optimizer.step()
+    atcd.after_step()
+
+
+def unfoldings(cls, weight, groups):
+    """Matrices that have rank at most r if the kernel is in the set of `cls` at rank r."""
+    for block in weight.detach().chunk(groups):
+        if cls is DeCEFConv2d:
+            yield from (block[:, c].flatten(1) for c in range(block.shape[1]))
+        elif cls is BasisConv2d:
+            yield block.flatten(1)
+        elif cls is CPACConv2d:
+            yield from (block.movedim(k, 0).flatten(1) for k in range(4))
+        else:
+            yield from (f.movedim(k, 0).flatten(1) for f in block for k in range(3))
+
+
+def distance(weight, cls, rank, groups):
+    """Largest share of an unfolding's norm that is outside its first `rank` singular directions."""
+    values = [torch.linalg.svdvals(m) for m in unfoldings(cls, weight, groups)]
+    return max((v[rank:].norm() / v.norm()).item() for v in values)
+
+
+# Projection -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_a_projection_returns_to_the_set_and_a_second_one_moves_nothing(cls):
+    atcd = ATCD(small(cls))
+    convs = [(i, atcd.dense[i]) for i in (0, 4)]
+    assert all(distance(conv.weight, cls, 2, conv.groups) < 1e-12 for _, conv in convs)
+    with torch.no_grad():
+        for _, conv in convs:
+            conv.weight += 0.1 * torch.randn_like(conv.weight)
+    off = [distance(conv.weight, cls, 2, conv.groups) for _, conv in convs]
+    before = [conv.weight.detach().clone() for _, conv in convs]
+    moved = atcd.project()
+    assert min(off) > 1e-2
+    errors = [((b - c.weight).norm() / b.norm()).item() for b, (_, c) in zip(before, convs, strict=True)]
+    assert moved == pytest.approx(max(errors))
+    for i, conv in convs:
+        assert distance(conv.weight, cls, 2, conv.groups) < 1e-10
+        assert_close(conv.weight, atcd.model[i].compose())
+    once = [conv.weight.detach().clone() for _, conv in convs]
+    assert atcd.project() < 1e-6
+    for before, (_, conv) in zip(once, convs, strict=True):
+        assert_close(conv.weight.detach(), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_at_the_start_both_networks_are_the_same_function_and_nothing_moves(cls):
+    model = small(cls).eval()
+    x = torch.randn(2, 4, 6, 6, dtype=F64)
+    atcd = ATCD(model)
+    assert atcd.model is model
+    assert not any(isinstance(m, FactorizedConv2d) for m in atcd.dense.modules())
+    assert_close(atcd.dense(x), model(x))
+    assert atcd.project() < 1e-7
+
+
+@pytest.mark.parametrize("every", [1, 2, "epoch"])
+@pytest.mark.parametrize("cls", TYPES)
+def test_after_an_epoch_both_networks_are_the_same_function(cls, every):
+    """The rest too: biases, normalisation and its statistics, the convolution that is not factorised."""
+    atcd = ATCD(small(cls), every)
+    optimizer = torch.optim.SGD(atcd.dense.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 4, 6, 6, dtype=F64)
+    start = atcd.model.eval()(x)
+    for _ in range(3):
+        step(atcd, optimizer)
+    atcd.after_epoch()
+    atcd.dense.eval()
+    assert not torch.allclose(atcd.model(x), start, rtol=1e-2)
+    assert_close(atcd.model(x), atcd.dense(x))
+    assert atcd.model[1].num_batches_tracked == 3
+    assert distance(atcd.dense[0].weight, cls, 2, 2) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        (1, [[1, 2, 3, 4], [1, 2, 3, 4]]),
+        (2, [[2, 4], [2, 4]]),
+        (3, [[3, "end"], [3, "end"]]),  # an epoch is a new start
+        (9, [["end"], ["end"]]),
+        ("epoch", [["end"], ["end"]]),
+    ],
+)
+def test_every_says_after_which_steps(every, expected, monkeypatch):
+    atcd, calls = ATCD(small(DeCEFConv2d), every), []
+    monkeypatch.setattr(atcd, "project", lambda: calls.append("project"))
+    found = []
+    for _ in expected:
+        projected = []
+        for after, now in [*[(atcd.after_step, step) for step in range(1, 5)], (atcd.after_epoch, "end")]:
+            calls.clear()
+            after()
+            projected += [now] * len(calls)
+        found.append(projected)
+    assert found == expected
+
+
+FRACTION = pytest.mark.xfail(strict=True, reason="2.5 is taken, and means 2")
+
+
+@pytest.mark.parametrize("every", [0, -1, True, False, "step", "3", pytest.param(2.5, marks=FRACTION)])
+def test_every_that_makes_no_sense(every):
+    with pytest.raises(ValueError, match=f"every={every!r} is neither 'epoch' nor a whole number"):
+        ATCD(small(DeCEFConv2d), every)
+
+
+def test_a_network_without_factorised_layers():
+    with pytest.raises(ValueError, match="no factorised layer"):
+        ATCD(nn.Sequential(nn.Conv2d(3, 8, 3)))
+
+
+@pytest.mark.xfail(strict=True, reason="fold makes every weight trainable, so frozen layers are trained")
+def test_frozen_layers_stay_frozen():
+    model = small(DeCEFConv2d)
+    model[0].requires_grad_(False)
+    before = model[0].compose()
+    atcd = ATCD(model)
+    optimizer = torch.optim.SGD([p for p in atcd.dense.parameters() if p.requires_grad], lr=0.1)
+    step(atcd, optimizer)
+    assert_close(model[0].compose(), before)
+
+
+# What a step is ---------------------------------------------------------------------------------------------------
+
+
+def rank1_layer(scale=1.0, **kwargs):
+    """The same kernel for every scale, which is split differently between channel and vertical filters."""
+    torch.manual_seed(3)
+    layer = Rank1Conv2d(5, 6, 3, bias=False, rank=1, dtype=F64, **kwargs)
+    with torch.no_grad():
+        layer.channel *= scale
+        layer.vertical /= scale
+    return layer
+
+
+def tangent(weight, direction):
+    """Projection of each filter's direction on the tangent space of the rank-1 tensors at it."""
+    projected = torch.zeros_like(direction)
+    for n, (filter_, d) in enumerate(zip(weight, direction, strict=True)):
+        # Unit vectors of the three modes; a tangent is a change in one mode while the others stay.
+        a, b, c = (torch.linalg.svd(filter_.movedim(k, 0).flatten(1)).U[:, 0] for k in range(3))
+        inside = torch.einsum("cij,c,i,j->", d, a, b, c) * torch.einsum("c,i,j->cij", a, b, c)
+        changes = [
+            torch.einsum("cij,i,j,k,l->ckl", d, b, c, b, c),
+            torch.einsum("cij,c,j,k,l->kil", d, a, c, a, c),
+            torch.einsum("cij,c,i,k,l->klj", d, a, b, a, b),
+        ]
+        projected[n] = sum(changes) - 2 * inside  # the filter's own direction is in all three
+    return projected
+
+
+X = torch.randn(4, 5, 6, 6, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+def update(layer, lr, atcd):
+    """Change of the composed kernel in one step of plain SGD, per learning rate, and the dense gradient."""
+    before = layer.compose().detach().clone()
+    dense = layer.to_conv2d()
+    gradient = torch.autograd.grad(dense(X).sin().sum(), dense.weight)[0]
+    if atcd:
+        alternating = ATCD(layer, every=1)
+        optimizer = torch.optim.SGD(alternating.dense.parameters(), lr=lr)
+        alternating.dense(X).sin().sum().backward()
+        optimizer.step()
+        alternating.after_step()
+    else:
+        optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+        layer(X).sin().sum().backward()
+        optimizer.step()
+    return (layer.compose().detach() - before) / lr, before, gradient
+
+
+def test_a_step_is_along_the_tangent_space():
+    errors = []
+    for lr in (1e-4, 1e-5):
+        moved, weight, gradient = update(rank1_layer(), lr, atcd=True)
+        expected = -tangent(weight, gradient)
+        errors.append(((moved - expected).norm() / expected.norm()).item())
+    assert expected.norm() < 0.9 * gradient.norm()  # the projection takes something away
+    assert_close(tangent(weight, expected), expected)
+    assert_close((expected * (gradient + expected)).sum() / gradient.norm() ** 2, torch.zeros((), dtype=F64))
+    assert errors[1] < 1e-3
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.2)  # what is left is of second order
+
+
+def test_atcd_does_not_depend_on_how_the_norm_is_split_and_the_chain_rule_does():
+    split = (1, 3)
+    one, other = (update(rank1_layer(s), 1e-6, atcd=True)[0] for s in split)
+    assert_close(one, other, rtol=1e-4, atol=1e-4 * one.abs().max().item())
+    one, other = (update(rank1_layer(s, implementation="reconstructed"), 1e-6, atcd=False)[0] for s in split)
+    assert (one - other).norm() > 0.5 * one.norm()
+
+
+# A run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["decef", "cpac", "rank1"])
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(layer):
+    config = dataclasses.replace(CONFIG, epochs=3, atcd=3)  # 4 steps an epoch
+    options = {"implementation": "factorized"}
+    whole, state = network(layer, **options), Memory(stop_after=1)
+    expected = train(whole, config, size=256)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(layer, **options), config, state=state, size=256)
+    state.stop_after = None
+    resumed = network(layer, seed=99, **options)
+    metrics = train(resumed, config, state=state, size=256)
+    assert [m["epoch"] for m in metrics] == [2, 3]
+    assert [m["test_loss"] for m in metrics] == [m["test_loss"] for m in expected[1:]]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    untrained = network(layer, **options).state_dict()
+    assert not any(torch.equal(v, untrained[n]) for n, v in whole.state_dict().items() if v.dim() > 1)
+
+
+def test_what_fit_trains_is_not_what_it_trains_without_atcd():
+    runs = []
+    for atcd in (None, 1, "epoch"):
+        model = network("rank1", implementation="reconstructed")
+        train(model, dataclasses.replace(CONFIG, epochs=1, atcd=atcd), size=256)
+        runs.append(model.layer1[0].conv1.compose())
+    assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(runs, runs[1:] + runs[:1], strict=True))
+
+
+def test_planned_network():
+    """Through `convert`, as a user has it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()
+    converted = convert(model, plan(model, "cpac", rank=4))
+    atcd = ATCD(converted, "epoch")
+    x = torch.randn(2, 3, 8, 8, dtype=F64)
+    assert_close(atcd.dense(x), converted(x))
+    assert [type(m) for m in atcd.dense] == [type(m) for m in model]
