@@ -1,0 +1,114 @@
+"""CIFAR-10 (Krizhevsky: "Learning multiple layers of features from tiny images", 2009) in its official layouts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from decef.data.images import Images
+
+TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+TEST_FILE = "test_batch"
+IMAGES_PER_FILE = 10_000
+PIXELS = 3 * 32 * 32
+PY_FOLDER, BIN_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
+
+
+def load_cifar10(root: Path | None = None) -> tuple[Images, Images]:
+    """The 50,000 training and the 10,000 test images `(3, 32, 32)`, in the official order.
+
+    Looks for `cifar-10-batches-py` or `cifar-10-batches-bin` in `root`, else in `$DECEF_DATA`, else in `data/`, and
+    downloads to the first of these that is given when none has it.
+
+    Raises:
+        FileNotFoundError: it is nowhere and cannot be downloaded, or a file of it is missing.
+        ValueError: a file is truncated or is not what its name says.
+    """
+    folder = find_cifar10(root) or _download(root)
+    suffix, read = (".bin", _read_bin) if folder.name == BIN_FOLDER else ("", _read_pickle)
+    paths = [folder / f"{name}{suffix}" for name in (*TRAIN_FILES, TEST_FILE)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"CIFAR-10 is incomplete: {missing[0]} is missing")
+    parts = [read(path) for path in paths]
+    train = Images(torch.cat([p.images for p in parts[:-1]]), torch.cat([p.labels for p in parts[:-1]]))
+    return train, parts[-1]
+
+
+def search_path(root: Path | None) -> list[Path]:
+    """Folders in which a dataset is looked for, in order."""
+    given = [root] if root is not None else []
+    if os.environ.get("DECEF_DATA"):
+        given.append(Path(os.environ["DECEF_DATA"]))
+    return given or [Path("data")]
+
+
+def find_cifar10(root: Path | None = None) -> Path | None:
+    """The folder of CIFAR-10's files, None when there is none in the search path."""
+    for folder in search_path(root):
+        for candidate in (folder, folder / PY_FOLDER, folder / BIN_FOLDER):
+            if candidate.name in (PY_FOLDER, BIN_FOLDER) and candidate.is_dir():
+                return candidate
+    return None
+
+
+def _download(root: Path | None) -> Path:
+    tried = search_path(root)
+    try:
+        from decef.torchvision_cpu import import_torchvision
+
+        import_torchvision()
+        from torchvision.datasets import CIFAR10
+
+        CIFAR10(str(tried[0]), download=True)
+    except Exception as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 was not found: no {PY_FOLDER} or {BIN_FOLDER} in {', '.join(map(str, tried))}, and the "
+            f"download failed ({type(error).__name__}: {error}). Either put one of these folders there, or say where "
+            "it is with dataset.root=FOLDER or the environment variable DECEF_DATA."
+        ) from error
+    return tried[0] / PY_FOLDER
+
+
+def _read_bin(path: Path) -> Images:
+    data = np.fromfile(path, dtype=np.uint8)
+    expected = IMAGES_PER_FILE * (1 + PIXELS)
+    if data.size != expected:
+        raise ValueError(f"{path} is truncated or damaged: it has {data.size:,} bytes, not {expected:,}")
+    rows = torch.from_numpy(data).view(IMAGES_PER_FILE, 1 + PIXELS)
+    return _checked(path, rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0].long())
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles NumPy arrays and plain containers; a file with anything else is not CIFAR-10."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
+            # The files name a module that NumPy has moved since; any array knows the function itself.
+            return np.empty(0).__reduce__()[0] if name == "_reconstruct" else getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a data file")
+
+
+def _read_pickle(path: Path) -> Images:
+    try:
+        with path.open("rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+        pixels, labels = np.asarray(batch["data"], dtype=np.uint8), torch.tensor(batch["labels"])
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error or type(error).__name__}") from error
+    if pixels.shape != (IMAGES_PER_FILE, PIXELS) or len(labels) != IMAGES_PER_FILE:
+        raise ValueError(f"{path} has {pixels.shape} pixels, not {(IMAGES_PER_FILE, PIXELS)}")
+    return _checked(path, torch.from_numpy(pixels).view(-1, 3, 32, 32), labels.long())
+
+
+def _checked(path: Path, images: torch.Tensor, labels: torch.Tensor) -> Images:
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path} is damaged: it has labels outside 0 to 9")
+    return Images(images.contiguous(), labels)

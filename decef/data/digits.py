@@ -1,0 +1,28 @@
+"""scikit-learn's bundled handwritten digits: 1,797 real 8x8 images, no download.
+
+The test part of "Optical recognition of handwritten digits" (Alpaydin, Kaynak, UCI 1998).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from decef.data.images import Images
+
+TEST_IMAGES = 360
+
+
+def load_digits(root: Path | None = None) -> tuple[Images, Images]:
+    """1,437 training and 360 test images `(1, 8, 8)`, always the same stratified split; `root` is not looked at."""
+    from sklearn.datasets import load_digits as bundled
+    from sklearn.model_selection import train_test_split
+
+    digits = bundled()
+    # 17 grey levels, 0 to 16, spread over a byte.
+    images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, random_state=0, stratify=labels)
+    data = Images(images, labels)
+    return data.subset(torch.tensor(train)), data.subset(torch.tensor(test))
