@@ -14,7 +14,7 @@ from torch import nn
 
 from decef.cost import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
-from decef.ranks import Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule
+from decef.ranks import Budget, Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,7 +174,8 @@ def plan(
     ranks = rule(candidates, totals) if candidates or isinstance(rule, PerLayer) else {}
     by_name = {c.name: c for c in candidates}
     for name, candidate in list(by_name.items()):
-        if not given and _saves_nothing(candidate, ranks[name]):
+        # A budget has counted on every rank it gave.
+        if not given and not isinstance(rule, Budget) and _saves_nothing(candidate, ranks[name]):
             reasons[name] = f"rank {ranks[name]} would cost no less than dense"
             del by_name[name], ranks[name]
     rows = []

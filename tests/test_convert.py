@@ -141,10 +141,10 @@ def test_ranks_by_rule():
     assert plan(model, "decef", rank=Share(0.01)).ranks == {"0": 1, "1": 1}
     assert plan(model, "decef", rank=Share(1)).ranks == {"0": 9, "1": 4}
     assert plan(model, "decef", rank={"0": 7, "1": 2}).ranks == {"0": 7, "1": 2}
-    assert plan(model, "decef", rank=lambda candidates, totals: {c.name: c.max_rank for c in candidates}).ranks == {
-        "0": 9,
-        "1": 4,
-    }
+    # a rule of one's own weighs costs: what would save nothing stays dense
+    by_rule = plan(model, "decef", rank=lambda candidates, totals: {c.name: c.max_rank - 2 for c in candidates})
+    assert by_rule.ranks == {"1": 2}
+    assert by_rule.rows[0].reason == "rank 7 would cost no less than dense"
 
 
 def test_per_layer_ranks_that_do_not_fit():

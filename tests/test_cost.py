@@ -233,7 +233,7 @@ def test_budget_is_kept_and_used_up(what, seed):
     kept = total - sum(getattr(c, key) for c in candidates)
     smallest = (kept + sum(per_rank.values())) / total
     for share in (0.3, 0.5, 2 / 3, 0.9, 1.0):
-        budget = Budget(**{what: share})
+        budget = Budget(**{what: share}, uniform=True)
         if share < smallest:
             with pytest.raises(ValueError, match=f"budget of {share:g} .*can't be met.*{smallest:.3f}"):
                 budget(candidates, totals)
@@ -252,7 +252,7 @@ def test_network_meets_its_budget(layer, what):
     """The plan's promise holds for the network that `cost` measures, and one more rank anywhere breaks it."""
     model, size = network(), (3, 16, 16)
     dense = total_cost(model, size)
-    row_plan = plan(model, layer, rank=Budget(**{what: 0.5}), exclude="conv1", input_size=size)
+    row_plan = plan(model, layer, rank=Budget(**{what: 0.5}, uniform=True), exclude="conv1", input_size=size)
     totals = total_cost(convert(model, row_plan, from_scratch=True), size)
     assert totals[what] <= 0.5 * dense[what] + 1
     after, before = ("params_after", "params_before") if what == "params" else ("macs_after", "macs_before")
@@ -267,7 +267,7 @@ def test_network_meets_its_budget(layer, what):
 
 def test_budget_of_equal_layers_is_shared_evenly():
     candidates = [Candidate(f"c{i}", DeCEFConv2d, torch.empty(0), 1, 9, 900, 100, 0, 0) for i in range(3)]
-    assert Budget(params=0.5)(candidates, Totals(2700, 0)) == {"c0": 5, "c1": 4, "c2": 4}
+    assert Budget(params=0.5, uniform=True)(candidates, Totals(2700, 0)) == {"c0": 5, "c1": 4, "c2": 4}
 
 
 def test_budget_arguments():
