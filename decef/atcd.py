@@ -43,7 +43,7 @@ class ATCD:
     """
 
     def __init__(self, model: nn.Module, every: int | str = 1) -> None:
-        if every != "epoch" and (isinstance(every, (bool, str)) or every < 1):
+        if every != "epoch" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every={every!r} is neither 'epoch' nor a whole number of steps from 1 on")
         self.model = model
         self.every = every

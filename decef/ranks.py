@@ -61,7 +61,7 @@ def effective_rank(
         assert threshold is not None
         energy = s.square().cumsum(1)
         # The tolerance keeps a share of 1 from counting values that are zero but for rounding.
-        rank = (energy < (threshold - 1e-12) * energy[:, -1:]).sum(1) + 1.0
+        rank = (energy < (threshold - 1e-12) * energy[:, -1:]).sum(1).to(s.dtype) + 1
     elif definition == "entropy":
         p = s / total
         rank = torch.exp(-torch.special.xlogy(p, p).sum(1))

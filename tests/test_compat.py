@@ -196,13 +196,7 @@ def test_functional_transforms(name, implementation):
     assert_close(vmap(layer)(x), layer(x))
 
 
-MEASURES = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="auto measures whatever the factors are, and under torch.jit.trace"
-)
-CASES = [*IMPLEMENTATIONS[:2], pytest.param("auto", marks=MEASURES)]
-
-
-@pytest.mark.parametrize("implementation", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", FACTORIZED)
 def test_an_ensemble_by_vmap(name, implementation):
     layers = [make(name, implementation) for _ in range(3)]
@@ -212,7 +206,7 @@ def test_an_ensemble_by_vmap(name, implementation):
     assert_close(out, torch.stack([layer(x) for layer in layers]))
 
 
-@pytest.mark.parametrize("implementation", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", FACTORIZED)
 def test_factors_that_are_computed(name, implementation):
     """As a hypernetwork or a step of meta-learning gives them."""
@@ -227,7 +221,7 @@ def test_factors_that_are_computed(name, implementation):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
-@pytest.mark.parametrize("implementation", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_trace(implementation):
     model, x = network(implementation).eval(), images()
     traced = torch.jit.trace(model, x, check_trace=False)
@@ -349,7 +343,6 @@ def test_frozen_weights_stay_frozen(name, from_scratch):
             assert parameter.requires_grad == (conv.weight.requires_grad and factor != "basis"), (key, factor)
 
 
-@pytest.mark.xfail(strict=True, reason="to_conv2d makes every parameter trainable")
 def test_frozen_layers_stay_frozen_when_folded():
     layer = make("decef").requires_grad_(False)
     assert not any(p.requires_grad for p in fold(layer).parameters())

@@ -89,10 +89,7 @@ def test_groups_are_measured_one_by_one(definition):
     assert effective_rank(weight, definition=definition).shape == (2,)
 
 
-F32 = pytest.mark.xfail(strict=True, reason="'energy' adds 1.0 to a count of integers, which makes it float32")
-
-
-@pytest.mark.parametrize("definition", [pytest.param(d, marks=F32 if d == "energy" else ()) for d in DEFINITIONS])
+@pytest.mark.parametrize("definition", DEFINITIONS)
 def test_effective_rank_is_in_float64(definition):
     assert effective_rank(torch.randn(4, 2, 3, 3), definition=definition).dtype == F64
 

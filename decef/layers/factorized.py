@@ -180,7 +180,8 @@ class FactorizedConv2d(nn.Module):
         backward pass where gradients are wanted; the answer is remembered for the life of the process. Where nothing
         can be timed (tracing, compiling, `torch.func` transforms, the meta device) the one with fewer MACs is taken.
         """
-        if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda") or not _has_storage(x):
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_plain, (x, *self.factors().values()))):
             return self._chain_has_fewer_macs(x)
         layer = (type(self), self.weight_shape, self.groups, self.rank, self.stride, self._padding, self.dilation)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -199,7 +200,15 @@ class FactorizedConv2d(nn.Module):
 
     def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
         """Seconds of the fastest of a few runs."""
-        twin = copy.deepcopy(self)
+        # Factors may be computed ones, which cannot be deep-copied: the twin gets parameters of the same values.
+        twin = copy.copy(self)
+        twin.__dict__ = dict(self.__dict__)
+        for name in self.factors():
+            twin.__dict__.pop(name, None)
+        twin._parameters = {
+            name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+            for name, value in {**self.factors(), "bias": self.bias}.items()
+        }
         twin.implementation = implementation
         twin._pad_first = False  # `x` is padded already
         x = x.detach().clone().requires_grad_(x.requires_grad)
@@ -283,7 +292,7 @@ class FactorizedConv2d(nn.Module):
 
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:
-        """The equal `torch.nn.Conv2d`, its weight composed once."""
+        """The equal `torch.nn.Conv2d`, its weight composed once and trainable if a factor is."""
         weight = self.compose()
         conv = nn.Conv2d(
             self.in_channels,
@@ -299,9 +308,11 @@ class FactorizedConv2d(nn.Module):
             weight.dtype,
         )
         conv.weight.copy_(weight)
+        conv.weight.requires_grad_(any(factor.requires_grad for factor in self.factors().values()))
         if self.bias is not None:
             assert conv.bias is not None
             conv.bias.copy_(self.bias)
+            conv.bias.requires_grad_(self.bias.requires_grad)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
@@ -317,7 +328,7 @@ def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _has_storage(x: Tensor) -> bool:
+def _is_plain(x: Tensor) -> bool:
     """Whether `x` is an ordinary tensor, not one that `torch.func` or a tracer wraps."""
     try:
         x.data_ptr()
