@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decef.cost import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
@@ -18,6 +17,8 @@ from decef.ranks import Budget, Candidate, Fixed, PerLayer, Rule, Share, Totals,
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass
@@ -96,7 +97,8 @@ def plan(
     """Say what converting `model` would do; nothing is changed.
 
     A rule that weighs costs (Energy, EffectiveRank, Budget) leaves a layer dense where its rank would cost as much as
-    the dense layer; a rank that is given directly is taken as it is.
+    the dense layer; a rank that is given directly is taken as it is. Convolutions that share one weight get one rank,
+    and their cost is counted with the first of them.
 
     Args:
         model: any network.
@@ -114,129 +116,157 @@ def plan(
     """
     layer_class = layer_type(layer)
     include, exclude = _patterns(include), _patterns(exclude)
-    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))}
+    convolutions = _convolutions(model)
     for pattern in (*(include or ()), *(exclude or ())):
         if not any(fnmatchcase(name, pattern) for name in convolutions):
             raise ValueError(f"the pattern '{pattern}' matches no convolution of the network")
-    shapes = input_shapes(model, input_size) if input_size is not None else {}
+    shapes = input_shapes(model, input_size) if input_size is not None else None
 
     reasons: dict[str, str] = {}
-    candidates: list[Candidate] = []
-    costs: dict[str, tuple[int, int]] = {}
-    cached: dict[tuple[Any, ...], int] = {}
-    rule = as_rule(rank)
-    given = isinstance(rule, (Fixed, Share, PerLayer))
-
-    def macs_of(module: nn.Module, name: str) -> int:
-        total = 0
-        for shape in shapes.get(name, ()):
-            # Printed, a layer shows all that its cost depends on, so that equal layers are measured once.
-            key = (repr(module), shape)
-            if key not in cached:
-                cached[key] = layer_macs(module, shape)
-            total += cached[key]
-        return total
-
     for name, module in convolutions.items():
-        costs[name] = (
-            sum(p.numel() for key, p in module.named_parameters(recurse=False) if key != "bias"),
-            macs_of(module, name),
-        )
         reason = _reason_to_keep(name, module, layer_class, include, exclude, min_kernel_size)
-        if reason is None and input_size is not None and name not in shapes:
+        if reason is None and shapes is not None and name not in shapes:
             reason = "does not run in evaluation mode"
         if reason is not None:
             reasons[name] = reason
+    shared = _shared_weights(model)
+    reasons |= _kept_by_sharing(convolutions, shared, reasons)
+
+    macs_of = _mac_counter(shapes or {})
+    units: dict[str, FactorizedConv2d] = {}  # every layer that may be converted, at rank 1 and without storage
+    candidates: dict[str, Candidate] = {}
+    for name, module in convolutions.items():
+        if name in reasons:
             continue
         assert isinstance(module, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
-        unit = layer_class.like(_shell(module), 1, **options)
-        candidate = Candidate(
+        units[name] = layer_class.like(_shell(module), 1, **options)
+        first = shared[name][0]
+        macs, macs_per_rank = macs_of(name, module), macs_of(name, units[name])
+        if first != name:
+            candidate = candidates[first]
+            candidates[first] = replace(
+                candidate, macs=candidate.macs + macs, macs_per_rank=candidate.macs_per_rank + macs_per_rank
+            )
+            continue
+        candidates[name] = Candidate(
             name=name,
             layer=layer_class,
             weight=module.weight.detach(),
             groups=module.groups,
-            max_rank=unit.max_rank,
-            params=costs[name][0],
-            params_per_rank=sum(p.numel() for p in unit.factors().values()),
-            macs=costs[name][1],
-            macs_per_rank=macs_of(unit, name),
+            max_rank=units[name].max_rank,
+            params=module.weight.numel(),
+            params_per_rank=_factor_count(units[name]),
+            macs=macs,
+            macs_per_rank=macs_per_rank,
         )
-        if not given and _saves_nothing(candidate, 1):
-            reasons[name] = "costs no less at rank 1 than dense"
-        else:
-            candidates.append(candidate)
 
     totals = Totals(
         params=sum(p.numel() for p in model.parameters()),
         macs=total_cost(model, input_size)["macs"] if input_size is not None else 0,
     )
-    ranks = rule(candidates, totals) if candidates or isinstance(rule, PerLayer) else {}
-    by_name = {c.name: c for c in candidates}
-    for name, candidate in list(by_name.items()):
-        # A budget has counted on every rank it gave.
-        if not given and not isinstance(rule, Budget) and _saves_nothing(candidate, ranks[name]):
-            reasons[name] = f"rank {ranks[name]} would cost no less than dense"
-            del by_name[name], ranks[name]
+    rule = as_rule(rank)
+    ranks = rule(list(candidates.values()), totals) if candidates or isinstance(rule, PerLayer) else {}
+    if not isinstance(rule, (Fixed, Share, PerLayer, Budget)):  # these mean every rank that they give
+        for name, candidate in candidates.items():
+            if name in ranks and not candidate.saves(ranks[name]):
+                reasons[name] = f"rank {ranks.pop(name)} would cost no less than dense"
+
     rows = []
-    for name in convolutions:
-        params, macs = costs[name]
-        row_candidate, new_rank = by_name.get(name), ranks.get(name)
+    for name, module in convolutions.items():
+        first = shared[name][0] if name in shared else name
+        new_rank = ranks.get(first)
+        params = 0 if first != name else _factor_count(module) or module.weight.numel()
+        macs = macs_of(name, module)
+        if name in reasons:
+            reason = reasons[name]
+        elif new_rank is None:
+            saves = first in reasons or candidates[first].saves(1)
+            reason = reasons.get(first, f"left dense by {rule!r}" if saves else "rank 1 would cost no less than dense")
+        else:
+            reason = "" if first == name else f"shares the weight of '{first}'"
+        unit = units[name] if new_rank is not None else None
         rows.append(
             PlanRow(
                 name=name,
-                action="keep" if row_candidate is None else "convert",
-                reason=reasons.get(name, ""),
+                action="keep" if unit is None else "convert",
+                reason=reason,
                 rank=new_rank,
-                max_rank=row_candidate.max_rank if row_candidate else None,
+                max_rank=unit.max_rank if unit is not None else None,
                 error=None,
                 params_before=params,
-                params_after=new_rank * row_candidate.params_per_rank if row_candidate and new_rank else params,
-                macs_before=macs if name in shapes else None,
-                macs_after=(new_rank * row_candidate.macs_per_rank if row_candidate and new_rank else macs)
-                if name in shapes
+                params_after=new_rank * _factor_count(unit) if unit and new_rank and first == name else params,
+                macs_before=macs if shapes and name in shapes else None,
+                macs_after=(new_rank * macs_of(name, unit) if unit and new_rank else macs)
+                if shapes and name in shapes
                 else None,
             )
         )
     return Plan(layer, rows, options)
 
 
-def convert(model: nn.Module, plan: Plan, *, from_scratch: bool = False) -> nn.Module:
-    """A copy of `model` in which the plan's layers are factorised; `model` stays as it is.
+def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **arguments: Any) -> nn.Module:
+    """A copy of `model` in which convolutions are factorised; `model` stays as it is.
+
+    Forward and backward hooks of a convolution go over to the layer that replaces it; hooks on its state dict, which
+    know its weight by name, do not. Convolutions that share a weight share the factors.
 
     Args:
         model: the network that was planned for, or one with the same module names and shapes.
-        plan: what to convert; each row's `error` is set to the layer's relative Frobenius error.
+        how: a plan, each of whose rows then gets its layer's relative Frobenius error as `error`; or a layer type,
+            which is planned first.
         from_scratch: draw new factors instead of decomposing the weights.
+        **arguments: those of `plan`, where `how` is a layer type.
 
     Raises:
-        ValueError: the plan names a layer that the network doesn't have, or a rank that is not possible there.
+        ValueError: the plan names a layer that the network doesn't have, or a rank that is not possible there, or
+            different ranks for layers that share a weight; or what `plan` raises.
     """
-    layer_class = layer_type(plan.layer)
+    if isinstance(how, str):
+        how = plan(model, how, **arguments)
+    elif arguments:
+        raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
+    layer_class = layer_type(how.layer)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
-    replaced: dict[int, FactorizedConv2d] = {}
-    for row in plan.rows:
+    _check_shared_ranks(how, _shared_weights(model))
+    replaced: dict[int, nn.Module] = {}
+    by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}
+    for row in how.rows:
         if row.action != "convert":
             continue
         conv = modules.get(row.name)
         if not isinstance(conv, nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
             raise ValueError(f"the plan converts '{row.name}', which is no Conv2d in this network")
         try:
-            layer = (layer_class.like if from_scratch else layer_class.from_conv2d)(conv, row.rank, **plan.options)
+            layer = layer_class.like(conv, row.rank, **how.options)
+            if id(conv.weight) in by_weight:
+                sharing, row.error = by_weight[id(conv.weight)]
+                for name, factor in sharing.factors().items():
+                    setattr(layer, name, factor)
+            elif not from_scratch:
+                row.error = layer.decompose_(conv.weight)
         except ValueError as error:
             raise ValueError(f"layer '{row.name}': {error}") from error
-        if not from_scratch:
-            weight = conv.weight.detach()
-            row.error = _relative_error(weight, layer.compose().detach())
-        replaced[id(conv)] = layer
+        by_weight[id(conv.weight)] = layer, row.error
+        replaced[id(conv)] = _take_over(layer, conv)
     return _replace(model, replaced)
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which every factorised layer is the equal `torch.nn.Conv2d`."""
+    """A copy of `model` in which every factorised layer is the equal `torch.nn.Conv2d`.
+
+    Hooks go over as in `convert`, and layers that share factors give convolutions that share a weight.
+    """
     model = copy.deepcopy(model)
-    return _replace(model, {id(m): m.to_conv2d() for m in model.modules() if isinstance(m, FactorizedConv2d)})
+    replaced: dict[int, nn.Module] = {}
+    weights: dict[tuple[int, ...], Tensor] = {}
+    for layer in model.modules():
+        if isinstance(layer, FactorizedConv2d):
+            conv = layer.to_conv2d()
+            conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
+            replaced[id(layer)] = _take_over(conv, layer)
+    return _replace(model, replaced)
 
 
 def layer_type(name: str) -> type[nn.Module]:
@@ -267,6 +297,8 @@ def _reason_to_keep(
         return f"excluded by '{matching}'"
     if type(module) is not nn.Conv2d:
         return f"{type(module).__name__} is not a plain Conv2d"
+    if "weight" not in module._parameters:
+        return "its weight is computed before each call (pruning, weight norm), not a parameter"
     if max(module.kernel_size) < min_kernel_size:
         return f"kernel smaller than {min_kernel_size}"
     assert issubclass(layer_class, FactorizedConv2d)
@@ -277,22 +309,90 @@ def _reason_to_keep(
     return None
 
 
-def _saves_nothing(candidate: Candidate, rank: int) -> bool:
-    """Whether the factorised layer costs at least what the dense one does, in MACs where they are known."""
-    if candidate.macs:
-        return rank * candidate.macs_per_rank >= candidate.macs
-    return rank * candidate.params_per_rank >= candidate.params
-
-
 def _shell(conv: nn.Conv2d) -> nn.Conv2d:
     """`conv` without its storage."""
     return copy.deepcopy(conv).to("meta")
 
 
-def _relative_error(weight: torch.Tensor, approximation: torch.Tensor) -> float:
-    weight, approximation = weight.to(torch.float64), approximation.to(torch.float64)
-    norm = weight.norm().item()
-    return (weight - approximation).norm().item() / norm if norm else 0.0
+def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d | FactorizedConv2d]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))}
+
+
+def _factor_count(module: nn.Module) -> int:
+    """Parameters in a factorised layer's factors, 0 for another module."""
+    return sum(p.numel() for p in module.factors().values()) if isinstance(module, FactorizedConv2d) else 0
+
+
+def _mac_counter(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> Callable[[str, nn.Module], int]:
+    """What counts the MACs that a module does for one input of the network where the named one stands."""
+    # Printed, a layer shows all that its cost depends on, so that equal layers are measured once.
+    cached: dict[tuple[str, tuple[int, ...]], int] = {}
+
+    def macs_of(name: str, module: nn.Module) -> int:
+        total = 0
+        for shape in shapes.get(name, ()):
+            key = (repr(module), shape)
+            if key not in cached:
+                cached[key] = layer_macs(module, shape)
+            total += cached[key]
+        return total
+
+    return macs_of
+
+
+def _shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """For every Conv2d that has a weight parameter: all modules that have the same one, itself included, in order."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return {
+        name: owners[id(module._parameters["weight"])]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None
+    }
+
+
+def _kept_by_sharing(
+    convolutions: Mapping[str, nn.Module], shared: Mapping[str, Sequence[str]], kept: Mapping[str, str]
+) -> dict[str, str]:
+    """Reasons to keep those that share their weight with something that is kept or runs in another way."""
+    reasons = {}
+    for name in convolutions:
+        for other in shared.get(name, ()):
+            same = other in convolutions and convolutions[other].groups == convolutions[name].groups
+            if name not in kept and (other in kept or not same):
+                reasons[name] = f"shares its weight with '{other}', which is kept"
+    return reasons
+
+
+def _check_shared_ranks(plan: Plan, shared: Mapping[str, Sequence[str]]) -> None:
+    for name, rank in plan.ranks.items():
+        for other in shared.get(name, ()):
+            if plan.ranks.get(other) != rank:
+                raise ValueError(
+                    f"'{name}' and '{other}' share one weight: the plan must convert both at the same rank, or none"
+                )
+
+
+def _take_over(new: _Module, old: nn.Module) -> _Module:
+    """Give `new` the bias and the hooks of `old`, whose place it takes."""
+    assert isinstance(new, (nn.Conv2d, FactorizedConv2d))
+    assert isinstance(old, (nn.Conv2d, FactorizedConv2d))
+    new.bias = old.bias
+    for hooks in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_is_full_backward_hook",
+    ):
+        setattr(new, hooks, getattr(old, hooks))
+    return new
 
 
 def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:

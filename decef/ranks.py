@@ -89,6 +89,12 @@ class Candidate:
     macs: int
     macs_per_rank: int
 
+    def saves(self, rank: int) -> bool:
+        """Whether the factorised layer costs less than the dense one, in MACs where they are known."""
+        if self.macs:
+            return rank * self.macs_per_rank < self.macs
+        return rank * self.params_per_rank < self.params
+
     def kept_energy(self) -> Tensor:
         """Share of the kernel's squared norm that each rank adds, `(max_rank,)`, falling; see `spectrum`."""
         spectrum = self.layer.spectrum(self.weight, groups=self.groups)
@@ -108,7 +114,7 @@ class Rule(Protocol):
     """Something that turns candidates into ranks."""
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        """Rank of every candidate by name.
+        """Rank by name of every candidate that is to be factorised; one that is missing stays dense.
 
         Raises:
             ValueError: the rule cannot be met; the message says by which layer or how far.
@@ -202,9 +208,11 @@ class Budget:
     """The largest ranks with which the whole network stays within a share of its dense cost.
 
     A rank goes where it keeps most of a kernel's squared norm (as a share of that kernel's) for its cost, until
-    nothing fits any more; every layer has at least rank 1. Before training, when spectra say nothing, `uniform` gives
-    every layer the same share of its own dense cost, as high as the budget allows; what rounding to whole ranks leaves
-    over goes to the layers in their order, one rank at a time. Give one of `flops` and `params`.
+    nothing fits any more; every layer has at least rank 1. Where the next rank would cost as much as the dense layer,
+    the step is to leave the layer dense. Before training, when spectra say nothing, `uniform` gives every layer the
+    same share of its own dense cost, as high as the budget allows; what rounding to whole ranks leaves over goes to
+    the layers in their order, one rank at a time. A layer that costs no less at rank 1 than dense stays dense. Give
+    one of `flops` and `params`.
 
     Args:
         flops: share of the dense network's FLOPs (the same share of its MACs), in (0, 1].
@@ -238,6 +246,8 @@ class Budget:
             what, total = "parameters", totals.params
             dense = {c.name: c.params for c in candidates}
             per_rank = {c.name: c.params_per_rank for c in candidates}
+        candidates = [c for c in candidates if per_rank[c.name] < dense[c.name]]
+        dense, per_rank = ({c.name: costs[c.name] for c in candidates} for costs in (dense, per_rank))
         kept = total - sum(dense.values())
         smallest = kept + sum(per_rank.values())
         # A share such as 0.667 is a rounded number, so the limit is too: half a unit more never matters.
@@ -258,22 +268,33 @@ def _spread_by_energy(
     ranks = {c.name: 1 for c in candidates}
     left = limit - sum(per_rank.values())
     energies = {c.name: c.kept_energy().tolist() for c in candidates}
-    # Beyond its dense cost a layer is better left dense, so no rank goes there.
-    most = {c.name: max(1, min(c.max_rank, dense[c.name] // per_rank[c.name])) for c in candidates}
+    most = _most(candidates, dense, per_rank)
+    max_rank = {c.name: c.max_rank for c in candidates}
+
+    def step(name: str) -> tuple[float, int]:
+        """What a layer's next step keeps and costs: the next rank, or from the last that saves on, dense."""
+        rank = ranks[name]
+        if rank < most[name]:
+            return energies[name][rank], per_rank[name]
+        return sum(energies[name][rank:]), dense[name] - rank * per_rank[name]
 
     def entry(position: int, name: str) -> tuple[float, int, str]:
-        return (-energies[name][ranks[name]] / per_rank[name], position, name)
+        kept, costs = step(name)
+        return (-kept / costs, position, name)
 
-    names = [c.name for c in candidates]
-    heap = [entry(i, name) for i, name in enumerate(names) if ranks[name] < most[name]]
+    heap = [entry(i, name) for i, name in enumerate(ranks) if ranks[name] < max_rank[name]]
     heapq.heapify(heap)
     while heap:
         _, position, name = heapq.heappop(heap)
-        if per_rank[name] > left:
+        _, costs = step(name)
+        if costs > left:
+            continue
+        left -= costs
+        if ranks[name] == most[name]:
+            del ranks[name]
             continue
         ranks[name] += 1
-        left -= per_rank[name]
-        if ranks[name] < most[name]:
+        if ranks[name] < max_rank[name]:
             heapq.heappush(heap, entry(position, name))
     return ranks
 
@@ -282,15 +303,16 @@ def _spread_evenly(
     candidates: Sequence[Candidate], dense: dict[str, int], per_rank: dict[str, int], limit: float
 ) -> dict[str, int]:
     """Ranks of a total cost of at most `limit`: every layer at the same share of its dense cost."""
+    most = _most(candidates, dense, per_rank)
 
     def ranks_at(share: float) -> dict[str, int]:
-        fitting = {c.name: math.floor(share * dense[c.name] / per_rank[c.name]) for c in candidates}
-        return {c.name: min(max(1, fitting[c.name]), c.max_rank) for c in candidates}
+        fitting = {name: math.floor(share * dense[name] / per_rank[name]) for name in most}
+        return {name: min(max(1, fitting[name]), most[name]) for name in most}
 
     def used(ranks: dict[str, int]) -> int:
         return sum(rank * per_rank[name] for name, rank in ranks.items())
 
-    low, high = 0.0, max((c.max_rank * per_rank[c.name] / dense[c.name] for c in candidates), default=0.0)
+    low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if used(ranks_at(middle)) <= limit else (low, middle)
@@ -299,12 +321,17 @@ def _spread_evenly(
     grown = True
     while grown:
         grown = False
-        for c in candidates:
-            if ranks[c.name] < c.max_rank and per_rank[c.name] <= left:
-                ranks[c.name] += 1
-                left -= per_rank[c.name]
+        for name in ranks:
+            if ranks[name] < most[name] and per_rank[name] <= left:
+                ranks[name] += 1
+                left -= per_rank[name]
                 grown = True
     return ranks
+
+
+def _most(candidates: Sequence[Candidate], dense: dict[str, int], per_rank: dict[str, int]) -> dict[str, int]:
+    """The largest rank of each layer that costs less than the dense layer."""
+    return {c.name: min(c.max_rank, (dense[c.name] - 1) // per_rank[c.name]) for c in candidates}
 
 
 def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:

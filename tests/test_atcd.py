@@ -230,6 +230,25 @@ def test_atcd_does_not_depend_on_how_the_norm_is_split_and_the_chain_rule_does()
     assert (one - other).norm() > 0.5 * one.norm()
 
 
+def test_a_frozen_basis_stays_and_a_trained_one_moves():
+    for train_basis in (False, True):
+        model = small(BasisConv2d, train_basis=train_basis)
+        before = [model[0].basis.clone(), model[4].basis.clone()]
+        atcd = ATCD(model, every=1)
+        optimizer = torch.optim.SGD(atcd.dense.parameters(), lr=0.1)
+        for _ in range(3):
+            step(atcd, optimizer)
+        for layer, basis, twin in zip((model[0], model[4]), before, (atcd.dense[0], atcd.dense[4]), strict=True):
+            assert torch.equal(layer.basis, basis) != train_basis
+            assert_close(twin.weight, layer.compose())
+            # the nearest kernel in the span: what is left over of any other is at right angles to it
+            other = torch.randn_like(twin.weight)
+            layer.decompose_(other, warm_start=True)
+            residual = (other - layer.compose()).reshape(layer.groups, -1, other[0].numel())
+            span = layer.basis.reshape(layer.groups, layer.rank, -1)
+            assert train_basis or (residual @ span.transpose(1, 2)).abs().max() < 1e-10
+
+
 # A run ------------------------------------------------------------------------------------------------------------
 
 

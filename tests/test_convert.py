@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from decef.convert import Plan, convert, fold, plan
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import CifarResNet
-from decef.ranks import Fixed, PerLayer, Share
+from decef.ranks import Budget, Fixed, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 
@@ -145,6 +145,7 @@ def test_ranks_by_rule():
     by_rule = plan(model, "decef", rank=lambda candidates, totals: {c.name: c.max_rank - 2 for c in candidates})
     assert by_rule.ranks == {"1": 2}
     assert by_rule.rows[0].reason == "rank 7 would cost no less than dense"
+    assert plan(model, "decef", rank=lambda candidates, totals: {"1": 1}).ranks == {"1": 1}  # not named: stays dense
 
 
 def test_per_layer_ranks_that_do_not_fit():
@@ -283,3 +284,35 @@ def test_a_network_that_is_one_convolution():
     assert isinstance(new, BasisConv2d)
     assert type(fold(new)) is nn.Conv2d
     assert_close(fold(new).weight, conv.weight)
+
+
+def test_plan_and_convert_at_once():
+    model = network()
+    at_once = convert(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16))
+    planned = convert(model, plan(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16)))
+    assert all(torch.equal(v, planned.state_dict()[k]) for k, v in at_once.state_dict().items())
+    with pytest.raises(TypeError, match="a plan already says all that exclude could"):
+        convert(model, plan(model, "cpac", rank=2), exclude="conv1")
+
+
+def test_hooks_of_a_convolution_go_over_to_its_layer_and_back():
+    conv = nn.Conv2d(4, 6, 3)
+    calls = []
+    conv.register_forward_pre_hook(lambda module, args: calls.append(("before", type(module))))
+    conv.register_forward_hook(lambda module, args, kwargs, y: calls.append(("after", y.shape)), with_kwargs=True)
+    conv.register_full_backward_hook(lambda module, inputs, outputs: calls.append(("backward", outputs[0].shape)))
+    layer = convert(nn.Sequential(conv), "decef", rank=3)
+    for model, cls in ((layer, DeCEFConv2d), (fold(layer), nn.Conv2d)):
+        calls.clear()
+        model(torch.randn(2, 4, 5, 5, requires_grad=True)).sum().backward()
+        assert calls == [("before", cls), ("after", (2, 6, 3, 3)), ("backward", (2, 6, 3, 3))]
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_a_computed_weight_is_kept(wrap):
+    model = nn.Sequential(wrap(nn.Conv2d(4, 8, 3)), nn.Conv2d(8, 8, 3))
+    made = plan(model, "decef", rank=2)
+    assert set(made.ranks) == {"1"}
+    assert "computed" in made.rows[0].reason or "not a plain Conv2d" in made.rows[0].reason
+    x = torch.randn(2, 4, 8, 8)
+    assert_close(convert(model, made)[0](x), model[0](x))

@@ -230,8 +230,12 @@ def test_budget_is_kept_and_used_up(what, seed):
     key = "params" if what == "params" else "macs"
     total = getattr(totals, key)
     per_rank = {c.name: getattr(c, f"{key}_per_rank") for c in candidates}
-    kept = total - sum(getattr(c, key) for c in candidates)
-    smallest = (kept + sum(per_rank.values())) / total
+    dense = {c.name: getattr(c, key) for c in candidates}
+    # what costs no less at rank 1 stays dense
+    most = {c.name: min(c.max_rank, (dense[c.name] - 1) // per_rank[c.name]) for c in candidates}
+    most = {name: rank for name, rank in most.items() if rank}
+    kept = total - sum(dense[name] for name in most)
+    smallest = (kept + sum(per_rank[name] for name in most)) / total
     for share in (0.3, 0.5, 2 / 3, 0.9, 1.0):
         budget = Budget(**{what: share}, uniform=True)
         if share < smallest:
@@ -239,11 +243,12 @@ def test_budget_is_kept_and_used_up(what, seed):
                 budget(candidates, totals)
             continue
         ranks = budget(candidates, totals)
-        used = kept + sum(ranks[c.name] * per_rank[c.name] for c in candidates)
-        assert all(1 <= ranks[c.name] <= c.max_rank for c in candidates)
+        assert set(ranks) == set(most)
+        used = kept + sum(ranks[name] * per_rank[name] for name in most)
+        assert all(1 <= ranks[name] <= most[name] for name in most)
         assert used <= share * total + 0.5
-        for c in candidates:
-            assert ranks[c.name] == c.max_rank or used + per_rank[c.name] > share * total
+        for name in most:
+            assert ranks[name] == most[name] or used + per_rank[name] > share * total
 
 
 @pytest.mark.parametrize("what", ["params", "flops"])

@@ -284,5 +284,19 @@ def test_a_layer_that_cannot_save_is_no_candidate(rule):
         model[0].weight.copy_(DeCEFConv2d(16, 32, 3, rank=2).compose())
     first, second = plan(model, "decef", rank=rule).rows
     assert first.action == "convert"
-    assert (second.action, second.reason) == ("keep", "costs no less at rank 1 than dense")
+    assert (second.action, second.reason) == ("keep", "rank 1 would cost no less than dense")
     assert set(plan(model, "decef", rank=1).ranks) == {"0", "1"}
+
+
+@pytest.mark.parametrize("what", ["flops", "params"])
+def test_a_generous_budget_leaves_dense_what_gains_nothing_by_more_ranks(what):
+    """The second kernel has rank 2 and needs no more; the first has full rank and is worth its dense cost."""
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(DeCEFConv2d(32, 32, 3, rank=2).compose())
+    made = plan(model, "decef", rank=Budget(**{what: 0.9}), input_size=(16, 12, 12))
+    first, second = made.rows
+    assert (first.action, first.rank, first.reason) == ("keep", None, f"left dense by {Budget(**{what: 0.9})!r}")
+    assert second.rank >= 2
+    everything = plan(model, "decef", rank=Budget(**{what: 1.0}), input_size=(16, 12, 12))
+    assert everything.rows[0].action == "keep"

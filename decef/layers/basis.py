@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d
+from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty
 
 
 class BasisConv2d(FactorizedConv2d):
@@ -67,6 +67,13 @@ class BasisConv2d(FactorizedConv2d):
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)  # (g, out/g, in/g kh kw)
+        if warm_start and not self.basis.requires_grad:
+            # With a basis that never changes the low-rank set is its span.
+            basis = self.basis.to(weight).reshape(self.groups, self.rank, -1)
+            return {
+                "basis": self.basis.to(weight),
+                "coefficients": (rows @ torch.linalg.pinv(basis)).reshape(self.coefficients.shape),
+            }
         u, s, vh = torch.linalg.svd(rows, full_matrices=False)
         coefficients = (u * s.unsqueeze(-2))[..., : self.rank]
         return {
@@ -86,6 +93,4 @@ class BasisConv2d(FactorizedConv2d):
 
         Unlike in the authors' code, whose term is detached from the graph, it has a gradient.
         """
-        basis = self.basis.reshape(self.groups, self.rank, -1)
-        gram = basis @ basis.transpose(1, 2)
-        return (gram - torch.eye(self.rank, device=gram.device, dtype=gram.dtype)).square().sum()
+        return orthonormality_penalty(self.basis.reshape(self.groups, self.rank, -1))

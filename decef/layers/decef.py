@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d
+from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty
 
 
 class DeCEFConv2d(FactorizedConv2d):
@@ -94,9 +94,7 @@ class DeCEFConv2d(FactorizedConv2d):
         A penalty for training. The paper's strategy is not known to us; at weight 0 nothing holds the filters
         orthonormal, which the function that the layer computes does not need.
         """
-        filters = self.eigenfilters.flatten(2)  # (in, rank, kh kw)
-        gram = filters @ filters.transpose(1, 2)
-        return (gram - torch.eye(self.rank, device=gram.device, dtype=gram.dtype)).square().sum()
+        return orthonormality_penalty(self.eigenfilters.flatten(2))
 
 
 def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:

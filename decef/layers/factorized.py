@@ -150,6 +150,11 @@ class FactorizedConv2d(nn.Module):
         """Shape of the dense kernel `(out_channels, in_channels // groups, kh, kw)`."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    @property
+    def weight(self) -> Tensor:
+        """The composed kernel, for code that reads `conv.weight`; composed anew at every read, not to be written."""
+        return self.compose()
+
     def factors(self) -> dict[str, nn.Parameter]:
         """The factors by name, bias not among them."""
         return {name: getattr(self, name) for name in self.factor_shapes()}
@@ -232,7 +237,8 @@ class FactorizedConv2d(nn.Module):
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
-            warm_start: start an iteration from the present factors, which are near, and take few sweeps.
+            warm_start: start an iteration from the present factors, which are near, and take few sweeps; a factor that
+                is frozen by the layer's design (BasisConv's basis) stays as it is.
 
         Returns:
             The relative error `||weight - compose()|| / ||weight||` in the Frobenius norm, 0 for a zero kernel.
@@ -322,6 +328,12 @@ class FactorizedConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join([*parts, f"rank={self.rank}", f"implementation={self.implementation!r}"])
+
+
+def orthonormality_penalty(rows: Tensor) -> Tensor:
+    """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero where their rows are orthonormal."""
+    gram = rows @ rows.transpose(1, 2)
+    return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
 
 
 def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
