@@ -288,3 +288,36 @@ def test_planned_network():
     x = torch.randn(2, 3, 8, 8, dtype=F64)
     assert_close(atcd.dense(x), converted(x))
     assert [type(m) for m in atcd.dense] == [type(m) for m in model]
+
+
+# The claim --------------------------------------------------------------------------------------------------------
+
+
+def without_normalisation(**kwargs):
+    """Five layers with nothing but ReLU between, as in arXiv 1808.04303's networks without batch norm."""
+    layers, channels = [], 1
+    for i, width in enumerate((16, 16, 32, 32, 32)):
+        layers += [Rank1Conv2d(channels, width, 3, padding=1, bias=False, rank=1, **kwargs), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if i in (1, 3) else []
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+@pytest.mark.parametrize(
+    ("separate_init", "atcd", "trains"),
+    [
+        pytest.param(True, None, False, id="three separate 1-D layers"),
+        pytest.param(False, 1, True, id="ATCD"),
+        pytest.param(False, None, True, id="the chain, with the composed kernel's scale"),
+    ],
+)
+def test_consecutive_1d_layers_do_not_train_where_atcd_does(separate_init, atcd, trains):
+    """The papers' claim holds, but for the scale: drawn so that the composed kernel has He's variance, chains train.
+
+    Three layers drawn apart shrink the signal's variance 27 times, 27^5 times in this network.
+    """
+    options = {"implementation": "factorized" if atcd is None else "reconstructed"}
+    model = without_normalisation(separate_init=separate_init, **options)
+    config = dataclasses.replace(CONFIG, epochs=6, weight_decay=0.0, atcd=atcd)
+    top1 = train(model, config, size=1437)[-1]["train_top1"]
+    assert top1 > 50 if trains else top1 < 15

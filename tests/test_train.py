@@ -44,14 +44,14 @@ def network(layer="conv2d", seed=0, **options):
 
 def train(model, config=CONFIG, state=None, seed=0, size=512):
     images, test = DIGITS.load(None)
-    metrics = []
+    metrics, dtype = [], next(model.parameters()).dtype
     fit(
         model,
         images.subset(slice(0, size)),
         test,
         config,
-        mean=torch.tensor(DIGITS.mean, dtype=model.linear.weight.dtype),
-        std=torch.tensor(DIGITS.std, dtype=model.linear.weight.dtype),
+        mean=torch.tensor(DIGITS.mean, dtype=dtype),
+        std=torch.tensor(DIGITS.std, dtype=dtype),
         crop_padding=1,
         flip=False,
         seed=seed,
