@@ -311,11 +311,13 @@ def without_normalisation(**kwargs):
         pytest.param(False, None, True, id="the chain, with the composed kernel's scale"),
     ],
 )
-def test_consecutive_1d_layers_do_not_train_where_atcd_does(separate_init, atcd, trains):
+def test_consecutive_1d_layers_do_not_train_where_atcd_does(separate_init, atcd, trains, request):
     """The papers' claim holds, but for the scale: drawn so that the composed kernel has He's variance, chains train.
 
     Three layers drawn apart shrink the signal's variance 27 times, 27^5 times in this network.
     """
+    torch.set_flush_denormal(True)  # what shrinks so far becomes subnormal, which a CPU is slow with
+    request.addfinalizer(lambda: torch.set_flush_denormal(False))
     options = {"implementation": "factorized" if atcd is None else "reconstructed"}
     model = without_normalisation(separate_init=separate_init, **options)
     config = dataclasses.replace(CONFIG, epochs=6, weight_decay=0.0, atcd=atcd)
