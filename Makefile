@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint quickstart reproduce-cifar tables clean
+.PHONY: help setup test lint quickstart reproduce-cifar tables bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -9,6 +9,7 @@ FLOPS ?= 0.667
 RESULTS ?= results
 REPRODUCED ?= reproduced
 SOURCE ?= local
+DEVICE ?= cpu
 
 RUN := .venv/bin/python
 READY := .venv/.ready
@@ -43,6 +44,9 @@ reproduce-cifar: setup ## The five layer types on CIFAR-10, from scratch, into r
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+bench: setup ## Time every layer type against the dense convolution, into results/bench (DEVICE=cuda)
+	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench/layers-$(DEVICE)
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info

@@ -1,8 +1,8 @@
 """CP decomposition of a batch of small tensors by proximal alternating least squares.
 
-Why not tensorly's `parafac`: it takes one tensor at a time, and rank-1 layers decompose every filter, in ATCD after every
-step; and its steps are not regularised, so near-parallel components make them singular. tests/test_cp.py holds the
-error on trained kernels against the best of several of its starts.
+Why not tensorly's `parafac`: it takes one tensor at a time, and rank-1 layers decompose every filter, in ATCD after
+every step; and its steps are not regularised, so near-parallel components make them singular. tests/test_cp.py holds
+the error on trained kernels against the best of several of its starts.
 """
 
 from __future__ import annotations

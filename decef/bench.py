@@ -1,0 +1,224 @@
+"""How long layers take, against the dense convolution, all variants interleaved in one run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from decef.convert import layer_type, plan
+from decef.layers import FactorizedConv2d
+from decef.ranks import Budget
+from decef.record import environment
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROUNDS = 5
+ROUND_SECONDS = 0.02  # about how long one variant runs in a round
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One convolution of a network: a square kernel, "same" padding, a square input of `size` pixels."""
+
+    network: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    size: int
+    groups: int = 1
+
+    def conv(self) -> nn.Conv2d:
+        """The dense layer, freshly initialised."""
+        return nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.kernel_size // 2,
+            groups=self.groups,
+            bias=False,
+        )
+
+    def __str__(self) -> str:
+        groups = f", groups {self.groups}" if self.groups > 1 else ""
+        stride = f"/{self.stride}" if self.stride > 1 else ""
+        kernel = f"{self.kernel_size}x{self.kernel_size}{stride}"
+        return f"{self.in_channels} to {self.out_channels}, {kernel}, {self.size} px{groups}"
+
+
+#: What the networks that the papers use are made of.
+SHAPES = (
+    Shape("ResNet-20", 16, 16, 3, 1, 32),
+    Shape("ResNet-20", 16, 32, 3, 2, 32),
+    Shape("ResNet-20", 32, 32, 3, 1, 16),
+    Shape("ResNet-20", 64, 64, 3, 1, 8),
+    Shape("VGG-16", 64, 64, 3, 1, 32),
+    Shape("VGG-16", 128, 256, 3, 1, 8),
+    Shape("VGG-16", 512, 512, 3, 1, 4),
+    Shape("ResNet-18/50", 3, 64, 7, 2, 224),
+    Shape("ResNet-18/50", 64, 64, 3, 1, 56),
+    Shape("ResNet-18/50", 128, 256, 3, 2, 28),
+    Shape("ResNet-18/50", 256, 1024, 1, 1, 14),
+    Shape("MobileNetV2", 96, 24, 1, 1, 56),
+    Shape("MobileNetV2", 384, 64, 1, 1, 14),
+    Shape("MobileNetV2", 192, 192, 3, 1, 14, groups=192),
+)
+
+
+def layer_times(
+    shape: Shape, layer: str, share: float, *, batch: int, backward: bool, device: torch.device
+) -> dict[str, Any] | None:
+    """A layer's time as a chain, composed, and as "auto" chooses, against the dense convolution's.
+
+    Args:
+        shape: of the convolution.
+        layer: a factorised layer type.
+        share: of the dense layer's FLOPs; the largest rank within it is taken.
+        batch: images.
+        backward: time a training step's forward and backward pass, else inference.
+        device: to run on.
+
+    Returns:
+        `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds),
+        and `auto`, which of the two it takes; None where the layer type has nothing to offer for this shape.
+    """
+    conv = shape.conv().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = nn.Sequential(conv)
+    size = (shape.in_channels, shape.size, shape.size)
+    try:
+        (row,) = plan(model, layer, rank=Budget(flops=share, uniform=True), input_size=size).rows
+    except ValueError:  # not even rank 1 is within the budget
+        return None
+    if row.rank is None or row.macs_before is None or row.macs_after is None:
+        return None
+    layer_class = layer_type(layer)
+    assert issubclass(layer_class, FactorizedConv2d)
+    x = torch.randn(batch, *size, device=device).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(backward)
+    factorized = layer_class.like(conv, row.rank, implementation="factorized")
+    reconstructed = layer_class.like(conv, row.rank, implementation="reconstructed")
+    with torch.set_grad_enabled(backward):
+        prefers_chain = factorized.prefers_chain(x)
+    variants = {"dense": conv, "factorized": factorized, "reconstructed": reconstructed}
+    times = interleaved({name: _step(module, x, backward) for name, module in variants.items()})
+    return {
+        "rank": row.rank,
+        "flops_ratio": row.macs_after / row.macs_before,
+        **times,
+        "auto": "factorized" if prefers_chain else "reconstructed",
+    }
+
+
+def bench_layers(
+    layers: Sequence[str], shares: Sequence[float], batches: Sequence[int], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """`layer_times` of every shape, layer type, share, batch and pass where there is something to time."""
+    for shape in SHAPES:
+        for layer in layers:
+            for share in shares:
+                for batch in batches:
+                    for backward in (False, True):
+                        times = layer_times(shape, layer, share, batch=batch, backward=backward, device=device)
+                        if times is not None:
+                            what = {"shape": str(shape), "network": shape.network, "layer": layer, "share": share}
+                            yield {**what, "batch": batch, "pass": "training" if backward else "inference", **times}
+
+
+def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds a call of each step, in rounds that run every step in turn, so that all meet the same noise."""
+    threads = torch.get_num_threads()
+    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    numbers = {}
+    for name, timer in timers.items():
+        timer.timeit(2)
+        numbers[name] = max(1, round(ROUND_SECONDS / max(timer.timeit(2).mean, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(numbers[name]).mean)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
+    """How often "auto" and each implementation alone is the faster one, and how much time each takes.
+
+    Args:
+        frame: rows of `layer_times`.
+
+    Returns:
+        A row for `auto`, `factorized`, `reconstructed` with `right` (share of the cases in which it is the fastest or
+        within 5 % of it: less is noise) and `time` (geometric mean of its time over the faster one's).
+    """
+    import numpy as np
+    import pandas as pd
+
+    best = frame[["factorized", "reconstructed"]].min(axis=1)
+    chosen = frame.factorized.where(frame.auto == "factorized", frame.reconstructed)
+    rows = {}
+    for name, time in (("auto", chosen), ("factorized", frame.factorized), ("reconstructed", frame.reconstructed)):
+        ratio = time / best
+        rows[name] = {"right": float((ratio < 1.05).mean()), "time": float(np.exp(np.log(ratio).mean()))}
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def write_bench(rows: Sequence[dict[str, Any]], out: Path, device: str) -> None:
+    """Write the rows and the machine as <out>.json, and for people as <out>.md."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    made = environment(device, torch.get_num_threads())
+    out.with_suffix(".json").write_text(json.dumps({"environment": made, "rows": list(rows)}, indent=1) + "\n")
+    ratios = frame.assign(
+        chain=frame.factorized / frame.dense,
+        composed=frame.reconstructed / frame.dense,
+        auto=frame.factorized.where(frame.auto == "factorized", frame.reconstructed) / frame.dense,
+        FLOPs=frame.flops_ratio,
+    )
+    keys = ["pass", "batch", "network", "shape", "layer"]
+    shown = ratios.sort_values(keys, kind="stable")[[*keys, "rank", "FLOPs", "chain", "composed", "auto"]]
+    dirty = " with uncommitted changes" if made["git_dirty"] else ""
+    text = [
+        "# Time of one layer, over that of the dense convolution",
+        "",
+        f"Medians of {ROUNDS} interleaved rounds, fp32, channels_last, on {device}. FLOPs: the chain's over the dense "
+        'layer\'s. auto: what `implementation="auto"` takes.',
+        "",
+        "How often each choice is the faster one or within 5 % of it, and its time over the faster one's (geometric",
+        "mean):",
+        "",
+        auto_score(frame).round(3).to_markdown(),
+        "",
+        shown.round(2).to_markdown(index=False),
+        "",
+        f"Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['machine']}.",
+        "",
+    ]
+    out.with_suffix(".md").write_text("\n".join(text))
+
+
+def _step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:
+    if not backward:
+
+        def infer() -> object:
+            with torch.no_grad():
+                return module(x)
+
+        return infer
+
+    def train() -> object:
+        module.zero_grad()
+        x.grad = None
+        module(x).sum().backward()
+        return x.grad
+
+    return train
