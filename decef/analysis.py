@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from decef.checkpoint import load_checkpoint
 from decef.convert import convert, plan
 from decef.cost import total_cost
-from decef.data import DATASETS, Images
+from decef.data import Data, dataset
 from decef.layers import FactorizedConv2d
-from decef.models import CIFAR_RESNETS, create_model
+from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.ranks import DEFINITIONS, Budget, effective_rank
 from decef.record import CHECKPOINT, CONFIG, environment
 from decef.run import build
-from decef.torchvision_cpu import import_torchvision
 from decef.train import evaluate
 
 if TYPE_CHECKING:
@@ -31,37 +30,23 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
     """Networks by what a user calls them, each with a label.
 
     Args:
-        name: the folder of a run (its last checkpoint, or one network for every checkpoint that it kept), a CIFAR
-            ResNet's name, `timm/<name>` or `torchvision/<name>`.
+        name: the folder of a run (its last checkpoint, or one network for every checkpoint that it kept), a name that
+            `create_model` knows.
         weights: file with trained weights, not for a run.
         pretrained: let timm or torchvision download trained weights.
 
     Raises:
         ValueError: there is no such network, or the weights are not its.
         FileNotFoundError: no such file of weights, or a run without a checkpoint.
-        ImportError: timm is not installed.
     """
     if Path(name).is_dir():
         return list(_networks_of_run(Path(name)))
-    library, _, rest = name.partition("/")
-    model: nn.Module
-    if library == "timm" and rest:
-        import_torchvision()
-        import timm
-
-        if not timm.is_model(rest):
-            raise ValueError(f"timm has no model '{rest}'")
-        model = timm.create_model(rest, pretrained=pretrained)
-    elif library == "torchvision" and rest:
-        models = import_torchvision().models
-        if rest not in models.list_models():
-            raise ValueError(f"torchvision has no model '{rest}'")
-        model = models.get_model(rest, weights="DEFAULT" if pretrained else None)
-    elif name in CIFAR_RESNETS:
-        model = create_model(name, num_classes=10, in_channels=3)
-    else:
-        known = ", ".join(CIFAR_RESNETS)
-        raise ValueError(f"'{name}' is neither a run's folder, nor timm/<name>, nor torchvision/<name>, nor {known}")
+    try:
+        # ImageNet's classes and those of CIFAR-10
+        num_classes = 1000 if "/" in name else 10
+        model = create_model(name, num_classes=num_classes, pretrained=pretrained)
+    except ValueError as error:
+        raise ValueError(f"'{name}' is no run's folder, and {error}") from error
     return [(name, load_weights(model, weights) if weights else model)]
 
 
@@ -72,8 +57,8 @@ def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
     config = yaml.safe_load((folder / CONFIG).read_text())
     for path in paths:
         checkpoint = load_checkpoint(path)
-        model, _, _ = build(config, DATASETS[config["dataset"]["name"]])
-        model.load_state_dict(checkpoint["model"])
+        model, _, _ = build(config, dataset(config["dataset"]))
+        model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
         yield f"epoch {checkpoint['epoch']}", model
 
 
@@ -124,7 +109,7 @@ def rank_table(
 
 def untuned(
     model: nn.Module,
-    test: Images,
+    test: Data,
     *,
     mean: Tensor,
     std: Tensor,
@@ -139,7 +124,7 @@ def untuned(
         layers ("energy": see `Budget`; "uniform": the same share of every layer's cost), with the mean relative error
         of the decomposed kernels.
     """
-    input_size = test.images.shape[1:]
+    input_size = next(test.views(1))[0].shape[1:]
     dense = total_cost(model, input_size)
 
     def row(network: nn.Module, layer: str, budget: str, spread: str, error: float) -> dict[str, object]:

@@ -73,10 +73,15 @@ class ATCD:
 
         Returns:
             The largest relative Frobenius distance that a kernel was moved.
+
+        Raises:
+            FloatingPointError: a kernel is not finite any more: the training diverged.
         """
         errors = []
         for layer, conv in self._pairs:
             assert isinstance(conv, nn.Conv2d)
+            if not conv.weight.isfinite().all():
+                raise FloatingPointError("a kernel is not finite any more: the training diverged")
             errors.append(layer.decompose_(conv.weight, warm_start=True))
             conv.weight.copy_(layer.compose())
         return max(errors)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02  # about how long one variant runs in a round
+SLOW = 0.5  # seconds a call from which on two rounds are enough
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,12 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS)
     timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
     numbers = {}
     for name, timer in timers.items():
-        timer.timeit(2)
-        numbers[name] = max(1, round(ROUND_SECONDS / max(timer.timeit(2).mean, 1e-7)))
+        seconds = timer.timeit(1).mean
+        if seconds > SLOW:
+            rounds = min(rounds, 2)
+        else:
+            seconds = timer.timeit(2).mean  # the first call was the warm-up
+        numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, timer in timers.items():

@@ -33,7 +33,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     Since an option that is off (null, false, 0, empty) does not count, a new option leaves old run ids alone.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    kept["dataset"] = {key: value for key, value in config["dataset"].items() if key != "root"}
+    kept["dataset"] = {k: value for k, value in config["dataset"].items() if k not in ("root", "workers")}
     return _without_off(kept)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,15 @@ from torch import nn
 from decef.checkpoint import load_checkpoint, save_checkpoint
 from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
-from decef.data import DATASETS, Dataset, Images
+from decef.data import Data, Dataset, Images, count_classes, dataset
+from decef.distributed import Processes, joined
 from decef.layers import LAYERS
 from decef.models import create_model
 from decef.ranks import Budget, Fixed
 from decef.record import RunRecord, environment
 from decef.tracking import Tracker, resolve_mode
-from decef.train import Metrics, TrainConfig, fit, resolve_precision
+from decef.train import Metrics, State, fit, resolve_precision
+from decef.trainconfig import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +46,16 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
         InputError: a value of the wrong type, or rank and budget both given.
     """
     resolved = copy.deepcopy(dict(config))
-    layer = resolved["layer"]
+    layer, data = resolved["layer"], resolved["dataset"]
+    if data["name"] == "imagefolder" and data.get("num_classes") is None:
+        with _input_errors():
+            data["num_classes"] = count_classes(Path(data["root"]) if data["root"] else None)
     whole = {
         "seed": resolved["seed"],
         "threads": resolved["threads"],
         "layer.rank": layer.get("rank"),
-        "dataset.train_size": resolved["dataset"]["train_size"],
-        "dataset.crop_padding": resolved["dataset"]["crop_padding"],
+        "dataset.train_size": data["train_size"],
+        "dataset.crop_padding": data.get("crop_padding"),
     }
     for key, value in whole.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -75,27 +82,35 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
     Raises:
         ValueError: an unknown model or layer type, or a rank or budget that is not possible.
     """
-    settings, layer = config["model"], dict(config["layer"])
-    dense = create_model(
-        settings["name"],
-        num_classes=dataset.num_classes,
-        in_channels=dataset.input_size[0],
-        shortcut=settings["shortcut"],
-        conv_classifier=settings.get("factorize_classifier", False),
-    )
+    settings, layer = dict(config["model"]), dict(config["layer"])
+    dense_stem = settings.pop("dense_stem", False)
+    include, exclude = settings.pop("include", None), settings.pop("exclude", None)
+    min_kernel_size = settings.pop("min_kernel_size", None) or 1
+    classifier = settings.pop("factorize_classifier", False)
+    if classifier:
+        settings["conv_classifier"] = True
+    dense = create_model(num_classes=dataset.num_classes, in_channels=dataset.input_size[0], **settings)
     name, rank, flops = layer.pop("name"), layer.pop("rank", None), layer.pop("flops", None)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+    if dense_stem:
+        exclude.insert(0, next(name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)))
+    if settings.get("shortcut") == "B":
+        exclude.append("*.shortcut.0")
     the_plan = plan(
         dense,
         name,
         rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0, uniform=True),
-        exclude=[
-            *(["conv1"] if settings.get("dense_stem") else []),
-            *(["*.shortcut.0"] if settings["shortcut"] == "B" else []),
-        ],
+        include=include,
+        exclude=exclude,
+        min_kernel_size=min_kernel_size,
         input_size=dataset.input_size,
         **layer,
     )
-    if settings.get("factorize_classifier") and name != "conv2d" and "linear" not in the_plan.ranks:
+    if name != "conv2d" and not the_plan.ranks:
+        reasons = Counter(row.reason for row in the_plan.rows if not row.reason.startswith("excluded"))
+        most = f", mostly because: {reasons.most_common(1)[0][0]}" if reasons else ""
+        raise ValueError(f"layer={name} would replace none of {settings['name']}'s convolutions{most}")
+    if classifier and name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={name}: {reason}")
     return convert(dense, the_plan, from_scratch=True), the_plan, total_cost(dense, dataset.input_size)
@@ -129,32 +144,43 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     with _input_errors():
         job = _prepare(config)
-    summary = job.record.summary()
-    if summary.get("status") == "finished":
-        log.info("%s is finished already (top-1 %.2f %%)", job.record.id, summary["test_top1"])
-        return summary
     with ExitStack() as held:
-        with _input_errors():
-            held.enter_context(job.record.open())
-            checkpoint = _load_checkpoint(job.record)
-            train, test = _load_data(job)
-        return _train(job, checkpoint, train, test, started)
+        processes = held.enter_context(joined(job.device))
+        summary = processes.tell(job.record.summary())
+        if summary.get("status") == "finished":
+            log.info("%s is finished already (top-1 %.2f %%)", job.record.id, summary["test_top1"])
+            return summary
+        error, checkpoint, data = None, None, None
+        if processes.is_first:
+            try:
+                with _input_errors():
+                    held.enter_context(job.record.open())
+                    checkpoint = _load_checkpoint(job.record)
+                    data = _load_data(job)  # first here alone: it may be a download
+            except InputError as refused:
+                error = str(refused)
+        error, checkpoint = processes.tell((error, checkpoint))
+        if error:
+            raise InputError(error)
+        train, test = data or _load_data(job)
+        if processes.is_first:
+            return _train_and_record(job, checkpoint, train, test, started, processes)
+        _fit(job, train, test, _Memory(checkpoint), lambda metrics: None, processes)
+        return processes.tell()
 
 
 def _prepare(config: Mapping[str, Any]) -> _Job:
     config = resolve(config)
-    name = config["dataset"]["name"]
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset '{name}'; there are {', '.join(DATASETS)}")
+    the_dataset = dataset(config["dataset"])
     train_config = TrainConfig(**_tuples(config["train"]))
     device = _device(config["device"])
     wandb_mode = resolve_mode(config["wandb"]["mode"])
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
-    model, the_plan, dense_cost = build(config, DATASETS[name])
+    model, the_plan, dense_cost = build(config, the_dataset)
     record = RunRecord(Path(config["results"]), config)
-    return _Job(config, record, train_config, DATASETS[name], device, wandb_mode, model, the_plan, dense_cost)
+    return _Job(config, record, train_config, the_dataset, device, wandb_mode, model, the_plan, dense_cost)
 
 
 def _load_checkpoint(record: RunRecord) -> dict[str, Any] | None:
@@ -166,19 +192,47 @@ def _load_checkpoint(record: RunRecord) -> dict[str, Any] | None:
     return checkpoint
 
 
-def _load_data(job: _Job) -> tuple[Images, Images]:
+def _load_data(job: _Job) -> tuple[Data, Data]:
     settings = job.config["dataset"]
     train, test = job.dataset.load(Path(settings["root"]) if settings["root"] else None)
     if settings["train_size"]:
         train = train.subset(slice(0, settings["train_size"]))
+    if isinstance(train, Images):
+        train = replace(train, crop_padding=settings["crop_padding"], flip=settings["flip"])
     return train.to(job.device), test.to(job.device)
 
 
-def _train(job: _Job, checkpoint: dict[str, Any] | None, train: Images, test: Images, started: float) -> dict[str, Any]:
+def _fit(
+    job: _Job, train: Data, test: Data, state: State, on_epoch: Callable[[Metrics], None], processes: Processes
+) -> None:
+    fit(
+        job.model.to(job.device),
+        train,
+        test,
+        job.train_config,
+        mean=torch.tensor(job.dataset.mean, device=job.device),
+        std=torch.tensor(job.dataset.std, device=job.device),
+        seed=job.config["seed"],
+        state=state,
+        on_epoch=on_epoch,
+        processes=processes,
+        num_classes=job.dataset.num_classes,
+        progress=job.config["progress"],
+    )
+
+
+def _train_and_record(
+    job: _Job,
+    checkpoint: dict[str, Any] | None,
+    train: Data,
+    test: Data,
+    started: float,
+    processes: Processes,
+) -> dict[str, Any]:
     record, config, train_config = job.record, job.config, job.train_config
     done = checkpoint["epoch"] if checkpoint else 0
     record.keep_epochs(done)
-    summary = _first_summary(job, done)
+    summary = _first_summary(job, done, processes)
     record.write_summary(summary)
     if done:
         log.info("%s goes on after epoch %d", record.id, done)
@@ -220,27 +274,21 @@ def _train(job: _Job, checkpoint: dict[str, Any] | None, train: Images, test: Im
         )
         record.write_summary(summary)
 
+    state = _CheckpointState(record, checkpoint, job.plan, config["keep_checkpoints"])
     try:
-        fit(
-            job.model.to(job.device),
-            train,
-            test,
-            train_config,
-            mean=torch.tensor(job.dataset.mean, device=job.device),
-            std=torch.tensor(job.dataset.std, device=job.device),
-            crop_padding=config["dataset"]["crop_padding"],
-            flip=config["dataset"]["flip"],
-            seed=config["seed"],
-            state=_CheckpointState(record, checkpoint, job.plan, config["keep_checkpoints"]),
-            on_epoch=on_epoch,
-            progress=config["progress"],
-        )
+        _fit(job, train, test, state, on_epoch, processes)
     except (Exception, KeyboardInterrupt) as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         summary["status"] = "interrupted" if interrupted else "failed"
         summary["error"] = None if interrupted else f"{type(error).__name__}: {error}"
-        record.write_summary(summary)
+        with suppress(OSError):  # what went wrong may be the disk
+            record.write_summary(summary)
         tracker.finish(summary, failed=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{record.path} cannot be written ({error.strerror or error}): make room or say results=FOLDER; the "
+                "last whole checkpoint is kept and the same command resumes from it"
+            ) from error
         raise
     last = record.metrics()[-1]
     summary.update(
@@ -253,10 +301,10 @@ def _train(job: _Job, checkpoint: dict[str, Any] | None, train: Images, test: Im
     record.write_summary(summary)
     tracker.finish(summary)
     log.info("%s is finished: test top-1 %.2f %%", record.id, summary["test_top1"])
-    return summary
+    return processes.tell(summary)
 
 
-def _first_summary(job: _Job, done: int) -> dict[str, Any]:
+def _first_summary(job: _Job, done: int, processes: Processes) -> dict[str, Any]:
     previous = job.record.summary()
     summary: dict[str, Any] = {
         "id": job.record.id,
@@ -270,6 +318,7 @@ def _first_summary(job: _Job, done: int) -> dict[str, Any]:
         "ranks": job.plan.ranks,
         "precision": resolve_precision(job.device, job.train_config.precision),
         "implementation": job.config["layer"].get("implementation"),
+        "processes": processes.count,
         "epochs": done,
         "wall_seconds": previous.get("wall_seconds", 0.0),
         "images_per_second": None,
@@ -292,19 +341,30 @@ def _input_errors() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-class _CheckpointState:
-    """The checkpoint file as `fit` sees it: what it saves, with the config and the plan that it belongs to."""
+class _Memory:
+    """What a process that writes nothing starts from."""
 
-    def __init__(self, record: RunRecord, checkpoint: dict[str, Any] | None, the_plan: Plan, keep: bool) -> None:
-        self._record, self._checkpoint, self._plan, self._keep = record, checkpoint, the_plan, keep
+    def __init__(self, checkpoint: dict[str, Any] | None) -> None:
+        self._checkpoint = checkpoint
 
     def load(self) -> dict[str, Any] | None:
         return self._checkpoint
 
     def save(self, state: dict[str, Any]) -> None:
+        """The first process does."""
+
+
+class _CheckpointState(_Memory):
+    """The checkpoint file as `fit` sees it: what it saves, with the config and the plan that it belongs to."""
+
+    def __init__(self, record: RunRecord, checkpoint: dict[str, Any] | None, the_plan: Plan, keep: bool) -> None:
+        super().__init__(checkpoint)
+        self._record, self._plan, self._keep = record, the_plan, keep
+
+    def save(self, state: dict[str, Any]) -> None:
         extra = {"config": self._record.config, "plan": self._plan.to_dict()}
         if self._keep:
-            model = {"epoch": state["epoch"], "model": state["model"], **extra}
+            model = {"epoch": state["epoch"], "model": state.get("ema", state["model"]), **extra}
             save_checkpoint(self._record.path / f"checkpoint-{state['epoch']:04d}.pt", model)
         save_checkpoint(self._record.checkpoint, {**state, **extra})
 
@@ -318,6 +378,8 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name!r} is no device: say auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name} was asked for, but torch sees no GPU: say device=cpu")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from decef.atcd import ATCD
-from decef.data import Images, augmented_batches, normalize
+from decef.data import Data, normalize
+from decef.distributed import Processes
 from decef.layers import BasisConv2d, DeCEFConv2d
+from decef.torchvision_cpu import import_torchvision
+from decef.trainconfig import TrainConfig
 
-SCHEDULES = ("onecycle", "cosine", "step")
-PRECISIONS = ("auto", "fp32", "bf16")
 EVAL_BATCH = 500
+CHECK_EVERY = 50  # steps between looks at whether the loss is finite
+ALONE = Processes()
 
 
 class Metrics(TypedDict):
@@ -49,210 +54,288 @@ class State(Protocol):
         """Save a state, replacing the last one."""
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. `configs/train/*.yaml` says what each is for."""
-
-    name: str
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    schedule: str = "onecycle"
-    warmup: float = 0.2
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    gamma: float = 0.1
-    scales: tuple[tuple[float, float], ...] = ()
-    orthogonality: float = 0.0
-    atcd: int | str | None = None
-    validation: float = 0.0
-    precision: str = "auto"
-    channels_last: bool = True
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size"):
-            if not isinstance(getattr(self, key), int):
-                raise ValueError(f"train.{key}={getattr(self, key)!r} must be a whole number")
-        for key in (
-            "lr",
-            "momentum",
-            "weight_decay",
-            "label_smoothing",
-            "warmup",
-            "gamma",
-            "orthogonality",
-            "validation",
-        ):
-            if not isinstance(getattr(self, key), (int, float)):
-                raise ValueError(f"train.{key}={getattr(self, key)!r} must be a number")
-        checks = [
-            (self.epochs >= 1, "train.epochs", "at least 1"),
-            (self.batch_size >= 1, "train.batch_size", "at least 1"),
-            (self.lr > 0, "train.lr", "above 0"),
-            (0 <= self.momentum < 1, "train.momentum", "in [0, 1)"),
-            (self.momentum > 0 or not self.nesterov, "train.nesterov", "false when momentum is 0"),
-            (self.weight_decay >= 0, "train.weight_decay", "at least 0"),
-            (0 <= self.label_smoothing < 1, "train.label_smoothing", "in [0, 1)"),
-            (self.schedule in SCHEDULES, "train.schedule", f"one of {', '.join(SCHEDULES)}"),
-            (0 <= self.warmup < 1, "train.warmup", "a share of the training, in [0, 1)"),
-            (all(0 < m < 1 for m in self.milestones), "train.milestones", "shares of the training, in (0, 1)"),
-            (self.gamma > 0, "train.gamma", "above 0"),
-            (
-                all(len(s) == 2 and 0 < s[0] < 1 and 0 < s[1] <= 1 for s in self.scales),
-                "train.scales",
-                "pairs [share of the training, scale of the images]",
-            ),
-            (self.orthogonality >= 0, "train.orthogonality", "at least 0"),
-            (
-                self.atcd in (None, "epoch")
-                or (isinstance(self.atcd, int) and not isinstance(self.atcd, bool) and self.atcd >= 1),
-                "train.atcd",
-                "null, 'epoch' or a number of steps",
-            ),
-            (0 <= self.validation < 1, "train.validation", "a share of the training images, in [0, 1)"),
-            (self.precision in PRECISIONS, "train.precision", f"one of {', '.join(PRECISIONS)}"),
-        ]
-        for fine, name, must in checks:
-            if not fine:
-                raise ValueError(f"{name}={getattr(self, name.split('.')[1])!r} must be {must}")
-
-
 def fit(
     model: nn.Module,
-    train: Images,
-    test: Images,
+    train: Data,
+    test: Data,
     config: TrainConfig,
     *,
     mean: Tensor,
     std: Tensor,
-    crop_padding: int,
-    flip: bool,
     seed: int,
     state: State,
     on_epoch: Callable[[Metrics], None],
+    processes: Processes = ALONE,
+    num_classes: int | None = None,
     progress: bool = False,
 ) -> None:
     """Train `model` in place, from where `state` left off, to the last epoch.
 
     Everything random in an epoch follows from the seed and the epoch's number, so a run that was interrupted goes on
-    as if it had not been: on the same CPU with the same number of threads, bit for bit.
+    as if it had not been: on the same CPU with the same number of threads, bit for bit. Several processes share every
+    batch equally; but for batch norm, which sees a process's part (train.sync_bn: all of it, on GPUs), and dropout,
+    they do what one does, to rounding.
 
     Args:
-        model: on the device of the images.
+        model: on the device of the images; every process has the same.
         train, test: the images; `config.validation` of the training images are set aside and only measured.
         mean, std: `(C,)`, see `normalize`.
-        crop_padding, flip: see `augmented_batches`.
         seed: of data order and augmentation.
-        state: loaded before the first epoch and saved after every one.
-        on_epoch: called after every epoch, before the state is saved.
+        state: loaded before the first epoch and, by the first process, saved after every one.
+        on_epoch: called by the first process after every epoch, before the state is saved.
+        processes: that train together.
+        num_classes: of the labels, for mixup and cutmix.
         progress: show a bar.
 
     Raises:
-        FloatingPointError: the loss of an epoch is not finite.
+        ValueError: a batch that the processes can't share, or what the device can't do.
+        FloatingPointError: the loss, or a kernel in ATCD, is not finite.
     """
-    device = train.images.device
     train, validation = _split(train, config.validation)
-    batch_size = min(config.batch_size, len(train))
+    batch_size = _batch_size(config, len(train), processes)
     steps = len(train) // batch_size
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    saved, first = state.load(), 0
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        first = saved["epoch"]
-    # With ATCD the dense twin is trained; at the end of an epoch it is the same function as `model`.
-    atcd = ATCD(model, config.atcd) if config.atcd is not None else None
-    trained = model if atcd is None else atcd.dense
-    optimizer = make_optimizer(trained, config)
-    if saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
-    forward: Callable[[Tensor], Tensor] = torch.compile(trained) if config.compile else trained
-    autocast = autocast_for(device, config.precision)
-
-    with tqdm(
-        total=steps * config.epochs, initial=first * steps, disable=None if progress else True, unit="step"
-    ) as bar:
+    saved = state.load()
+    first = saved["epoch"] if saved else 0
+    training = Training(model, config, train.device, processes, saved, num_classes)
+    part = (processes.rank, processes.count)
+    bar = tqdm(
+        total=steps * config.epochs,
+        initial=first * steps,
+        disable=None if progress and processes.is_first else True,
+        unit="step",
+    )
+    with bar:
         for epoch in range(first, config.epochs):
             started = time.perf_counter()
-            generator = seed_epoch(seed, epoch)
-            trained.train()
+            generator = seed_epoch(seed, epoch, processes.rank)
             scale = _scale_at(config, epoch)
-            loss_sum = torch.zeros((), device=device)
-            correct = torch.zeros((), device=device, dtype=torch.long)
-            batches = augmented_batches(train, batch_size, generator, crop_padding=crop_padding, flip=flip)
-            for step, (images, labels) in enumerate(batches, start=epoch * steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                x = _input(images, mean, std, config.channels_last, scale)
-                with autocast():
-                    logits = forward(x)
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                total = loss
-                if config.orthogonality:
-                    total = loss + config.orthogonality * orthogonality(trained)
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step()
-                if atcd is not None:
-                    atcd.after_step()
-                loss_sum += loss.detach()
-                correct += (logits.argmax(1) == labels).sum()
+            training.start_epoch()
+            for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
+                lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
+                training.step(_input(images, mean, std, config.channels_last, scale), labels, lr, step)
                 bar.update()
-            train_loss = loss_sum.item() / steps  # the only wait for the device in an epoch
+            train_loss, train_top1 = training.finish_epoch()
             seconds = time.perf_counter() - started
-            if not math.isfinite(train_loss):
-                raise FloatingPointError(
-                    f"the loss is {train_loss} in epoch {epoch + 1} (learning rate up to {config.lr:g}): try a "
-                    "smaller train.lr, a longer train.warmup or train.precision=fp32"
-                )
-            if atcd is not None:
-                atcd.after_epoch()
             measure = partial(
-                evaluate, model, mean=mean, std=std, channels_last=config.channels_last, autocast=autocast
+                evaluate,
+                training.measured,
+                mean=mean,
+                std=std,
+                channels_last=config.channels_last,
+                autocast=training.autocast,
+                processes=processes,
             )
             test_loss, test_top1 = measure(test)
-            val_loss, val_top1 = measure(validation) if len(validation) else (None, None)
-            metrics = Metrics(
-                epoch=epoch + 1,
-                lr=optimizer.param_groups[0]["lr"],
-                train_loss=train_loss,
-                train_top1=100 * correct.item() / (steps * batch_size),
-                test_loss=test_loss,
-                test_top1=test_top1,
-                val_loss=val_loss,
-                val_top1=val_top1,
-                images_per_second=steps * batch_size / seconds,
-                seconds=time.perf_counter() - started,
-            )
+            val_loss, val_top1 = measure(validation) if validation is not None else (None, None)
             bar.set_postfix(epoch=epoch + 1, loss=f"{train_loss:.3f}", top1=f"{test_top1:.2f}")
-            on_epoch(metrics)
-            state.save({"epoch": epoch + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            if processes.is_first:
+                on_epoch(
+                    Metrics(
+                        epoch=epoch + 1,
+                        lr=lr,
+                        train_loss=train_loss,
+                        train_top1=train_top1,
+                        test_loss=test_loss,
+                        test_top1=test_top1,
+                        val_loss=val_loss,
+                        val_top1=val_top1,
+                        images_per_second=steps * batch_size / seconds,
+                        seconds=time.perf_counter() - started,
+                    )
+                )
+                state.save({"epoch": epoch + 1, **training.state_dict()})
+            processes.wait()
+
+
+class Training:
+    """A network in training: all that changes from step to step, and is saved and taken up again.
+
+    Args:
+        model: see `fit`.
+        config: see `fit`.
+        device: where the batches are.
+        processes: see `fit`.
+        saved: what `state_dict` returned, to go on from there.
+        num_classes: see `fit`.
+
+    Attributes:
+        measured: the network whose accuracy counts: `model`, or the moving average of its weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        processes: Processes = ALONE,
+        saved: Mapping[str, Any] | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        precision = resolve_precision(device, config.precision)
+        if precision == "fp16" and device.type != "cuda":
+            raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
+        if config.sync_bn and device.type != "cuda":
+            raise ValueError(f"train.sync_bn=true needs GPUs, and this runs on {device.type}")
+        self.model, self.config, self._processes = model, config, processes
+        self.autocast = autocast_for(device, precision)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+        # With ATCD the dense twin is trained; at the end of an epoch it is the same function as `model`.
+        self.atcd = ATCD(model, config.atcd) if config.atcd is not None else None
+        trained = model if self.atcd is None else self.atcd.dense
+        if config.sync_bn and processes.count > 1:
+            trained = nn.SyncBatchNorm.convert_sync_batchnorm(trained)
+        self._trained = trained
+        self.optimizer = make_optimizer(trained, config)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.measured: nn.Module = model
+        self._average: AveragedModel | None = None
+        if config.ema:
+            average = get_ema_multi_avg_fn(config.ema)
+            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            self.measured = self._average.module
+        if saved is not None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self._scaler.load_state_dict(saved.get("scaler", {}))
+            if self._average is not None:
+                self.measured.load_state_dict(saved["ema"])
+                self._average.n_averaged.fill_(1)  # not the first: that one would replace the average
+        self._shared: DistributedDataParallel | None = None
+        if processes.count > 1:
+            self._shared = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
+        forward: Callable[[Tensor], Tensor] = self._shared or trained
+        self._forward = torch.compile(forward) if config.compile else forward
+        self._parameters = [p for p in trained.parameters() if p.requires_grad]
+        self._zero = torch.zeros((), device=device)
+        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        if config.mixup or config.cutmix:
+            import_torchvision()
+            from timm.data.mixup import Mixup
+
+            assert num_classes is not None
+            smoothing = config.label_smoothing
+            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a later `Training` needs to go on."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+        return state if self._average is None else {**state, "ema": self.measured.state_dict()}
+
+    def start_epoch(self) -> None:
+        """Begin counting."""
+        self._trained.train()
+        self._loss, self._correct, self._bad_step = self._zero.clone(), self._zero.clone(), self._zero.clone()
+        self._images = self._steps = 0
+
+    def step(self, x: Tensor, labels: Tensor, lr: float, step: int) -> None:
+        """One optimizer step on a process's part of a batch.
+
+        Args:
+            x: normalised images `(B, C, H, W)`.
+            labels: `(B,)`.
+            lr: the learning rate.
+            step: counted over the whole training, for messages.
+        """
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        passes = config.accumulate or 1
+        for i, (images, hard) in enumerate(zip(x.chunk(passes), labels.chunk(passes), strict=True)):
+            loss, correct = self._forward_backward(images, hard, passes, last=i + 1 == passes)
+            self._loss += loss.detach() / passes
+            self._correct += correct
+        if config.clip:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update_parameters(self._trained)
+        self._images += len(labels)
+        self._steps += 1
+        fine = self._loss.isfinite() | (self._bad_step > 0)
+        self._bad_step = torch.where(fine, self._bad_step, step + 1.0)  # the first, counted from 1
+        if self._steps % CHECK_EVERY == 0:  # not every step: it waits for the device
+            self._check(lr)
+        if self.atcd is not None:
+            try:
+                self.atcd.after_step()
+            except FloatingPointError:
+                raise _diverged(step + 1, lr) from None
+
+    def finish_epoch(self) -> tuple[float, float]:
+        """Loss and top-1 in percent over the epoch's batches, all processes'.
+
+        Raises:
+            FloatingPointError: see `fit`.
+        """
+        self._check(self.optimizer.param_groups[0]["lr"])
+        if self.atcd is not None:
+            self.atcd.after_epoch()
+        self._processes.share_buffers(self.measured)  # batch norm's statistics
+        loss, correct = self._processes.total(self._loss, self._correct)
+        count = self._processes.count
+        return loss.item() / (self._steps * count), 100 * correct.item() / (self._images * count)
+
+    def _forward_backward(self, x: Tensor, hard: Tensor, passes: int, *, last: bool) -> tuple[Tensor, Tensor]:
+        config, labels = self.config, hard
+        if self._mix is not None:
+            x, labels = self._mix(x, hard)
+        # Gradients are added up between the processes once a step, in the last pass.
+        with self._shared.no_sync() if self._shared and not last else nullcontext():
+            with self.autocast():
+                logits = self._forward(x)
+            smoothing = config.label_smoothing if labels is hard else 0.0
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            total = loss
+            if config.orthogonality:
+                total = loss + config.orthogonality * orthogonality(self._trained)
+            self._scaler.scale(total / passes if passes > 1 else total).backward()
+        return loss, (logits.argmax(1) == hard).sum()
+
+    def _check(self, lr: float) -> None:
+        (bad,) = self._processes.total(self._bad_step)
+        if bad:
+            raise _diverged(int(self._bad_step) or int(bad), lr)
+
+
+def _diverged(step: int, lr: float) -> FloatingPointError:
+    return FloatingPointError(
+        f"the loss is not finite any more from step {step} on (learning rate {lr:g}): try a smaller train.lr, a longer "
+        "train.warmup, train.clip=1 or train.precision=fp32"
+    )
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: Images,
+    data: Data,
     *,
     mean: Tensor,
     std: Tensor,
     channels_last: bool = True,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    processes: Processes = ALONE,
 ) -> tuple[float, float]:
-    """Mean cross-entropy and top-1 accuracy in percent, one view of every image."""
+    """Mean cross-entropy and top-1 accuracy in percent, one view of every image, shared between the processes."""
     model.eval()
-    loss = torch.zeros((), device=data.images.device)
-    correct = torch.zeros((), device=data.images.device, dtype=torch.long)
-    for images, labels in zip(data.images.split(EVAL_BATCH), data.labels.split(EVAL_BATCH), strict=True):
+    zero = torch.zeros((), device=data.device)
+    loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
+    for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
         with autocast():
             logits = model(_input(images, mean, std, channels_last, 1.0))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
-    return loss.item() / len(data), 100 * correct.item() / len(data)
+        seen += len(labels)
+    loss, correct, seen = processes.total(loss, correct, seen)
+    return (loss / seen).item(), (100 * correct / seen).item()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
@@ -312,24 +395,42 @@ def resolve_precision(device: torch.device, precision: str) -> str:
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
     """What makes the context in which the network runs."""
-    if resolve_precision(device, precision) == "fp32":
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes.get(resolve_precision(device, precision))
+    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)
 
 
-def seed_epoch(seed: int, epoch: int) -> torch.Generator:
-    """Seed torch's global generator (dropout) for an epoch, and return the data's own."""
-    torch.manual_seed((seed * 1_000_003 + epoch) * 2 + 1)
+def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
+    """Seed the global generators (dropout, mixup) for an epoch and a process, and return the data's own."""
+    own = (seed * 1_000_003 + epoch) * 2 + 1 + (rank << 40)
+    torch.manual_seed(own)
+    np.random.seed((own ^ own >> 32) % 2**32)
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2)
 
 
-def _split(train: Images, share: float) -> tuple[Images, Images]:
+def _split(train: Data, share: float) -> tuple[Data, Data | None]:
     # The same images for every seed, so that seeds differ in training alone.
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.labels.device)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held_out = round(share * len(train))
     if not held_out:
-        return train, train.subset(slice(0, 0))
+        return train, None
     return train.subset(order[held_out:].sort().values), train.subset(order[:held_out].sort().values)
+
+
+def _batch_size(config: TrainConfig, images: int, processes: Processes) -> int:
+    """Images in a step over all processes and passes: what was asked for, or fewer where there are fewer."""
+    parts = processes.count * (config.accumulate or 1)
+    even = 2 if config.mixup or config.cutmix else 1  # mixup pairs the images of a pass
+    unit = parts * even
+    if config.batch_size % unit:
+        raise ValueError(
+            f"train.batch_size={config.batch_size} can't be shared equally: it must be a multiple of {unit} "
+            f"({processes.count} processes, {config.accumulate or 1} passes{', pairs for mixup' if even > 1 else ''})"
+        )
+    batch_size = min(config.batch_size, images // unit * unit)
+    if not batch_size:
+        raise ValueError(f"{images} training images are too few for {unit} parts of a batch")
+    return batch_size
 
 
 def _scale_at(config: TrainConfig, epoch: int) -> float:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+LIBRARIES = ("timm", "torchvision")  # whose models are named <library>/<name>
 GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
@@ -21,6 +22,21 @@ def fail(message: str) -> NoReturn:
     """Say what is wrong in one sentence and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def expand_model(arguments: list[str]) -> list[str]:
+    """`model=timm/<name>` as what Hydra understands, `model=timm model.name=timm/<name>`; torchvision likewise."""
+    expanded = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        library, slash, _ = value.partition("/")
+        if key != "model" or not slash or library not in LIBRARIES:
+            expanded.append(argument)
+        elif all(name.startswith(f"{library}/") for name in value.split(",")):
+            expanded += [f"model={library}", f"model.name={value}"]
+        else:
+            fail(f"{argument} mixes models of {library} with others: run one sweep for each")
+    return expanded
 
 
 def check_arguments(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ import logging
 import sys
 
 import hydra
-from cli import check_arguments, fail
+from cli import check_arguments, expand_model, fail
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +29,8 @@ def main(cfg: DictConfig) -> None:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             if isinstance(error, InputError):
                 fail(str(error))
+            if isinstance(error, FloatingPointError):
+                sys.exit(f"the training failed: {error}")
             raise
         # The other jobs of a sweep go on; this one is named when all are over.
         job = " ".join(HydraConfig.get().overrides.task)
@@ -37,6 +39,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = expand_model(sys.argv[1:])
     check_arguments(sys.argv[1:])
     try:
         main()

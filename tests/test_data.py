@@ -1,11 +1,12 @@
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from decef.data import DATASETS, Images, augmented_batches, cifar, normalize
+from decef.data import DATASETS, Images, cifar, normalize
 from decef.data.cifar import load_cifar10
 
 real = Path(os.environ.get("DECEF_DATA", "data"))
@@ -148,7 +149,7 @@ def images():
 
 
 def test_every_image_once_when_nothing_is_augmented(images):
-    batches = list(augmented_batches(images, 8, torch.Generator().manual_seed(0)))
+    batches = list(images.batches(8, torch.Generator().manual_seed(0)))
     assert [len(labels) for _, labels in batches] == [8] * 6
     seen = torch.cat([labels for _, labels in batches])
     assert len(seen.unique()) == 48
@@ -160,7 +161,7 @@ def test_every_image_once_when_nothing_is_augmented(images):
 def test_augmented_images_are_shifted_and_flipped_ones(images):
     found = {"shifts": set(), "flips": []}
     padded = torch.nn.functional.pad(images.images, (2, 2, 2, 2))
-    for x, labels in augmented_batches(images, 10, torch.Generator().manual_seed(3), crop_padding=2, flip=True):
+    for x, labels in replace(images, crop_padding=2, flip=True).batches(10, torch.Generator().manual_seed(3)):
         for image, label in zip(x, labels, strict=True):
             matches = [
                 (top, left, flip)
@@ -179,7 +180,7 @@ def test_augmented_images_are_shifted_and_flipped_ones(images):
 def test_the_generator_alone_determines_the_batches(images):
     def epoch(seed):
         generator = torch.Generator().manual_seed(seed)
-        return torch.cat([x for x, _ in augmented_batches(images, 10, generator, crop_padding=1, flip=True)])
+        return torch.cat([x for x, _ in replace(images, crop_padding=1, flip=True).batches(10, generator)])
 
     first = epoch(5)
     torch.manual_seed(123)

@@ -118,7 +118,7 @@ def test_a_failed_run_says_why_in_its_record(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "failed"
-    assert "loss is nan" in summary["error"]
+    assert "the loss is not finite any more from step" in summary["error"]
 
 
 def test_two_processes_cannot_be_at_one_run(tmp_path):

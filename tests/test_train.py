@@ -8,7 +8,8 @@ from decef.convert import convert, plan
 from decef.data import DATASETS, Images
 from decef.layers import LAYERS
 from decef.models import CifarResNet
-from decef.train import TrainConfig, evaluate, fit, lr_at, make_optimizer
+from decef.train import evaluate, fit, lr_at, make_optimizer
+from decef.trainconfig import TrainConfig
 
 CONFIG = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
 DIGITS = DATASETS["digits"]
@@ -47,13 +48,11 @@ def train(model, config=CONFIG, state=None, seed=0, size=512):
     metrics, dtype = [], next(model.parameters()).dtype
     fit(
         model,
-        images.subset(slice(0, size)),
+        dataclasses.replace(images.subset(slice(0, size)), crop_padding=1),
         test,
         config,
         mean=torch.tensor(DIGITS.mean, dtype=dtype),
         std=torch.tensor(DIGITS.std, dtype=dtype),
-        crop_padding=1,
-        flip=False,
         seed=seed,
         state=state or Memory(),
         on_epoch=metrics.append,
@@ -104,7 +103,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one():
 
 
 def test_a_diverging_run_says_so():
-    with pytest.raises(FloatingPointError, match=r"epoch 1 .*smaller train\.lr"):
+    with pytest.raises(FloatingPointError, match=r"from step \d+ on \(learning rate .*smaller train\.lr"):
         train(network(), dataclasses.replace(CONFIG, lr=1e20))
 
 
@@ -126,7 +125,7 @@ def test_validation_images_are_not_trained_on():
     config = dataclasses.replace(CONFIG, epochs=2, validation=0.25, batch_size=1)
     numbered = Images(torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 1, 8, 8), images.labels[:80])
     fit(
-        Spy(), numbered, test, config, mean=torch.zeros(1), std=torch.ones(1) / 255, crop_padding=0, flip=False,
+        Spy(), numbered, test, config, mean=torch.zeros(1), std=torch.ones(1) / 255,
         seed=0, state=Memory(), on_epoch=metrics.append,
     )  # fmt: skip
     assert len({int(x[0, 0]) for x in seen}) == 60
@@ -188,9 +187,9 @@ def test_bf16_trains_too():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "train.epochs=0 must be at least 1"),
+        ({"epochs": 0}, "train.epochs=0 must be a whole number, at least 1"),
         ({"epochs": "ten"}, "train.epochs='ten' must be a whole number"),
-        ({"lr": 0}, "train.lr=0 must be above 0"),
+        ({"lr": 0}, "train.lr=0 must be a number above 0"),
         ({"lr": "fast"}, "train.lr='fast' must be a number"),
         ({"schedule": "cyclic"}, "train.schedule='cyclic' must be one of onecycle, cosine, step"),
         ({"momentum": 0.0}, "train.nesterov=True must be false when momentum is 0"),

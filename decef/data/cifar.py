@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 
 from decef.data.images import Images
+from decef.data.search import download, search_path
+from decef.torchvision_cpu import import_torchvision
 
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILE = "test_batch"
@@ -40,14 +41,6 @@ def load_cifar10(root: Path | None = None) -> tuple[Images, Images]:
     return train, parts[-1]
 
 
-def search_path(root: Path | None) -> list[Path]:
-    """Folders in which a dataset is looked for, in order."""
-    given = [root] if root is not None else []
-    if os.environ.get("DECEF_DATA"):
-        given.append(Path(os.environ["DECEF_DATA"]))
-    return given or [Path("data")]
-
-
 def find_cifar10(root: Path | None = None) -> Path | None:
     """The folder of CIFAR-10's files, None when there is none in the search path."""
     for folder in search_path(root):
@@ -58,21 +51,13 @@ def find_cifar10(root: Path | None = None) -> Path | None:
 
 
 def _download(root: Path | None) -> Path:
-    tried = search_path(root)
-    try:
-        from decef.torchvision_cpu import import_torchvision
-
+    def fetch(folder: Path) -> None:
         import_torchvision()
         from torchvision.datasets import CIFAR10
 
-        CIFAR10(str(tried[0]), download=True)
-    except Exception as error:
-        raise FileNotFoundError(
-            f"CIFAR-10 was not found: no {PY_FOLDER} or {BIN_FOLDER} in {', '.join(map(str, tried))}, and the "
-            f"download failed ({type(error).__name__}: {error}). Either put one of these folders there, or say where "
-            "it is with dataset.root=FOLDER or the environment variable DECEF_DATA."
-        ) from error
-    return tried[0] / PY_FOLDER
+        CIFAR10(str(folder), download=True)
+
+    return download("CIFAR-10", f"{PY_FOLDER} or {BIN_FOLDER}", root, fetch) / PY_FOLDER
 
 
 def _read_bin(path: Path) -> Images:

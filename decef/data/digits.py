@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from decef.data.images import Images
+from decef.data.search import stratified_split
 
 TEST_IMAGES = 360
 
@@ -17,12 +18,9 @@ TEST_IMAGES = 360
 def load_digits(root: Path | None = None) -> tuple[Images, Images]:
     """1,437 training and 360 test images `(1, 8, 8)`, always the same stratified split; `root` is not looked at."""
     from sklearn.datasets import load_digits as bundled
-    from sklearn.model_selection import train_test_split
 
     digits = bundled()
     # 17 grey levels, 0 to 16, spread over a byte.
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, random_state=0, stratify=labels)
-    data = Images(images, labels)
-    return data.subset(torch.tensor(train)), data.subset(torch.tensor(test))
+    return stratified_split(Images(images, labels), TEST_IMAGES)

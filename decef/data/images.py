@@ -1,81 +1,119 @@
-"""Images that live as one uint8 tensor on the training device, augmented a batch at a time."""
+"""What the training loop takes its batches from; images that live as one tensor on the training device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Batch = tuple[Tensor, Tensor]  # uint8 images, labels
+
+
+Part = tuple[int, int]  # which of how many processes
+
+
+class Data(Protocol):
+    """Labelled images as the training loop sees them, whether they are in memory or read from files."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches are."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same images with their batches on `device`."""
+
+    def subset(self, index: Tensor | slice) -> Self:
+        """The images that `index` names."""
+
+    def batches(self, batch_size: int, generator: torch.Generator, part: Part = (0, 1)) -> Iterator[Batch]:
+        """One epoch of random augmented batches; images that don't fill the last batch are left out.
+
+        Args:
+            batch_size: images in a batch over all processes, a multiple of their number, at most `len(self)`.
+            generator: a CPU generator; it alone determines order and augmentation, on every device alike.
+            part: `(i, n)` yields the i-th of n equal parts of every batch.
+
+        Yields:
+            uint8 images `(batch_size / n, C, H, W)` and labels `(batch_size / n,)`.
+        """
+
+    def views(self, batch_size: int) -> Iterator[Batch]:
+        """One view of every image, in order, at most `batch_size` at a time."""
+
 
 @dataclass
 class Images:
-    """uint8 images `(N, C, H, W)` and their int64 labels `(N,)`."""
+    """uint8 images `(N, C, H, W)` in memory and their int64 labels `(N,)`.
+
+    For a batch an image is padded by `crop_padding` black pixels on each side and cropped back at a random place, then
+    with `flip` mirrored left to right half of the times: one gather for a whole batch.
+    """
 
     images: Tensor
     labels: Tensor
+    crop_padding: int = 0
+    flip: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
     def to(self, device: torch.device | str) -> Images:
         """The same images on `device`."""
-        return Images(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor | slice) -> Images:
         """The images that `index` names."""
-        return Images(self.images[index], self.labels[index])
+        index = index.to(self.device) if isinstance(index, Tensor) else index
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def views(self, batch_size: int) -> Iterator[Batch]:
+        """See `Data`."""
+        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
+
+    def batches(self, batch_size: int, generator: torch.Generator, part: Part = (0, 1)) -> Iterator[Batch]:
+        """See `Data`."""
+        n, channels, height, width = self.images.shape
+        order = torch.randperm(n, generator=generator)
+        shifts = torch.randint(0, 2 * self.crop_padding + 1, (2, n), generator=generator)
+        flipped = torch.randint(0, 2, (n,), generator=generator) if self.flip else torch.zeros(n, dtype=torch.long)
+        order, shifts, flipped = order.to(self.device), shifts.to(self.device), flipped.to(self.device).bool()
+
+        padded = F.pad(self.images, (self.crop_padding,) * 4)
+        channel = torch.arange(channels, device=self.device)[None, :, None, None]
+        rows, columns = torch.arange(height, device=self.device), torch.arange(width, device=self.device)
+        for here in parts(n, batch_size, part):
+            index = order[here]
+            top, left = shifts[:, here]
+            mirrored = torch.where(flipped[here, None], columns.flip(0), columns)
+            batch = padded[
+                index[:, None, None, None],
+                channel,
+                (top[:, None] + rows)[:, None, :, None],
+                (left[:, None] + mirrored)[:, None, None, :],
+            ]
+            yield batch, self.labels[index]
+
+
+def parts(n: int, batch_size: int, part: Part) -> Iterator[slice]:
+    """Where in an order of `n` images the i-th of `count` equal parts of every full batch lies."""
+    i, count = part
+    size = batch_size // count
+    for start in range(0, n - batch_size + 1, batch_size):
+        yield slice(start + i * size, start + (i + 1) * size)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 images `(B, C, H, W)` as floats in [0, 1], less `mean`, over `std` (both `(C,)`)."""
     scale = (1 / (255 * std))[:, None, None]
     return images.to(std.dtype) * scale - (mean / std)[:, None, None]
-
-
-def augmented_batches(
-    data: Images,
-    batch_size: int,
-    generator: torch.Generator,
-    *,
-    crop_padding: int = 0,
-    flip: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of random batches; images that don't fill the last batch are left out.
-
-    An image is padded by `crop_padding` black pixels on each side and cropped back at a random place, then flipped
-    left to right with probability 1/2: one gather for a whole batch.
-
-    Args:
-        data: images on the training device.
-        batch_size: at most `len(data)`.
-        generator: a CPU generator; it alone determines order and augmentation, on every device alike.
-        crop_padding: pixels.
-        flip: whether to flip.
-
-    Yields:
-        uint8 images `(batch_size, C, H, W)` and labels `(batch_size,)`.
-    """
-    device = data.images.device
-    n, channels, height, width = data.images.shape
-    order = torch.randperm(n, generator=generator)
-    shifts = torch.randint(0, 2 * crop_padding + 1, (2, n), generator=generator)
-    flipped = torch.randint(0, 2, (n,), generator=generator) if flip else torch.zeros(n, dtype=torch.long)
-    order, shifts, flipped = order.to(device), shifts.to(device), flipped.to(device).bool()
-
-    padded = F.pad(data.images, (crop_padding,) * 4)
-    channel = torch.arange(channels, device=device)[None, :, None, None]
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    for start in range(0, n - batch_size + 1, batch_size):
-        index = order[start : start + batch_size]
-        top, left = shifts[:, start : start + batch_size]
-        mirrored = torch.where(flipped[start : start + batch_size, None], columns.flip(0), columns)
-        batch = padded[
-            index[:, None, None, None],
-            channel,
-            (top[:, None] + rows)[:, None, :, None],
-            (left[:, None] + mirrored)[:, None, None, :],
-        ]
-        yield batch, data.labels[index]

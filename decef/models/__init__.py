@@ -2,25 +2,86 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
 from torch import nn
 
+from decef.models.mobilenet import MobileNetV1, MobileNetV2
+from decef.models.plain import PlainNet
 from decef.models.resnet_cifar import CifarResNet
+from decef.models.vgg import CifarVGG16
+from decef.torchvision_cpu import import_torchvision
 
-#: Depth of every CIFAR ResNet by name.
-CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110)}
+#: Every network of this package by name. Options that are off are left out by configs and records, so off is what each
+#: option is by default.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
+    "vgg16_bn": CifarVGG16,
+    "mobilenetv1": MobileNetV1,
+    "mobilenetv2": MobileNetV2,
+    "plain": PlainNet,
+}
 
 
 def create_model(
-    name: str, *, num_classes: int, in_channels: int, shortcut: str = "A", conv_classifier: bool = False
+    name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False, **options: Any
 ) -> nn.Module:
-    """A dense network by name, freshly initialised; the arguments are `CifarResNet`'s.
+    """A dense network by name, freshly initialised.
+
+    Args:
+        name: a key of `MODELS`, `timm/<name>` or `torchvision/<name>`.
+        num_classes: outputs.
+        in_channels: channels of the image.
+        pretrained: let timm or torchvision download trained weights.
+        **options: what the network has of its own.
 
     Raises:
-        ValueError: there is no such network.
+        ValueError: there is no such network, or it doesn't take these arguments.
     """
-    if name not in CIFAR_RESNETS:
-        raise ValueError(f"unknown model '{name}'; there are {', '.join(CIFAR_RESNETS)}")
-    return CifarResNet(CIFAR_RESNETS[name], num_classes, in_channels, shortcut, conv_classifier=conv_classifier)
+    library, _, rest = name.partition("/")
+    if rest and library in ("timm", "torchvision"):
+        if options:
+            raise ValueError(f"{name} has no option {', '.join(options)}")
+        make = _timm if library == "timm" else _torchvision
+        return make(rest, num_classes, in_channels, pretrained)
+    if name not in MODELS:
+        near = get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean '{near[0]}'? There are" if near else "there are"
+        raise ValueError(f"unknown model '{name}': {hint} {', '.join(MODELS)}, timm/<name> and torchvision/<name>")
+    if pretrained:
+        raise ValueError(f"there are no trained weights of '{name}' to download: give a file")
+    known = inspect.signature(MODELS[name]).parameters
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ValueError(f"model '{name}' has no option {', '.join(unknown)}")
+    return MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)
 
 
-__all__ = ["CIFAR_RESNETS", "CifarResNet", "create_model"]
+def _timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    import_torchvision()
+    import timm
+
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=1)
+        raise ValueError(f"timm has no model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+
+
+def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
+    models = import_torchvision().models
+    names = models.list_models(module=models)
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        raise ValueError(f"torchvision has no classifier '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    if in_channels != 3:
+        raise ValueError(f"torchvision/{name} takes images of 3 channels, not {in_channels}: timm's take any number")
+    if pretrained:
+        return models.get_model(name, weights="DEFAULT")
+    return models.get_model(name, weights=None, num_classes=num_classes)
+
+
+__all__ = ["MODELS", "CifarResNet", "create_model"]

@@ -1,0 +1,290 @@
+"""Images that are too many for memory: ImageNet, and any folder of images by class."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from decef.data.images import Batch, Part, parts
+from decef.data.search import search_path
+from decef.torchvision_cpu import import_torchvision
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm")
+VIEW_BATCH = 128  # evaluation batches are not larger, so that they fit wherever training fits
+EVAL_CROP = 224 / 256  # how much of the shorter side the centre crop shows
+MOST_SKIPPED = 0.01  # share of damaged images from which on something else must be wrong
+
+
+@dataclass
+class ImageFolder:
+    """Images that are read, cropped and resized by worker processes when they are wanted; see `Data`.
+
+    To train on: a random part of the image (8 to 100 % of its area, 3:4 to 4:3) resized to `size`, mirrored half of the
+    times. To measure: the shorter side resized to `size * 256 / 224`, the central square of `size`. What is drawn for
+    an image follows from the epoch's generator alone, whatever the number of workers.
+
+    An image that cannot be read is named in a warning and counted in `skipped`. When training another one of its batch
+    stands in for it.
+
+    Args:
+        paths: of the images.
+        labels: `(N,)`.
+        size: of a square image, in pixels.
+        flip: whether images are mirrored.
+        randaugment: timm's description of a RandAugment policy, such as "rand-m9-mstd0.5"; None is none.
+        workers: processes that read; 0 reads in this one.
+    """
+
+    paths: Sequence[Path]
+    labels: Tensor
+    size: int = 224
+    flip: bool = True
+    randaugment: str | None = None
+    workers: int = 4
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    skipped: dict[Path, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> ImageFolder:
+        """The same images, their batches on `device`."""
+        return replace(self, device=device)
+
+    def subset(self, index: Tensor | slice) -> ImageFolder:
+        """The images that `index` names."""
+        chosen = list(range(len(self))[index]) if isinstance(index, slice) else index.tolist()
+        return replace(self, paths=[self.paths[i] for i in chosen], labels=self.labels[chosen])
+
+    def batches(self, batch_size: int, generator: torch.Generator, part: Part = (0, 1)) -> Iterator[Batch]:
+        """See `Data`.
+
+        Raises:
+            ValueError: none of a batch's images can be read, or too many of all.
+        """
+        order = torch.randperm(len(self), generator=generator).tolist()
+        base = int(torch.randint(2**62, (), generator=generator))
+        wanted = [order[here] for here in parts(len(self), batch_size, part)]
+        for images, good, labels in self._read(_Crops(self, base), wanted):
+            if not good.any():
+                raise ValueError(f"none of a batch's images can be read; the last is {next(reversed(self.skipped))}")
+            shown = torch.where(good, torch.arange(len(good)), good.nonzero()[0, 0])
+            yield self._here(images[shown]), self._here(labels[shown])
+
+    def views(self, batch_size: int) -> Iterator[Batch]:
+        """See `Data`; images that cannot be read are left out."""
+        indices = list(range(len(self)))
+        size = min(batch_size, VIEW_BATCH)
+        for images, good, labels in self._read(
+            _Views(self), [indices[i : i + size] for i in range(0, len(self), size)]
+        ):
+            if good.any():
+                yield self._here(images[good]), self._here(labels[good])
+
+    def _here(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    def _read(self, dataset: _Files, wanted: list[list[int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=wanted,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own, so that reading leaves the global one alone
+        )
+        for images, good, labels, errors in loader:
+            for path, error in errors:
+                if path not in self.skipped:
+                    log.warning("%s cannot be read and is left out: %s", path, error)
+                    self.skipped[path] = error
+            if len(self.skipped) > max(10, MOST_SKIPPED * len(self)):
+                raise ValueError(
+                    f"{len(self.skipped)} of {len(self)} images cannot be read, among them {next(iter(self.skipped))}: "
+                    "repair or remove them"
+                )
+            yield images, good, labels
+
+
+class _Files(Dataset[Any]):
+    def __init__(self, images: ImageFolder) -> None:
+        self.images = images
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, tuple[Path, str] | None]:
+        from PIL import Image
+
+        path, size = self.images.paths[i], self.images.size
+        try:
+            with Image.open(path) as file:
+                return self.view(file.convert("RGB"), i), self.images.labels[i], None
+        # What Pillow raises for damaged files, by format
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            empty = torch.zeros(3, size, size, dtype=torch.uint8)
+            return empty, self.images.labels[i], (path, f"{type(error).__name__}: {error}")
+
+    def view(self, image: Any, i: int) -> Tensor:
+        raise NotImplementedError
+
+
+class _Views(_Files):
+    def view(self, image: Any, i: int) -> Tensor:
+        transforms = import_torchvision().transforms.functional
+        size = self.images.size
+        image = transforms.resize(image, round(size / EVAL_CROP))
+        return transforms.pil_to_tensor(transforms.center_crop(image, [size, size]))
+
+
+class _Crops(_Files):
+    def __init__(self, images: ImageFolder, base: int) -> None:
+        super().__init__(images)
+        self.base = base
+        self._policy: Any = None
+        if images.randaugment:
+            import_torchvision()
+            from timm.data.auto_augment import rand_augment_transform
+
+            self._policy = rand_augment_transform(images.randaugment, {})
+
+    def view(self, image: Any, i: int) -> Tensor:
+        transforms = import_torchvision().transforms
+        size = [self.images.size] * 2
+        with _seeded(self.base + i):
+            crop = transforms.RandomResizedCrop.get_params(image, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3])
+            image = transforms.functional.resized_crop(image, *crop, size=size)
+            if self.images.flip and torch.rand(()) < 0.5:
+                image = transforms.functional.hflip(image)
+            if self._policy is not None:
+                image = self._policy(image)
+        return transforms.functional.pil_to_tensor(image)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """All of the global generators seeded, and afterwards as they were."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _collate(items: list[Any]) -> tuple[Tensor, Tensor, Tensor, list[tuple[Path, str]]]:
+    images, labels, errors = zip(*items, strict=True)
+    good = torch.tensor([error is None for error in errors])
+    return torch.stack(images), good, torch.stack(labels), [error for error in errors if error is not None]
+
+
+def load_folder(settings: dict[str, Any], root: Path) -> tuple[ImageFolder, ImageFolder]:
+    """`train/<class>/*` and `val/<class>/*` (or `test/`), or ImageNet's flat `val/` with the devkit's ground truth.
+
+    Args:
+        settings: `num_classes` and `size`, and `flip`, `randaugment`, `workers` of `ImageFolder` where they are on.
+        root: the folder in which they are.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+        ValueError: the classes are not as many as expected, or not the same in both parts.
+    """
+    classes = class_names(root)
+    if len(classes) != settings["num_classes"]:
+        raise ValueError(
+            f"{root / 'train'} has {len(classes)} classes, not {settings['num_classes']}: say "
+            f"dataset.num_classes={len(classes)}, or check the folder"
+        )
+    val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if val is None:
+        raise FileNotFoundError(f"{root} has neither val nor test beside train")
+    options: dict[str, Any] = {
+        "size": settings["size"],
+        "flip": bool(settings.get("flip")),
+        "randaugment": settings.get("randaugment"),
+        "workers": settings.get("workers") or 0,
+    }
+    train = ImageFolder(*_by_class(root / "train", classes), **options)
+    if any(path.is_dir() for path in val.iterdir()):
+        return train, ImageFolder(*_by_class(val, classes), **options)
+    return train, ImageFolder(*_by_ground_truth(root, val, classes), **options)
+
+
+def class_names(root: Path) -> list[str]:
+    """The classes: names of the folders in `train`, sorted.
+
+    Raises:
+        FileNotFoundError: there is no `train`, or nothing in it.
+    """
+    folder = root / "train"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise FileNotFoundError(f"there are no folders of images, one a class, in {folder}: say dataset.root=FOLDER")
+    return names
+
+
+def find_folder(root: Path | None, *names: str) -> Path:
+    """The first folder of the search path, or one of these names in it, that has a `train`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    candidates = [place for folder in search_path(root) for place in (folder, *(folder / name for name in names))]
+    for folder in candidates:
+        if (folder / "train").is_dir():
+            return folder
+    raise FileNotFoundError(
+        f"no folder with train/ and val/ was found, looking at {', '.join(map(str, candidates))}: say where it is with "
+        "dataset.root=FOLDER or the environment variable DECEF_DATA"
+    )
+
+
+def _by_class(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if there != list(classes):
+        differ = sorted(set(there) ^ set(classes))
+        raise ValueError(f"{folder} has not the classes of train: {', '.join(differ[:5])} {'...' * (len(differ) > 5)}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise ValueError(f"{folder / name} has no images")
+        paths += files
+        labels += [label] * len(files)
+    return paths, torch.tensor(labels)
+
+
+def _by_ground_truth(root: Path, val: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    """ILSVRC2012's flat validation folder, as its devkit labels it: numbers from 1, whose WordNet ids meta.mat has."""
+    places = [root / "ILSVRC2012_devkit_t12" / "data", root / "data", root]
+    devkit = next((p for p in places if (p / "ILSVRC2012_validation_ground_truth.txt").is_file()), None)
+    if devkit is None or not (devkit / "meta.mat").is_file():
+        raise FileNotFoundError(
+            f"{val} has images without folders, whose classes the devkit knows: put ILSVRC2012_devkit_t12 into {root}"
+        )
+    from scipy.io import loadmat
+
+    synsets = np.atleast_1d(loadmat(devkit / "meta.mat", squeeze_me=True)["synsets"])
+    wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
+    numbers = [int(line) for line in (devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()]
+    paths = sorted(p for p in val.iterdir() if p.suffix.lower() in SUFFIXES)
+    if len(paths) != len(numbers):
+        raise ValueError(f"{val} has {len(paths)} images, but the devkit's ground truth is for {len(numbers)}")
+    index = {name: label for label, name in enumerate(classes)}
+    try:
+        return paths, torch.tensor([index[wnids[number]] for number in numbers])
+    except KeyError as error:
+        raise ValueError(f"the devkit names class {error}, which is not in train") from error

@@ -1,0 +1,54 @@
+"""Where datasets are looked for, how they are downloaded, how one part is split in two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from decef.data.images import Images
+
+
+def search_path(root: Path | None) -> list[Path]:
+    """Folders in which a dataset is looked for, in order: `root`, `$DECEF_DATA`, else `data/`."""
+    given = [root] if root is not None else []
+    if os.environ.get("DECEF_DATA"):
+        given.append(Path(os.environ["DECEF_DATA"]))
+    return given or [Path("data")]
+
+
+def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], None], hint: str = "") -> Path:
+    """Download a dataset into the first folder of the search path, and return that.
+
+    Args:
+        name: for people.
+        what: files or folders that would have been it.
+        root: see `search_path`.
+        fetch: downloads into a folder.
+        hint: what else one could do.
+
+    Raises:
+        FileNotFoundError: that failed; the message says what was tried and the two ways out.
+    """
+    tried = search_path(root)
+    try:
+        fetch(tried[0])
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} was not found: no {what} in {', '.join(map(str, tried))}, and the download failed "
+            f"({type(error).__name__}: {error}). Either put it there, or say where it is with dataset.root=FOLDER or "
+            f"the environment variable DECEF_DATA.{hint}"
+        ) from error
+    return tried[0]
+
+
+def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
+    """The same two parts every time, with the classes in proportion."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(
+        range(len(data)), test_size=test_images, random_state=0, stratify=data.labels.tolist()
+    )
+    return data.subset(torch.tensor(train)), data.subset(torch.tensor(test))

@@ -1,0 +1,170 @@
+"""CIFAR-100, SVHN, MNIST and Fashion-MNIST: found on disk, else downloaded by torchvision with its checksums.
+
+Krizhevsky: "Learning multiple layers of features from tiny images", 2009 (CIFAR-100). Netzer et al.: "Reading digits in
+natural images with unsupervised feature learning", 2011 (SVHN). LeCun, Cortes, Burges: "The MNIST database of
+handwritten digits", 1998. Xiao, Rasul, Vollgraf: "Fashion-MNIST", 2017.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from decef.data.images import Images
+from decef.data.search import download, search_path, stratified_split
+from decef.torchvision_cpu import import_torchvision
+
+SPLIT_TEST_IMAGES = 1_500  # of the 10,000, where MNIST's test part is all there is
+
+
+def load_cifar100(root: Path | None = None) -> tuple[Images, Images]:
+    """50,000 training and 10,000 test images `(3, 32, 32)` with their 100 fine labels.
+
+    Raises:
+        FileNotFoundError: it is nowhere and cannot be downloaded.
+        ValueError: a file is damaged.
+    """
+    return _checked_by_torchvision("CIFAR-100", "CIFAR100", "cifar-100-python", root)
+
+
+def load_svhn(root: Path | None = None) -> tuple[Images, Images]:
+    """73,257 training and 26,032 test images `(3, 32, 32)` of house numbers; the extra part is left out.
+
+    Raises:
+        FileNotFoundError: it is nowhere and cannot be downloaded.
+        ValueError: a file is damaged.
+    """
+    return _checked_by_torchvision("SVHN", "SVHN", "train_32x32.mat", root)
+
+
+def load_mnist(root: Path | None = None, split_test: bool = False) -> tuple[Images, Images]:
+    """60,000 training and 10,000 test images `(1, 28, 28)`.
+
+    Args:
+        root: folder to look in first.
+        split_test: where the training images can't be had, split the 10,000 test images: 8,500 to train on, 1,500 to
+            test on, always the same ones.
+
+    Raises:
+        FileNotFoundError: it is nowhere and cannot be downloaded.
+        ValueError: a file is damaged.
+    """
+    return _load_idx("MNIST", "MNIST", root, split_test)
+
+
+def load_fashion_mnist(root: Path | None = None) -> tuple[Images, Images]:
+    """60,000 training and 10,000 test images `(1, 28, 28)` of clothes.
+
+    Raises:
+        FileNotFoundError: it is nowhere and cannot be downloaded.
+        ValueError: a file is damaged.
+    """
+    return _load_idx("Fashion-MNIST", "FashionMNIST", root, False)
+
+
+def _checked_by_torchvision(name: str, class_name: str, mark: str, root: Path | None) -> tuple[Images, Images]:
+    """A dataset whose files torchvision checks each time it reads them; `mark` is in its folder."""
+    import_torchvision()
+    from torchvision import datasets
+
+    cls = getattr(datasets, class_name)
+
+    def make(folder: Path, train: bool, fetch: bool) -> Any:
+        part = {"split": "train" if train else "test"} if class_name == "SVHN" else {"train": train}
+        return cls(str(folder), **part, download=fetch)
+
+    def fetch(folder: Path) -> None:
+        for train in (True, False):
+            make(folder, train, True)
+
+    candidates = [f for folder in search_path(root) for f in (folder, folder / class_name)]
+    folder = next((f for f in candidates if (f / mark).exists()), None) or download(name, mark, root, fetch)
+    try:
+        train, test = (_images(make(folder, train, False)) for train in (True, False))
+    except RuntimeError as error:
+        damaged = _damaged(cls, folder)
+        raise ValueError(f"{name} is incomplete or damaged: {damaged or error}") from error
+    return train, test
+
+
+def _images(data: Any) -> Images:
+    pixels = torch.from_numpy(np.ascontiguousarray(data.data))
+    if pixels.shape[-1] == 3:
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    labels = data.labels if hasattr(data, "labels") else data.targets
+    return Images(pixels, torch.as_tensor(labels).long())
+
+
+def _damaged(cls: Any, folder: Path) -> Path | None:
+    """The first file that is missing or not what it should be."""
+    from torchvision.datasets.utils import check_integrity
+
+    if hasattr(cls, "split_list"):
+        files = [(folder / name, md5) for _, name, md5 in (cls.split_list["train"], cls.split_list["test"])]
+    else:
+        files = [(folder / cls.base_folder / name, md5) for name, md5 in (*cls.train_list, *cls.test_list)]
+    return next((path for path, md5 in files if not check_integrity(str(path), md5)), None)
+
+
+def _load_idx(name: str, class_name: str, root: Path | None, split_test: bool) -> tuple[Images, Images]:
+    def find(folder: Path, part: str) -> tuple[Path, Path] | None:
+        raw = folder / class_name / "raw"
+        paths = []
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            there = [p for p in (raw / f"{part}-{kind}", raw / f"{part}-{kind}.gz") if p.is_file()]
+            paths += there[:1]
+        return (paths[0], paths[1]) if len(paths) == 2 else None
+
+    def fetch(folder: Path) -> None:
+        import_torchvision()
+        from torchvision import datasets
+
+        getattr(datasets, class_name)(str(folder), download=True)
+
+    folders = search_path(root)
+    whole = next((f for f in folders if find(f, "train") and find(f, "t10k")), None)
+    half = next((f for f in folders if find(f, "t10k")), None)
+    if whole is None and split_test and half is not None:
+        test_files = find(half, "t10k")
+        assert test_files is not None
+        return stratified_split(_read_pair(*test_files), SPLIT_TEST_IMAGES)
+    if whole is None:
+        hint = ""
+        if half is not None and name == "MNIST":
+            hint = " Its test part alone is there: dataset.split_test=true trains and tests on parts of that."
+        whole = download(name, f"{class_name}/raw/train-images-idx3-ubyte", root, fetch, hint)
+    files = find(whole, "train"), find(whole, "t10k")
+    assert files[0] is not None
+    assert files[1] is not None
+    return _read_pair(*files[0]), _read_pair(*files[1])
+
+
+def _read_pair(images: Path, labels: Path) -> Images:
+    pixels, targets = read_idx(images), read_idx(labels)
+    if pixels.ndim != 3 or targets.shape != pixels.shape[:1]:
+        raise ValueError(f"{images} and {labels} don't belong together: {pixels.shape} images, {targets.shape} labels")
+    return Images(torch.from_numpy(pixels).unsqueeze(1), torch.from_numpy(targets).long())
+
+
+def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of an IDX file (LeCun's format: two zeros, type 8, the number of dimensions, their sizes, the data).
+
+    Raises:
+        ValueError: it is truncated or something else.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is damaged: it doesn't begin as an IDX file of bytes does")
+    shape = np.frombuffer(data, ">u4", data[3], 4) if len(data) >= 4 + 4 * data[3] else np.array([0])
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape))
+    if values.size != np.prod(shape, dtype=np.int64) or not values.size:
+        raise ValueError(f"{path} is truncated or damaged: it has {values.size:,} bytes of data")
+    return values.reshape(shape).copy()

@@ -1,0 +1,73 @@
+"""Several processes on one run: what torchrun starts, and what they must tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def total(self, *values: Tensor) -> list[Tensor]:
+        """The sums of scalars over all processes, in float64."""
+        stacked = torch.stack([value.detach().double() for value in values])
+        if self.count > 1:
+            dist.all_reduce(stacked)
+        return list(stacked)
+
+    def tell(self, value: Any = None) -> Any:
+        """What the first process says, on all of them; `value` is looked at on the first only."""
+        if self.count == 1:
+            return value
+        said = [value]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give all processes the first one's buffers."""
+        if self.count > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def launched() -> Processes:
+    """The processes that torchrun started, by the environment it sets; one where it didn't."""
+    return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Connect the processes that torchrun started (NCCL on GPUs, gloo on CPUs) for as long as this lasts."""
+    processes = launched()
+    if processes.count == 1 or dist.is_initialized():
+        yield processes
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield processes
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""MobileNetV1 and V2 for 32x32 images.
+
+Howard et al.: "MobileNets: efficient convolutional neural networks for mobile vision applications", 2017; Sandler et
+al.: "MobileNetV2: inverted residuals and linear bottlenecks", 2018. As is usual for CIFAR the stem (and in V2 the
+second stage) keeps the resolution.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+V1_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+#: Expansion, channels, blocks, stride of the first block.
+V2_STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+class MobileNetV1(nn.Module):
+    """A 3x3 stem and thirteen depthwise-separable blocks: 3x3 depthwise, norm, ReLU, 1x1, norm, ReLU.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the image.
+        dense_pairs: make every pair of depthwise and 1x1 one dense 3x3 convolution. The pair is its DeCEF of rank 1 but
+            for the norm and ReLU between, so with `layer=decef layer.rank=1` this is MobileNet without those, and
+            with higher ranks what it approximates; ATCD trains the pair composed.
+
+    Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False) -> None:
+        super().__init__()
+        width = 32
+        blocks: list[nn.Module] = []
+        for channels, stride in V1_BLOCKS:
+            if dense_pairs:
+                blocks.append(_block(width, channels, 3, stride))
+            else:
+                blocks.append(nn.Sequential(_block(width, width, 3, stride, width), _block(width, channels, 1)))
+            width = channels
+        self.stem = _block(in_channels, 32, 3)
+        self.blocks = nn.Sequential(*blocks)
+        self.linear = nn.Linear(width, num_classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class MobileNetV2(nn.Module):
+    """A 3x3 stem, seventeen inverted residual blocks (1x1, 3x3 depthwise, linear 1x1) and a last 1x1 convolution.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the image.
+        dense_pairs: make every depthwise convolution and the 1x1 that follows one dense 3x3 convolution, see
+            `MobileNetV1`.
+
+    Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False) -> None:
+        super().__init__()
+        width = 32
+        blocks: list[nn.Module] = []
+        for expansion, channels, count, first_stride in V2_STAGES:
+            for i in range(count):
+                stride = first_stride if i == 0 else 1
+                blocks.append(InvertedResidual(width, channels, stride, expansion, dense_pairs))
+                width = channels
+        self.stem = _block(in_channels, 32, 3, relu6=True)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _block(width, 1280, 1, relu6=True)
+        self.linear = nn.Linear(1280, num_classes)
+        _init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.head(self.blocks(self.stem(x))).mean((2, 3)))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter, project; with a shortcut where the shape stays."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int, dense_pairs: bool) -> None:
+        super().__init__()
+        wide = expansion * in_channels
+        layers: list[nn.Module] = [_block(in_channels, wide, 1, relu6=True)] if expansion > 1 else []
+        if dense_pairs:
+            layers.append(_block(wide, channels, 3, stride)[:2])
+        else:
+            layers += [_block(wide, wide, 3, stride, wide, relu6=True), _block(wide, channels, 1)[:2]]
+        self.layers = nn.Sequential(*layers)
+        self.has_shortcut = stride == 1 and in_channels == channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.has_shortcut else self.layers(x)
+
+
+def _block(
+    in_channels: int, channels: int, kernel: int, stride: int = 1, groups: int = 1, *, relu6: bool = False
+) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU6() if relu6 else nn.ReLU())
+
+
+def _init(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)

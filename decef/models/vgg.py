@@ -1,0 +1,50 @@
+"""VGG-16 with batch norm in its CIFAR form.
+
+Simonyan, Zisserman: "Very deep convolutional networks for large-scale image recognition", 2015; for 32x32 images with
+one dense layer behind the convolutions, as is usual since Liu, Deng: "Very deep convolutional neural network based
+image classification using small training sample size", 2015.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class CifarVGG16(nn.Module):
+    """Thirteen 3x3 convolutions in five stages, a 2x2 maximum after each stage, mean, classifier.
+
+    At 32x32 the map that is left is 1x1 and the mean does nothing. Smaller images end earlier: a map of one pixel is
+    not pooled.
+
+    Args:
+        num_classes: outputs.
+        in_channels: channels of the image.
+
+    Shape: `(B, in_channels, H, W)` to `(B, num_classes)`.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        stages: list[nn.Module] = []
+        for widths in STAGES:
+            layers: list[nn.Module] = []
+            for width in widths:
+                conv = nn.Conv2d(in_channels, width, 3, padding=1)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out")
+                assert conv.bias is not None
+                nn.init.zeros_(conv.bias)
+                layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
+                in_channels = width
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.ModuleList(stages)
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+            if min(x.shape[2:]) > 1:
+                x = F.max_pool2d(x, 2)
+        return self.linear(x.mean((2, 3)))

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from decef.convert import convert, plan
+from decef.cost import total_cost
+from decef.models import create_model
+
+# Parameters and MACs (convolutions and classifier) as published or worked out from the papers' tables.
+CIFAR = {
+    "resnet20": (269_722, 40_551_040),
+    "resnet32": (464_154, 68_862_592),
+    "resnet44": (658_586, 97_174_144),
+    "resnet56": (853_018, 125_485_696),
+    "resnet110": (1_727_962, 252_887_680),
+    "vgg16_bn": (14_728_266, 313_201_664),
+    "mobilenetv1": (3_217_226, 46_354_432),
+    "mobilenetv2": (2_236_682, 87_976_448),
+}
+IMAGENET = {
+    "torchvision/resnet18": (11_689_512, 1_814_073_344),
+    "torchvision/resnet34": (21_797_672, 3_663_761_408),
+    "torchvision/resnet50": (25_557_032, 4_089_184_256),
+    "torchvision/vgg16": (138_357_544, 15_470_264_320),
+    "torchvision/vgg16_bn": (138_365_992, 15_470_264_320),
+    "torchvision/mobilenet_v2": (3_504_872, 300_774_272),
+    "timm/mobilenetv1_100": (4_231_976, 568_740_352),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_networks_for_cifar_have_their_size(name):
+    cost = total_cost(create_model(name, num_classes=10), (3, 32, 32))
+    assert (cost["params"], cost["macs"]) == CIFAR[name]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_networks_for_imagenet_have_their_size(name):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=1000)
+    cost = total_cost(model, (3, 224, 224))
+    assert (cost["params"], cost["macs"]) == IMAGENET[name]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "mobilenetv1", "mobilenetv2", "plain", "timm/resnet10t"])
+def test_small_and_grey_images(name):
+    model = create_model(name, num_classes=7, in_channels=1).eval()
+    sizes = (8, 28, 32) if not name.startswith("timm") else (32,)
+    for size in sizes:
+        assert model(torch.randn(2, 1, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1", "mobilenetv2"])
+def test_a_separable_pair_is_a_decef_of_rank_1(name):
+    pairs = create_model(name, num_classes=10)
+    dense = create_model(name, num_classes=10, dense_pairs=True)
+    made = plan(dense, "decef", rank=1, min_kernel_size=2, exclude="stem.0", input_size=(3, 32, 32))
+    assert len(made.ranks) == sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in pairs.modules())
+
+    def convolutions(model):
+        norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+        cost = total_cost(model, (3, 32, 32))
+        return cost["params"] - norms, cost["macs"]
+
+    assert convolutions(convert(dense, made, from_scratch=True)) == convolutions(pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet21", {}, "unknown model 'resnet21': did you mean 'resnet"),
+        ("timm/resnet19", {}, "timm has no model 'resnet19'; did you mean"),
+        ("torchvision/resnet17", {}, "torchvision has no classifier 'resnet17'"),
+        ("torchvision/resnet18", {"in_channels": 1}, "takes images of 3 channels, not 1"),
+        ("torchvision/resnet18", {"shortcut": "A"}, "torchvision/resnet18 has no option shortcut"),
+        ("vgg16_bn", {"conv_classifier": True}, "model 'vgg16_bn' has no option conv_classifier"),
+        ("plain", {"width": 0.001}, "leaves a layer without channels"),
+        ("resnet20", {"pretrained": True}, "no trained weights of 'resnet20'"),
+    ],
+)
+def test_networks_that_cannot_be_made(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(name, num_classes=10, **options)
