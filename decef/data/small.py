@@ -161,10 +161,10 @@ def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08":
+    if data[:3] != b"\0\0\x08" or len(data) < 4 or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"{path} is damaged: it doesn't begin as an IDX file of bytes does")
-    shape = np.frombuffer(data, ">u4", data[3], 4) if len(data) >= 4 + 4 * data[3] else np.array([0])
-    values = np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape))
-    if values.size != np.prod(shape, dtype=np.int64) or not values.size:
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != np.prod(shape, dtype=np.int64):
         raise ValueError(f"{path} is truncated or damaged: it has {values.size:,} bytes of data")
     return values.reshape(shape).copy()

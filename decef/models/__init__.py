@@ -84,4 +84,4 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
     return models.get_model(name, weights=None, num_classes=num_classes)
 
 
-__all__ = ["MODELS", "CifarResNet", "create_model"]
+__all__ = ["MODELS", "CifarResNet", "PlainNet", "create_model"]

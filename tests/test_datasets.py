@@ -1,0 +1,329 @@
+"""Every dataset in its official layout, damaged files, and folders that are read by workers."""
+
+import gzip
+import logging
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from PIL import Image
+
+from decef.data import count_classes, dataset
+from decef.data.small import read_idx
+
+REAL = Path(os.environ.get("DECEF_DATA", "data"))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setenv("DECEF_DATA", str(tmp_path))
+
+
+def loaded(name, **settings):
+    return dataset({"name": name, **settings}).load(None)
+
+
+# MNIST and Fashion-MNIST ------------------------------------------------------------------------------------------
+
+
+def write_idx(path, array, compress=False):
+    header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(data) if compress else data)
+
+
+def write_mnist(root, part, images, compress=False, name="MNIST"):
+    rng = np.random.default_rng(0)
+    suffix = ".gz" if compress else ""
+    pixels, labels = rng.integers(0, 256, (images, 28, 28)), np.arange(images) % 10
+    write_idx(root / name / "raw" / f"{part}-images-idx3-ubyte{suffix}", pixels, compress)
+    write_idx(root / name / "raw" / f"{part}-labels-idx1-ubyte{suffix}", labels, compress)
+    return pixels
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize("compress", [False, True])
+def test_idx_files_plain_and_compressed(tmp_path, name, folder, compress):
+    pixels = write_mnist(tmp_path, "train", 30, compress, folder)
+    write_mnist(tmp_path, "t10k", 20, compress, folder)
+    train, test = loaded(name)
+    assert train.images.shape == (30, 1, 28, 28)
+    assert np.array_equal(train.images[:, 0].numpy(), pixels)
+    assert test.labels.tolist() == [i % 10 for i in range(20)]
+
+
+def test_only_the_test_part_of_mnist(tmp_path):
+    write_mnist(tmp_path, "t10k", 10_000, compress=True)
+    with pytest.raises(FileNotFoundError, match=r"MNIST was not found: .*DECEF_DATA.*dataset\.split_test=true"):
+        loaded("mnist")
+    train, test = loaded("mnist", split_test=True)
+    assert (len(train), len(test)) == (8_500, 1_500)
+    assert test.labels.bincount().tolist() == [150] * 10
+    again, _ = loaded("mnist", split_test=True)
+    assert torch.equal(train.images, again.images)
+
+
+def test_damaged_idx_files_are_named(tmp_path):
+    path = tmp_path / "a"
+    for data in (b"", b"PK\x03\x04 nothing", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x05abc"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{path} is .*damaged"):
+            read_idx(path)
+    write_mnist(tmp_path, "train", 30, compress=True)
+    cut = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is truncated"):
+        read_idx(cut)
+
+
+@pytest.mark.skipif(not (REAL / "MNIST").is_dir(), reason="no MNIST under $DECEF_DATA or data/")
+def test_real_mnist(monkeypatch):
+    monkeypatch.setenv("DECEF_DATA", str(REAL))
+    train, _ = loaded("mnist", split_test=True)
+    mean, std = (torch.tensor(v) for v in (dataset({"name": "mnist"}).mean, dataset({"name": "mnist"}).std))
+    pixels = train.images.float() / 255
+    assert (pixels.mean() - mean).abs() < 0.01
+    assert (pixels.std() - std).abs() < 0.01
+
+
+# CIFAR-100 and SVHN -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def any_checksum(monkeypatch):
+    """The tests' files are not the official ones: they only have to be there and not empty."""
+
+    def there(path, md5=None):
+        return Path(path).is_file() and Path(path).stat().st_size > 0
+
+    for module in ("utils", "cifar", "svhn"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", there)
+
+
+def test_cifar100(tmp_path, any_checksum, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.CIFAR100._load_meta", lambda self: None)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 12), ("test", 5)):
+        batch = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "fine_labels": [i + 90 for i in range(5)] * 3}
+        batch["fine_labels"] = batch["fine_labels"][:n]
+        (folder / part).write_bytes(pickle.dumps(batch))
+    train, test = loaded("cifar100")
+    assert train.images.shape == (12, 3, 32, 32)
+    assert train.images.is_contiguous()
+    assert test.labels.tolist() == [90, 91, 92, 93, 94]
+    (folder / "train").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"CIFAR-100 is incomplete or damaged: {folder / 'train'}"):
+        loaded("cifar100")
+
+
+def test_svhn(tmp_path, any_checksum):
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 12), ("test", 5)):
+        pixels = rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+        labels = np.arange(1, n + 1)[:, None] % 11  # 10 stands for 0
+        scipy.io.savemat(tmp_path / f"{part}_32x32.mat", {"X": pixels, "y": labels})
+    train, test = loaded("svhn")
+    assert train.images.shape == (12, 3, 32, 32)
+    assert train.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 1]
+    assert len(test) == 5
+    (tmp_path / "test_32x32.mat").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"SVHN is incomplete or damaged: .*test_32x32\.mat"):
+        loaded("svhn")
+
+
+@pytest.mark.parametrize("name", ["cifar100", "svhn", "mnist", "fashion_mnist"])
+def test_nowhere_to_be_found(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=f"was not found: .*{tmp_path}.*dataset.root=FOLDER.*DECEF_DATA"):
+        loaded(name)
+
+
+# Magnetic tiles ---------------------------------------------------------------------------------------------------
+
+
+def write_tiles(root, per_class=20):
+    rng = np.random.default_rng(0)
+    for name in ("Blowhole", "Break", "Crack", "Fray", "Free", "Uneven"):
+        folder = root / "magnetic-tile" / f"MT_{name}"
+        folder.mkdir(parents=True)
+        for i in range(per_class):
+            Image.fromarray(rng.integers(0, 256, (30, 50), dtype=np.uint8)).save(folder / f"{i:03}.jpg")
+
+
+def test_tiles_are_split_before_they_are_enlarged(tmp_path):
+    write_tiles(tmp_path)
+    train, test = loaded("magnetic_tile")
+    assert test.images.shape == (18, 1, 100, 100)
+    assert test.labels.bincount().tolist() == [3] * 6
+    assert train.labels.bincount().tolist() == [17, 17, 34, 51, 17, 17]
+    crack = train.images[train.labels == 2]
+    assert torch.equal(crack[:17].flip(3), crack[17:])
+    kept = {image.numpy().tobytes() for image in test.images}
+    assert not kept & {image.flip(2).numpy().tobytes() for image in train.images}
+    whole = [loaded("magnetic_tile", as_published=True)[i] for i in (0, 1)]
+    assert sum(map(len, whole)) == 20 * 9
+    assert whole[1].labels.bincount()[3] == 9  # copies on both sides
+
+
+def test_damaged_and_missing_tiles(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no MT_<class> folders in .*dataset\.root"):
+        loaded("magnetic_tile")
+    write_tiles(tmp_path, 2)
+    broken = tmp_path / "magnetic-tile" / "MT_Fray" / "000.jpg"
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{broken} is damaged"):
+        loaded("magnetic_tile")
+
+
+@pytest.mark.skipif(not (REAL / "magnetic-tile").is_dir(), reason="no magnetic-tile under $DECEF_DATA or data/")
+def test_real_tiles(monkeypatch):
+    monkeypatch.setenv("DECEF_DATA", str(REAL))
+    train, test = loaded("magnetic_tile", as_published=True)
+    assert (len(train), len(test)) == (563, 100)  # as many as the authors have
+
+
+# Folders ----------------------------------------------------------------------------------------------------------
+
+CLASSES = ("n01", "n02", "n03")
+SETTINGS = {"num_classes": 3, "size": 16, "flip": True, "workers": 0}
+
+
+def write_images(folder, n=4, size=(40, 30)):
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 60, (size[1], size[0], 3), dtype=np.uint8)
+            pixels[..., label] += 180
+            Image.fromarray(pixels).save(folder / name / f"{name}_{i}.JPEG")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "train", 8)
+    write_images(tmp_path / "val")
+    return tmp_path
+
+
+def epoch(data, batch_size=6, seed=0):
+    batches = list(data.batches(batch_size, torch.Generator().manual_seed(seed)))
+    return torch.stack([x for x, _ in batches]), torch.stack([labels for _, labels in batches])
+
+
+@pytest.mark.parametrize("randaugment", [None, "rand-m9-mstd0.5"])
+def test_the_generator_alone_determines_what_workers_read(folder, randaugment):
+    train, _ = loaded("imagefolder", **SETTINGS, randaugment=randaugment)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    images, labels = epoch(train)
+    assert torch.equal(torch.rand(3), expected)  # the global generator is left alone
+    assert images.shape == (4, 6, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    for workers in (0, 2):
+        again = epoch(replace(train, workers=workers))
+        assert torch.equal(again[0], images)
+        assert torch.equal(again[1], labels)
+    assert not torch.equal(epoch(train, seed=1)[0], images)
+    halves = [list(train.batches(6, torch.Generator().manual_seed(0), (i, 2))) for i in range(2)]
+    joined = torch.stack([torch.cat([a[0], b[0]]) for a, b in zip(*halves, strict=True)])
+    assert torch.equal(joined, images)
+
+
+def test_labels_belong_to_their_images(folder):
+    train, test = loaded("imagenet", **SETTINGS)
+    for images, labels in (*test.views(5), *train.batches(6, torch.Generator().manual_seed(0))):
+        assert torch.equal(images.float().mean((2, 3)).argmax(1), labels)
+    assert sum(len(labels) for _, labels in test.views(5)) == 12
+
+
+def test_the_central_square_is_measured(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        pixels = np.zeros((64, 128, 3), np.uint8)
+        pixels[4:60, 36:92] = 255  # 56 = 64 * 224 / 256
+        Image.fromarray(pixels).save(tmp_path / part / "a" / "x.png")
+    _, test = loaded("imagefolder", num_classes=1, size=56)
+    ((images, _),) = test.views(9)
+    assert (images == 255).all()
+
+
+def test_imagenets_flat_validation_folder(tmp_path):
+    write_images(tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    truth = [2, 3, 1, 2]
+    wnids = {1: "n03", 2: "n01", 3: "n02"}  # the devkit's numbers are not in the order of the names
+    for i, number in enumerate(truth):
+        source = tmp_path / "train" / wnids[number] / f"{wnids[number]}_0.JPEG"
+        (tmp_path / "val" / f"ILSVRC2012_val_{i + 1:08}.JPEG").write_bytes(source.read_bytes())
+    with pytest.raises(FileNotFoundError, match="put ILSVRC2012_devkit_t12 into"):
+        loaded("imagenet", **SETTINGS)
+    devkit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    devkit.mkdir(parents=True)
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(map(str, truth)))
+    kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)]
+    scipy.io.savemat(devkit / "meta.mat", {"synsets": np.array([(n, w, "x") for n, w in wnids.items()], dtype=kind)})
+    _, test = loaded("imagenet", **SETTINGS)
+    ((images, labels),) = test.views(9)
+    assert labels.tolist() == [0, 1, 2, 0]
+    assert torch.equal(images.float().mean((2, 3)).argmax(1), labels)
+    (devkit / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
+    with pytest.raises(ValueError, match="has 4 images, but the devkit's ground truth is for 2"):
+        loaded("imagenet", **SETTINGS)
+
+
+def test_damaged_images_are_named_counted_and_left_out(folder, caplog):
+    broken = [folder / "train" / "n01" / "n01_1.JPEG", folder / "val" / "n02" / "n02_0.JPEG"]
+    broken[0].write_bytes(broken[0].read_bytes()[:100])
+    broken[1].write_bytes(b"not an image")
+    train, test = loaded("imagefolder", **SETTINGS)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            images, labels = epoch(train)
+            assert torch.equal(images.float().mean((3, 4)).argmax(2), labels)  # another one stands in, with its label
+            assert sum(len(labels) for _, labels in test.views(9)) == 11
+    assert list(train.skipped) == [broken[0]]
+    assert list(test.skipped) == [broken[1]]
+    assert [str(path) in caplog.text for path in broken] == [True, True]
+    assert len(caplog.records) == 2
+
+
+def test_too_many_damaged_images_are_an_error(folder):
+    for path in (folder / "train").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    train, _ = loaded("imagefolder", **SETTINGS)
+    with pytest.raises(ValueError, match=r"can be read.*JPEG|cannot be read.*JPEG"):
+        epoch(train)
+
+
+def test_folders_that_do_not_fit(folder):
+    with pytest.raises(ValueError, match=r"has 3 classes, not 1000: say dataset\.num_classes=3"):
+        loaded("imagenet", **{**SETTINGS, "num_classes": 1000})
+    assert count_classes(folder) == 3
+    (folder / "val" / "n01").rename(folder / "val" / "n09")
+    with pytest.raises(ValueError, match="has not the classes of train: n01, n09"):
+        loaded("imagefolder", **SETTINGS)
+    (folder / "val").rename(folder / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="neither val nor test beside train"):
+        loaded("imagefolder", **SETTINGS)
+    (folder / "train").rename(folder / "away")
+    with pytest.raises(FileNotFoundError, match=r"no folder with train/ and val/.*dataset\.root=FOLDER"):
+        loaded("imagefolder", **SETTINGS)
+
+
+@pytest.mark.parametrize("key", ["size", "num_classes"])
+@pytest.mark.parametrize("value", [None, 0, "big", 2.5])
+def test_settings_of_a_folder(key, value):
+    with pytest.raises(ValueError, match=f"dataset.{key}={value!r} must be a whole number"):
+        dataset({"name": "imagenet", **SETTINGS, key: value})
