@@ -1,0 +1,77 @@
+"""The grid: every dataset, architecture and layer type, by configuration alone, on tiny slices."""
+
+import itertools
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import decef.run
+from decef.data import DATASETS, FOLDERS, Images, dataset
+from decef.layers import LAYERS
+from decef.run import run
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+#: Other depths of a CIFAR ResNet and larger networks of torchvision and timm are the same code and take longer.
+ARCHITECTURES = ("resnet20", "vgg16_bn", "mobilenetv1", "mobilenetv2", "plain", "resnet18", "timm")
+SMALLER = {"timm": {"name": "timm/resnet10t"}, "plain": {"width": 0.1}}
+#: MobileNet's pairs as dense convolutions: a depthwise or 1x1 kernel has no low-rank form in these layer types.
+PAIRS = ("decef", "rank1")
+
+
+def group(folder, name):
+    return yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text())
+
+
+def config(data, model, layer, results):
+    train = group("train", "smoke") | {"epochs": 1, "batch_size": 4, "lr": 0.01}
+    layer_config = group("layer", layer) | ({} if layer == "conv2d" else {"rank": 1})
+    model_config = group("model", model) | SMALLER.get(model, {})
+    if "dense_pairs" in model_config:
+        model_config |= {"dense_pairs": layer in PAIRS}
+    if layer in PAIRS:
+        model_config |= {"min_kernel_size": 2}
+    data_config = group("dataset", data) | {"train_size": 8}
+    if data in FOLDERS:
+        data_config |= {"size": 32, "workers": 0, "num_classes": 3}
+    return {
+        "dataset": data_config, "model": model_config, "layer": layer_config, "train": train, "seed": 0,
+        "device": "cpu", "threads": None, "progress": False, "keep_checkpoints": False, "results": str(results),
+        "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None}, "experiment": None,
+    }  # fmt: skip
+
+
+def tiny(settings):
+    """A dataset of noise in the real one's shape; its files have tests of their own."""
+    real = dataset(settings)
+    generator = torch.Generator().manual_seed(0)
+    size = real.input_size if real.input_size[1] < 64 else (real.input_size[0], 32, 32)
+
+    def images(n):
+        pixels = torch.randint(0, 256, (n, *size), generator=generator, dtype=torch.uint8)
+        return Images(pixels, torch.arange(n) % real.num_classes)
+
+    return replace(real, input_size=size, load=lambda root: (images(8), images(4)))
+
+
+@pytest.mark.parametrize("data", [*DATASETS, *FOLDERS])
+def test_every_cell_of_the_grid(data, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.ERROR)
+    monkeypatch.setattr(decef.run, "dataset", tiny)
+    monkeypatch.setattr(decef.run, "environment", lambda device, threads: {"started": "now"})
+    cells = 0
+    for model, layer in itertools.product(ARCHITECTURES, LAYERS):
+        settings = config(data, model, layer, tmp_path)
+        if dataset(settings["dataset"]).input_size[0] == 1 and settings["model"]["name"].startswith("torchvision/"):
+            continue  # torchvision's networks take colour images only; timm's take both
+        summary = run(settings)
+        record = json.loads((tmp_path / "runs" / summary["id"] / "summary.json").read_text())
+        assert record["status"] == "finished"
+        assert 0 <= record["test_top1"] <= 100
+        assert bool(record["ranks"]) == (layer != "conv2d")
+        cells += 1
+    assert len(list((tmp_path / "runs").iterdir())) == cells
