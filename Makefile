@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint quickstart reproduce-cifar tables bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar tables bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -28,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 
 test: setup ## Run the tests (a few minutes on 2 cores)
 	$(RUN) -m pytest
+
+test-grid: setup ## Every dataset x architecture x layer type, two steps each (4 minutes on 2 cores)
+	$(RUN) -m pytest -m grid tests/test_grid.py
 
 lint: setup ## Check style and types
 	$(RUN) -m ruff check .

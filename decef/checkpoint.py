@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -11,10 +12,21 @@ import torch
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` beside `path`, then put it in its place in one step, so that a kill leaves the last one whole."""
+    """Write `state` whole: a kill or a full disk leaves the last one as it was."""
+    buffer = io.BytesIO()  # torch's own writer does not say when a disk is full
+    torch.save(state, buffer)
+    replace_file(path, buffer.getbuffer())
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` beside `path`, then put it in its place in one step: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old file is still there.
+    """
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        torch.save(state, file)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -127,7 +127,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
             module.implementation = "factorized"
         elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             # It does no MACs and changes no shape, but on the meta device it takes most of the time.
-            module.forward = _same  # type: ignore[method-assign]
+            module.forward = _same
     return model
 
 

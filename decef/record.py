@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from decef.checkpoint import replace_file
+
 CONFIG, METRICS, SUMMARY, CHECKPOINT, LOCK = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", ".lock"
 #: Config keys that say where and how a run happens, not what comes out of it.
 NOT_IDENTITY = ("results", "device", "threads", "wandb", "progress", "experiment", "keep_checkpoints")
@@ -81,7 +83,7 @@ class RunRecord:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("w")
             if not config.is_file():
-                _write(config, yaml.safe_dump(self.config, sort_keys=False))
+                replace_file(config, yaml.safe_dump(self.config, sort_keys=False).encode())
         except OSError as error:
             raise ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
         with lock:
@@ -95,7 +97,8 @@ class RunRecord:
 
     def keep_epochs(self, epochs: int) -> None:
         """Drop the metrics of all epochs after `epochs`: what a run wrote after its last checkpoint."""
-        _write(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs))
+        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
+        replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def add_epoch(self, metrics: Mapping[str, Any]) -> None:
         """Append an epoch's metrics."""
@@ -117,7 +120,7 @@ class RunRecord:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`."""
-        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        replace_file(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -167,12 +170,3 @@ def _without_off(value: Any) -> Any:
         kept = {key: _without_off(v) for key, v in value.items()}
         return {key: v for key, v in kept.items() if key == "seed" or not (v is None or v is False or v in (0, [], {}))}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

@@ -198,7 +198,7 @@ def _load_data(job: _Job) -> tuple[Data, Data]:
     if settings["train_size"]:
         train = train.subset(slice(0, settings["train_size"]))
     if isinstance(train, Images):
-        train = replace(train, crop_padding=settings["crop_padding"], flip=settings["flip"])
+        train = replace(train, crop_padding=settings.get("crop_padding") or 0, flip=settings["flip"])
     return train.to(job.device), test.to(job.device)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from decef.checkpoint import replace_file
 from decef.layers import LAYERS
 from decef.record import CONFIG, SUMMARY
 
@@ -198,8 +199,8 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
     for comparison, group in by_comparison.items():
         frame = summarize(group)
         path = folder / f"{names[comparison]}.md"
-        frame.round(6).to_csv(path.with_suffix(".csv"), index=False)
-        path.write_text(markdown(frame, group))
+        replace_file(path.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
+        replace_file(path, markdown(frame, group).encode())
         written.append(path)
     return sorted(written)
 

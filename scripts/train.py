@@ -7,7 +7,10 @@ Run again, the same command skips what is finished and resumes what is not. conf
 """
 
 import logging
+import os
 import sys
+import uuid
+from pathlib import Path
 
 import hydra
 from cli import check_arguments, expand_model, fail
@@ -15,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-failed: list[str] = []
+SWEEP = "DECEF_SWEEP"  # names the sweep to all of its jobs, which may be other processes
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -35,15 +38,30 @@ def main(cfg: DictConfig) -> None:
         # The other jobs of a sweep go on; this one is named when all are over.
         job = " ".join(HydraConfig.get().overrides.task)
         logging.error("FAILED %s: %s", job, error, exc_info=not isinstance(error, InputError))
-        failed.append(f"{job}: {error}")
+        failures = _failures(cfg.results)
+        failures.parent.mkdir(parents=True, exist_ok=True)
+        with failures.open("a") as file:
+            file.write(f"{job}: {error}\n")
+
+
+def _failures(results: str) -> Path:
+    return Path(results) / ".sweeps" / f"{os.environ[SWEEP]}.failed"
 
 
 if __name__ == "__main__":
     sys.argv[1:] = expand_model(sys.argv[1:])
     check_arguments(sys.argv[1:])
+    os.environ.setdefault(SWEEP, uuid.uuid4().hex)
+    # The jobs of other launchers are processes that must find what this file imports.
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     try:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes")
-    if failed:
-        sys.exit("\n".join([f"{len(failed)} of the sweep's jobs failed:", *failed]))
+    given = [a.partition("=")[2] for a in sys.argv if a.startswith("results=")]
+    failures = _failures(given[-1] if given else "results")
+    if failures.is_file():
+        failed = failures.read_text()
+        failures.unlink()
+        sys.exit(f"{len(failed.splitlines())} of the sweep's jobs failed:\n{failed}")

@@ -76,6 +76,30 @@ def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    ],
+)
+def test_other_launchers_name_what_failed(tmp_path, launcher):
+    sweep = ["-m", "layer=decef", "layer.flops=0.3,0.01", "train.epochs=1", *TINY, *launcher]
+    done = call("train.py", *sweep, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "1 of the sweep's jobs failed" in done.stderr
+    assert "layer=decef layer.flops=0.01" in done.stderr.split("jobs failed:")[1]
+    assert [summary["status"] for summary in records(tmp_path / "results").values()] == ["finished"]
+
+
+def test_any_network_of_timm(tmp_path):
+    shown = call("train.py", "model=timm/resnet10t", "layer=decef", *TINY, "--cfg", "job", cwd=tmp_path)
+    assert "name: timm/resnet10t" in shown.stdout
+    done = call("train.py", "-m", "model=timm/resnet10t,resnet20", *TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "mixes models of timm with others" in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["layer=dcef"], "there is no layer 'dcef'; did you mean 'decef'"),

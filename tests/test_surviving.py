@@ -1,0 +1,188 @@
+"""Runs that are killed at the worst moments, full disks, two sweeps at once: for real, in processes of their own."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import CONFIG
+
+from decef.tables import load_records, write_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Every moment is a process of its own, which dies as kill -9 and a full disk have it; they share the imports.
+DRIVER = r"""
+import json, os, resource, signal, sys
+import torch
+import decef.checkpoint, decef.record, decef.run, decef.tables, decef.train
+from pathlib import Path
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dying(function, call, first=lambda *args: None):
+    "`function`, which dies at its n-th call."
+    def patched(*args, **kwargs):
+        patched.calls += 1
+        if patched.calls == call:
+            first(*args)
+            die()
+        return function(*args, **kwargs)
+    patched.calls = 0
+    return patched
+
+def in_a_step():
+    decef.train.Training.step = dying(decef.train.Training.step, 2)
+
+def in_evaluation():
+    decef.train.evaluate = dying(decef.train.evaluate, 1)
+
+def in_a_checkpoint():
+    def half(path, data):
+        path.with_name(path.name + ".partial").write_bytes(bytes(data)[: len(data) // 2])
+    decef.checkpoint.replace_file = dying(decef.checkpoint.replace_file, 1, half)
+
+def before_the_checkpoint_is_in_place():
+    real = os.replace
+    def replace(source, target):
+        if str(target).endswith("checkpoint.pt"):
+            die()
+        real(source, target)
+    os.replace = replace
+
+def in_the_metrics():
+    def half(record, metrics):
+        with (record.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics)[:20])
+    decef.record.RunRecord.add_epoch = dying(decef.record.RunRecord.add_epoch, 1, half)
+
+def in_the_summary():
+    real = os.replace
+    def replace(source, target):
+        if str(target).endswith("summary.json") and '"epochs": 3' in Path(source).read_text():
+            die()
+        real(source, target)
+    os.replace = replace
+
+def with_a_full_disk():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+def never():
+    pass
+
+for moment in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        try:
+            globals()[moment]()
+            for config in json.loads(sys.argv[1]):
+                decef.run.run(config)
+        except decef.run.InputError as error:
+            print("refused:", error, flush=True)
+            os._exit(2)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(moment, -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+"""
+
+
+def config(results, **changes):
+    new = {**copy.deepcopy(CONFIG), "results": str(results), "threads": 1, **changes}
+    new["train"] |= {"epochs": 4, "ema": 0.9, "schedule": "onecycle"}
+    new["dataset"] |= {"train_size": 128}
+    return new
+
+
+def drive(configs, *moments):
+    command = [sys.executable, "-c", DRIVER, json.dumps(configs), *moments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_killed_at_every_moment_a_run_ends_as_if_nothing_had_happened(tmp_path):
+    killed = (
+        "in_a_step",
+        "in_a_checkpoint",
+        "before_the_checkpoint_is_in_place",
+        "in_evaluation",
+        "in_the_metrics",
+        "in_the_summary",
+    )
+    assert drive([config(tmp_path / "whole")], "never")[-1] == "never 0"
+    said = drive([config(tmp_path / "killed")], *killed, "never")
+    assert [line for line in said if line.split()[0] in killed] == [f"{moment} -9" for moment in killed]
+    assert said[-1] == "never 0"
+    whole, again = (next((tmp_path / part / "runs").iterdir()) for part in ("whole", "killed"))
+    assert whole.name == again.name
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, again)]
+    flat = [torch.utils._pytree.tree_leaves({k: s[k] for k in ("epoch", "model", "ema", "optimizer")}) for s in states]
+    assert len(flat[0]) == len(flat[1]) > 100
+    for one, other in zip(*flat, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, again)]
+    for one, other in zip(*rows, strict=True):
+        for row in (one, other):
+            del row["seconds"], row["images_per_second"]
+        assert one == other
+    assert not list(again.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+    run = [config(tmp_path)]
+    assert drive(run, "in_the_summary")[-1] == "in_the_summary -9"
+    (folder,) = (tmp_path / "runs").iterdir()
+    before = (folder / "checkpoint.pt").read_bytes()
+    said = drive(run, "with_a_full_disk")
+    assert said[-1] == "with_a_full_disk 2"
+    assert any("cannot be written (File too large)" in line and "same command resumes" in line for line in said)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+    assert drive(run, "never")[-1] == "never 0"
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_two_sweeps_at_once_leave_whole_records(tmp_path):
+    configs = [config(tmp_path, seed=seed) for seed in range(3)]
+    command = [sys.executable, "-c", DRIVER]
+    orders = (configs, configs[::-1])
+    both = [
+        subprocess.Popen([*command, json.dumps(c), "never"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for c in orders
+    ]
+    for process in both:
+        said, _ = process.communicate(timeout=300)
+        assert said.splitlines()[-1] == "never 0" or "another process is at this run" in said
+    drive(configs, "never")  # what one left out because the other was at it
+    records = load_records(tmp_path)
+    assert sorted(r.config["seed"] for r in records) == [0, 1, 2]
+    for record in records:
+        folder = tmp_path / "runs" / record.summary["id"]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_killed_while_tables_are_written(tmp_path, monkeypatch):
+    drive([config(tmp_path)], "never")
+    records = load_records(tmp_path)
+    (path,) = write_tables(records, tmp_path / "tables")
+    expected = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source, target):
+        raise Killed
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(Killed):
+        write_tables(records, tmp_path / "tables")
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir() if p.suffix != ".partial"} == expected
+    monkeypatch.undo()
+    write_tables(records, tmp_path / "tables")
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == expected
