@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar tables bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -10,6 +10,11 @@ RESULTS ?= results
 REPRODUCED ?= reproduced
 SOURCE ?= local
 DEVICE ?= cpu
+GPUS ?= 1
+SIZE ?= 224
+CLASSES ?= 1000
+IMAGENET_MODELS ?= resnet18 resnet50
+IMAGENET_TRAIN ?= imagenet
 
 RUN := .venv/bin/python
 READY := .venv/.ready
@@ -44,6 +49,17 @@ quickstart: setup ## All five layer types on the bundled digits, in a few minute
 reproduce-cifar: setup ## The five layer types on CIFAR-10, from scratch, into reproduced/ (TRAIN=paper SEEDS=0,1,2 MODEL=resnet56 FLOPS=0.5)
 	$(RUN) scripts/train.py -m experiment=cifar10 train=$(TRAIN) model=$(MODEL) layer.flops=$(FLOPS) seed=$(SEEDS) results=$(REPRODUCED)
 	$(RUN) scripts/tables.py --results $(REPRODUCED) --print cifar10-$(TRAIN)
+
+reproduce-imagenet: setup ## ResNet-18 and 50, dense and DeCEF, on ImageNet: DATA=folder with train/ and val/ (GPUS=8 SIZE=224 CLASSES=1000)
+	@test -n "$(DATA)" || { echo "say where ImageNet is: make reproduce-imagenet DATA=FOLDER (with train/ and val/)"; exit 2; }
+	for model in $(IMAGENET_MODELS); do for layer in conv2d decef; do \
+	  $(RUN) -m torch.distributed.run --standalone --nproc_per_node=$(GPUS) scripts/train.py dataset=imagenet \
+	    dataset.root=$(DATA) dataset.size=$(SIZE) dataset.num_classes=$(CLASSES) model=$$model layer=$$layer \
+	    train=$(IMAGENET_TRAIN) results=$(REPRODUCED) || exit 1; done; done
+	$(RUN) scripts/tables.py --results $(REPRODUCED) --print imagenet
+
+costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md
+	$(RUN) scripts/costs.py --out $(RESULTS)/costs
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 
 from decef.checkpoint import load_checkpoint
-from decef.convert import convert, plan
+from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
-from decef.data import Data, dataset
+from decef.data import Data, Dataset, dataset
 from decef.layers import FactorizedConv2d
 from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.ranks import DEFINITIONS, Budget, effective_rank
 from decef.record import CHECKPOINT, CONFIG, environment
-from decef.run import build
+from decef.run import build, dense_network
 from decef.train import evaluate
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
     config = yaml.safe_load((folder / CONFIG).read_text())
     for path in paths:
         checkpoint = load_checkpoint(path)
-        model, _, _ = build(config, dataset(config["dataset"]))
+        model = convert(
+            dense_network(config, dataset(config["dataset"])), Plan.from_dict(checkpoint["plan"]), from_scratch=True
+        )
         model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
         yield f"epoch {checkpoint['epoch']}", model
 
@@ -167,6 +169,80 @@ def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> No
         shown.reset_index().astype(object).fillna("").to_markdown(index=False),
         "",
         f"{what}. Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['machine']}.",
+        "",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
+    out.with_suffix(".md").write_text("\n".join(text))
+
+
+def cost_table(
+    networks: Iterable[tuple[str, Mapping[str, Any], Dataset]], layers: Sequence[str], flops: float
+) -> Iterator[dict[str, object]]:
+    """Parameters and MACs of networks made of each layer type, at most at a share of the dense network's FLOPs.
+
+    Args:
+        networks: what to call each, its config (as in `configs/model`), and the dataset that it is for.
+        layers: layer types.
+        flops: the share.
+
+    Yields:
+        Rows `network`, `layer`, `params`, `macs`, both `_ratio` to dense, and `note`: why there is nothing to count.
+    """
+    for label, model, data in networks:
+        for layer in layers:
+            config = {"model": model, "layer": {"name": layer, "flops": flops}}
+            row: dict[str, object] = {"network": label, "layer": layer}
+            try:
+                with torch.device("meta"):
+                    network, _, dense = build(config, data)
+            except ValueError as error:
+                yield {
+                    **row,
+                    "params": None,
+                    "macs": None,
+                    "params_ratio": None,
+                    "macs_ratio": None,
+                    "note": str(error),
+                }
+                continue
+            cost = total_cost(network, data.input_size)
+            ratios = {f"{key}_ratio": cost[key] / dense[key] for key in ("params", "macs")}
+            yield {**row, "params": cost["params"], "macs": cost["macs"], **ratios, "note": ""}
+
+
+def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> None:
+    """Write `cost_table`'s rows as <out>.csv and <out>.md."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+
+    def cell(row: pd.Series) -> str:
+        if pd.isna(row.macs):
+            return "-"
+        if row.layer == "conv2d":
+            return f"{row.params / 1e6:.2f} M, {row.macs / 1e6:,.1f} M"
+        return f"{row.params_ratio:.3f}, {row.macs_ratio:.3f}"
+
+    table = frame.assign(cell=frame.apply(cell, axis=1)).pivot_table(
+        index="network", columns="layer", values="cell", aggfunc="first", sort=False
+    )
+    notes = [
+        f"- {', '.join(group.network + ' ' + group.layer)}: {note}"
+        for note, group in frame[frame.note != ""].groupby("note", sort=False)
+    ]
+    text = [
+        f"# Parameters and MACs, dense and at {flops:g} of the FLOPs",
+        "",
+        "conv2d: parameters and MACs of the dense network, in millions. Others: share of its parameters and of its",
+        f"MACs, for the largest ranks with at most {flops:g} of its FLOPs, every layer at the same share of its own.",
+        "The first convolution and the classifier stay dense. 32x32 images, or 224x224 for ImageNet's networks.",
+        "",
+        table.reset_index().to_markdown(index=False),
+        "",
+        "-: not possible.",
+        "",
+        *notes,
         "",
     ]
     out.parent.mkdir(parents=True, exist_ok=True)

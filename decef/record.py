@@ -36,13 +36,14 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
     kept["dataset"] = {k: value for k, value in config["dataset"].items() if k not in ("root", "workers")}
+    kept["model"] = {key: value for key, value in config["model"].items() if key != "weights"}
     return _without_off(kept)
 
 
 def run_id(config: Mapping[str, Any]) -> str:
     """A name for a run that people can read, and a hash of its identity."""
     layer = config["layer"]
-    cost = [f"r{layer['rank']}"] if layer.get("rank") else [f"f{layer['flops']:g}"] if layer.get("flops") else []
+    cost = [f"{key[0]}{layer[key]:g}" for key in ("rank", "flops", "energy") if layer.get(key)]
     parts = [config["dataset"]["name"], config["model"]["name"], layer["name"], *cost, config["train"]["name"]]
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     name = "-".join([*parts, f"s{config['seed']}", digest])

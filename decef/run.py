@@ -24,7 +24,8 @@ from decef.data import Data, Dataset, Images, count_classes, dataset
 from decef.distributed import Processes, joined
 from decef.layers import LAYERS
 from decef.models import create_model
-from decef.ranks import Budget, Fixed
+from decef.models.weights import load_weights, md5_of
+from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.record import RunRecord, environment
 from decef.tracking import Tracker, resolve_mode
 from decef.train import Metrics, State, fit, resolve_precision
@@ -65,44 +66,60 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
     if layer["name"] == "conv2d":
         resolved["layer"] = {"name": "conv2d"}
         resolved["train"].pop("atcd", None)
-    elif layer.get("rank") is not None and layer.get("flops") is not None:
-        raise InputError(f"layer.rank={layer['rank']} and layer.flops={layer['flops']} are both given: give one")
-    elif layer.get("rank") is None and layer.get("flops") is None:
-        layer["flops"] = DEFAULT_FLOPS
+    else:
+        given = [f"layer.{key}={layer[key]}" for key in ("rank", "flops", "energy") if layer.get(key) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are both given: give one")
+        if not given:
+            layer["flops"] = DEFAULT_FLOPS
+        if layer.get("energy") is not None and not resolved["model"].get("weights"):
+            raise InputError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
+    if resolved["model"].get("weights"):
+        with _input_errors():
+            # The file's content belongs to the run, its place doesn't.
+            resolved["model"]["weights_md5"] = md5_of(Path(resolved["model"]["weights"]))
     if not hasattr(LAYERS.get(layer["name"]), "orthogonality"):
         resolved["train"].pop("orthogonality", None)
     return resolved
 
 
 def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan, dict[str, int]]:
-    """The freshly initialised network of a config, the plan it follows, and the cost of its dense twin.
+    """The network of a config before training, the plan it follows, and the cost of its dense twin.
+
+    It is freshly initialised, or with `model.weights` decomposed from trained ones.
 
     The config is a resolved one, or a record's, in which options that are off are missing.
 
     Raises:
         ValueError: an unknown model or layer type, or a rank or budget that is not possible.
     """
-    settings, layer = dict(config["model"]), dict(config["layer"])
-    dense_stem = settings.pop("dense_stem", False)
-    include, exclude = settings.pop("include", None), settings.pop("exclude", None)
-    min_kernel_size = settings.pop("min_kernel_size", None) or 1
-    classifier = settings.pop("factorize_classifier", False)
-    if classifier:
-        settings["conv_classifier"] = True
-    dense = create_model(num_classes=dataset.num_classes, in_channels=dataset.input_size[0], **settings)
-    name, rank, flops = layer.pop("name"), layer.pop("rank", None), layer.pop("flops", None)
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
-    if dense_stem:
+    settings, layer = config["model"], dict(config["layer"])
+    weights = settings.get("weights")
+    dense = dense_network(config, dataset)
+    if weights:
+        load_weights(dense, Path(weights))
+    name = layer.pop("name")
+    rank, flops, energy = (layer.pop(key, None) for key in ("rank", "flops", "energy"))
+    rule: Rule
+    if rank is not None:
+        rule = Fixed(rank)
+    elif energy is not None:
+        rule = Energy(energy)
+    else:
+        rule = Budget(flops=flops or 1.0, uniform=not weights)  # only trained kernels have spectra that say something
+    exclude = settings.get("exclude") or []
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    if settings.get("dense_stem"):
         exclude.insert(0, next(name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)))
     if settings.get("shortcut") == "B":
         exclude.append("*.shortcut.0")
     the_plan = plan(
         dense,
         name,
-        rank=Fixed(rank) if rank is not None else Budget(flops=flops or 1.0, uniform=True),
-        include=include,
+        rank=rule,
+        include=settings.get("include"),
         exclude=exclude,
-        min_kernel_size=min_kernel_size,
+        min_kernel_size=settings.get("min_kernel_size") or 1,
         input_size=dataset.input_size,
         **layer,
     )
@@ -110,10 +127,24 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
         reasons = Counter(row.reason for row in the_plan.rows if not row.reason.startswith("excluded"))
         most = f", mostly because: {reasons.most_common(1)[0][0]}" if reasons else ""
         raise ValueError(f"layer={name} would replace none of {settings['name']}'s convolutions{most}")
-    if classifier and name != "conv2d" and "linear" not in the_plan.ranks:
+    if settings.get("factorize_classifier") and name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={name}: {reason}")
-    return convert(dense, the_plan, from_scratch=True), the_plan, total_cost(dense, dataset.input_size)
+    return convert(dense, the_plan, from_scratch=not weights), the_plan, total_cost(dense, dataset.input_size)
+
+
+def dense_network(config: Mapping[str, Any], dataset: Dataset) -> nn.Module:
+    """The network of a config (a resolved one, or a record's) as it is before any layer is replaced.
+
+    Raises:
+        ValueError: there is no such network, or it doesn't take these options.
+    """
+    replacing = ("dense_stem", "include", "exclude", "min_kernel_size", "weights", "weights_md5")
+    options = {key: value for key, value in config["model"].items() if key not in replacing}
+    if options.pop("factorize_classifier", False):
+        options["conv_classifier"] = True
+    channels, size, _ = dataset.input_size
+    return create_model(num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options)
 
 
 @dataclass

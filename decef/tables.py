@@ -30,13 +30,13 @@ class Record:
 
     @property
     def setting(self) -> str:
-        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", and options that are not the default."""
+        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", "energy 0.63", and options that are on."""
         layer = dict(self.config["layer"])
         if layer.pop("name") == "conv2d":
             return "dense"
         layer.pop("implementation", None)  # another way to compute the same function
-        rank, flops = layer.pop("rank", None), layer.pop("flops", None)
-        words = [f"rank {rank}" if rank else f"{flops:g} of FLOPs"]
+        rank, flops, energy = (layer.pop(key, None) for key in ("rank", "flops", "energy"))
+        words = [f"rank {rank}" if rank else f"energy {energy:g}" if energy else f"{flops:g} of FLOPs"]
         return ", ".join(words + [f"{key} {value}" for key, value in layer.items()])
 
     @property

@@ -338,8 +338,8 @@ def evaluate(
     return (loss / seen).item(), (100 * correct / seen).item()
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD over what is trainable; filters that a penalty holds orthonormal get no weight decay."""
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, or Adam, over what is trainable; filters that a penalty holds orthonormal get no weight decay."""
     free: set[nn.Parameter] = set()
     if config.orthogonality:
         free = {m.eigenfilters for m in model.modules() if isinstance(m, DeCEFConv2d)}
@@ -349,6 +349,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         {"params": [p for p in trainable if p not in free], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p in free], "weight_decay": 0.0},
     ]
+    if config.adam:
+        return torch.optim.Adam([g for g in groups if g["params"]], lr=config.lr)
     return torch.optim.SGD(
         [g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
     )

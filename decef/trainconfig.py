@@ -43,6 +43,7 @@ class TrainConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     sync_bn: bool = False
+    adam: bool = False
 
     def __post_init__(self) -> None:
         for key, (fine, must) in _MUST.items():
@@ -98,4 +99,5 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mixup": _NOT_NEGATIVE,
     "cutmix": _NOT_NEGATIVE,
     "sync_bn": _FLAG,
+    "adam": _FLAG,
 }

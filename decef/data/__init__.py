@@ -59,8 +59,15 @@ def dataset(settings: Mapping[str, Any]) -> Dataset:
     """
     name = settings["name"]
     if name in DATASETS:
+        known = DATASETS[name]
         options = {key: settings.get(key, False) for key in OPTIONS.get(name, ())}
-        return replace(DATASETS[name], load=partial(DATASETS[name].load, **options)) if options else DATASETS[name]
+        changes: dict[str, Any] = {"load": partial(known.load, **options)} if options else {}
+        for key in ("mean", "std"):
+            if settings.get(key) is not None:
+                if len(settings[key]) != known.input_size[0]:
+                    raise ValueError(f"dataset.{key}={settings[key]} must have a number for every channel")
+                changes[key] = tuple(settings[key])
+        return replace(known, **changes)
     if name not in FOLDERS:
         raise ValueError(f"unknown dataset '{name}'; there are {', '.join((*DATASETS, *FOLDERS))}")
     for key in ("size", "num_classes"):

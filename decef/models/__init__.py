@@ -12,6 +12,7 @@ from torch import nn
 
 from decef.models.mobilenet import MobileNetV1, MobileNetV2
 from decef.models.plain import PlainNet
+from decef.models.published import CPACNet, Rank1Net
 from decef.models.resnet_cifar import CifarResNet
 from decef.models.vgg import CifarVGG16
 from decef.torchvision_cpu import import_torchvision
@@ -24,11 +25,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv1": MobileNetV1,
     "mobilenetv2": MobileNetV2,
     "plain": PlainNet,
+    "cpacnet": CPACNet,
+    "rank1net": Rank1Net,
 }
 
 
 def create_model(
-    name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False, **options: Any
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A dense network by name, freshly initialised.
 
@@ -36,6 +45,7 @@ def create_model(
         name: a key of `MODELS`, `timm/<name>` or `torchvision/<name>`.
         num_classes: outputs.
         in_channels: channels of the image.
+        image_size: height and width, for networks whose dense layers depend on it.
         pretrained: let timm or torchvision download trained weights.
         **options: what the network has of its own.
 
@@ -58,6 +68,8 @@ def create_model(
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"model '{name}' has no option {', '.join(unknown)}")
+    if image_size is not None and "image_size" in known:
+        options["image_size"] = image_size
     return MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)
 
 

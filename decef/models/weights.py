@@ -48,4 +48,15 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 def describe_file(path: Path) -> str:
     """A file's name and MD5, to say in a result what it was made from."""
-    return f"{path.name} (MD5 {hashlib.md5(path.read_bytes()).hexdigest()})"
+    return f"{path.name} (MD5 {md5_of(path)})"
+
+
+def md5_of(path: Path) -> str:
+    """MD5 of a file's content.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights {path}")
+    return hashlib.md5(path.read_bytes()).hexdigest()

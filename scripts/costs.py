@@ -1,0 +1,49 @@
+"""Parameters and MACs of every architecture, dense and with each layer type at a share of its FLOPs.
+
+python scripts/costs.py --out results/costs
+"""
+
+import argparse
+from pathlib import Path
+
+from cli import CONFIGS, fail
+
+CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn", "mobilenetv1", "mobilenetv2")
+IMAGENET = ("resnet18", "resnet34", "resnet50", "vgg16_imagenet", "vgg16_bn_imagenet", "mobilenetv1_imagenet",
+            "mobilenetv2_imagenet")  # fmt: skip
+#: MobileNets' pairs as dense convolutions, which the layer types then make cheap.
+PAIRS = ("mobilenetv1", "mobilenetv2")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs")
+    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    arguments = parser.parse_args()
+
+    import yaml
+
+    from decef.analysis import cost_table, write_costs
+    from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Dataset
+    from decef.layers import LAYERS
+
+    imagenet = Dataset((3, 224, 224), 1000, IMAGENET_MEAN, IMAGENET_STD, DATASETS["cifar10"].load)
+    networks = []
+    for names, dataset in ((CIFAR, DATASETS["cifar10"]), (IMAGENET, imagenet)):
+        for name in names:
+            config = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
+            networks.append((name, config, dataset))
+            if name in PAIRS:
+                networks.append((f"{name}, pairs dense", config | {"dense_pairs": True}, dataset))
+    if not 0 < arguments.flops <= 1:
+        fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")
+    rows = []
+    for row in cost_table(networks, list(LAYERS), arguments.flops):
+        rows.append(row)
+        print(*row.values(), flush=True)
+    write_costs(rows, arguments.out, arguments.flops)
+    print(f"wrote {arguments.out}.csv and .md")
+
+
+if __name__ == "__main__":
+    main()
