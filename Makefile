@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint quickstart reproduce-cifar tables clean
+.PHONY: help setup test lint quickstart reproduce-cifar tables claims clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -43,6 +43,9 @@ reproduce-cifar: setup ## The five layer types on CIFAR-10, from scratch, into r
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
+	$(RUN) scripts/claims.py --results $(RESULTS)
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info
