@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -63,6 +63,9 @@ costs: setup ## Parameters and MACs of every architecture and layer type, into r
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
+	$(RUN) scripts/claims.py --results $(RESULTS)
 
 bench: setup ## Time every layer type against the dense convolution, into results/bench (DEVICE=cuda)
 	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench/layers-$(DEVICE)

@@ -7,7 +7,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,14 @@ import pandas as pd
 import yaml
 
 from decef.checkpoint import replace_file
+from decef.claims import load_figures, same_setting
 from decef.layers import LAYERS
 from decef.record import CONFIG, SUMMARY
+from decef.statistics import differences, estimate
 
 log = logging.getLogger(__name__)
+
+OF_LAYERS = ("atcd", "orthogonality")  # training options that belong to a low-rank layer, which Conv2d has not
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,32 @@ class Record:
     summary: dict[str, Any]
 
     @property
+    def model(self) -> str:
+        """The network's name and its options that are on."""
+        config = self.config["model"]
+        left_out = ("name", "dense_stem", "weights_md5")
+        options = [(k, v) for k, v in config.items() if k not in left_out and (k, v) != ("shortcut", "A")]
+        return " ".join([config["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
+
+    @property
     def setting(self) -> str:
-        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", "energy 0.63", and options that are on."""
+        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", "energy 0.63", with options that are on."""
         layer = dict(self.config["layer"])
         if layer.pop("name") == "conv2d":
             return "dense"
         layer.pop("implementation", None)  # another way to compute the same function
         rank, flops, energy = (layer.pop(key, None) for key in ("rank", "flops", "energy"))
         words = [f"rank {rank}" if rank else f"energy {energy:g}" if energy else f"{flops:g} of FLOPs"]
-        return ", ".join(words + [f"{key} {value}" for key, value in layer.items()])
+        words += [f"{key} {value}" for key, value in layer.items()]
+        return ", ".join(
+            words + [f"{key} {self.config['train'][key]}" for key in OF_LAYERS if self.config["train"].get(key)]
+        )
 
     @property
     def comparison(self) -> str:
         """Equal for runs that may stand in one table: same data, same network options, same training."""
-        same = {"dataset": self.config["dataset"], "train": self.config["train"]}
+        train = {key: value for key, value in self.config["train"].items() if key not in OF_LAYERS}
+        same = {"dataset": self.config["dataset"], "train": train}
         return json.dumps(same, sort_keys=True)
 
 
@@ -83,33 +98,36 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
 def summarize(records: Sequence[Record]) -> pd.DataFrame:
     """A row per network, layer type and setting: top-1 over seeds, costs, each also as a ratio to Conv2d.
 
-    All records must share one `comparison`. `top1_sd` is the sample standard deviation, missing for one run.
+    All records must share one `comparison`. `top1_sd` is the sample standard deviation, and `top1_low` to `top1_high`
+    the 95 % interval of the mean; both are missing for one run. `top1_minus_conv2d` is the mean difference over the
+    `paired` seeds that Conv2d ran with too, with its interval; missing for Conv2d and where there is no such seed.
     """
-    published = pd.read_csv(str(files("decef") / "published.csv"))
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        model = " ".join(
-            str(v) for k, v in record.config["model"].items() if (k, v) != ("shortcut", "A") and v is not True
-        )
-        groups.setdefault((model, record.config["layer"]["name"], record.setting), []).append(record)
+        groups.setdefault((record.model, record.config["layer"]["name"], record.setting), []).append(record)
     rows = []
     for (model, layer, setting), runs in groups.items():
         top1 = pd.Series([run.summary["test_top1"] for run in runs])
         summary = runs[0].summary
-        known = published[
-            (published.dataset == runs[0].config["dataset"]["name"])
-            & (published.model == model)
-            & (published.layer == layer)
-            & (published.setting == setting)
-        ]
+        known = next((f for f in load_figures() if f.metric == "top1" and same_setting(f, runs[0])), None)
+        dense = {r.config["seed"]: r.summary["test_top1"] for r in groups.get((model, "conv2d", "dense"), [])}
+        pairs = differences(((r.config["seed"], r.summary["test_top1"]) for r in runs), dense)
+        mean = estimate(list(top1))
+        difference = estimate(pairs) if pairs and layer != "conv2d" else None
         rows.append(
             {
                 "model": model,
                 "layer": layer,
                 "setting": setting,
-                "top1": top1.mean(),
+                "top1": mean.mean,
                 "top1_sd": top1.std(ddof=1),
+                "top1_low": mean.low,
+                "top1_high": mean.high,
                 "n": len(runs),
+                "top1_minus_conv2d": difference.mean if difference else None,
+                "difference_low": difference.low if difference else None,
+                "difference_high": difference.high if difference else None,
+                "paired": difference.n if difference else 0,
                 "params": summary["params"],
                 "params_ratio": summary["params"] / summary["dense"]["params"],
                 "trainable_params": summary["trainable_params"],
@@ -117,14 +135,14 @@ def summarize(records: Sequence[Record]) -> pd.DataFrame:
                 "flops": summary["flops"],
                 "flops_ratio": summary["flops"] / summary["dense"]["flops"],
                 "images_per_second": pd.Series([run.summary["images_per_second"] for run in runs]).mean(),
-                "published_top1": known.top1.iloc[0] if len(known) else None,
-                "published_source": known.source.iloc[0] if len(known) else None,
+                "published_top1": known.value if known else None,
+                "published_source": f"{known.where}{f'; {known.training}' if known.training else ''}"
+                if known
+                else None,
                 "runs": " ".join(run.summary["id"] for run in runs),
             }
         )
     frame = pd.DataFrame(rows)
-    dense = frame[frame.layer == "conv2d"].set_index("model").top1
-    frame.insert(list(frame.columns).index("n"), "top1_minus_conv2d", frame.top1 - frame.model.map(dense))
     order = frame.layer.map(list(LAYERS).index)
     return (
         frame.assign(order=order)
@@ -141,15 +159,15 @@ def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
     published = frame.dropna(subset="published_top1")
     rows = []
     for row in frame.to_dict("records"):
-        difference = row["top1_minus_conv2d"]
         rows.append(
             {
                 "network": row["model"],
                 "layer": row["layer"],
                 "setting": row["setting"],
                 "top-1 %": _mean_sd(row["top1"], row["top1_sd"]),
-                "vs Conv2d": "" if pd.isna(difference) or row["layer"] == "conv2d" else f"{difference:+.2f}",
+                "95 % interval": _interval(row["top1_low"], row["top1_high"], ".2f"),
                 "n": row["n"],
+                "vs Conv2d": _difference(row),
                 "params": f"{row['params']:,}",
                 "x dense": f"{row['params_ratio']:.3f}",
                 "of them trained": f"{row['trainable_params']:,}",
@@ -164,9 +182,11 @@ def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
         f"# {dataset['name']}, schedule `{train['name']}`",
         "",
         f"{train['epochs']} epochs, batch {train['batch_size']}, {train['schedule']} schedule. Top-1 is the test "
-        "accuracy of the last epoch, mean ± sd over n seeds; nothing was chosen on the test set. FLOPs = 2 x MACs, of "
-        "one image through the network as deployed (factorised layers as their chains); parameters likewise. The "
-        "published column is somebody else's figure with another training; - where we know of none.",
+        "accuracy of the last epoch, mean ± sd over n seeds, with the mean's Student t interval; nothing was chosen on "
+        "the test set. Against Conv2d: the mean difference over the seeds that both ran with, and its 95 % interval. "
+        "FLOPs = 2 x MACs, of one image through the network as deployed (factorised layers as their chains); "
+        "parameters likewise. The published column is somebody else's figure with another training; - where we know of "
+        "none.",
         "",
         pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
         "",
@@ -213,6 +233,18 @@ def _names(groups: Mapping[str, Sequence[Record]]) -> dict[str, str]:
         c: name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}"
         for c, name in plain.items()
     }
+
+
+def _interval(low: float, high: float, format_spec: str) -> str:
+    return "" if pd.isna(low) else f"[{low:{format_spec}}, {high:{format_spec}}]"
+
+
+def _difference(row: Mapping[Any, Any]) -> str:
+    if not row["paired"]:
+        return ""
+    interval = _interval(row["difference_low"], row["difference_high"], "+.2f")
+    fewer = f"(n={row['paired']})" if row["paired"] < row["n"] else ""
+    return " ".join(filter(None, [f"{row['top1_minus_conv2d']:+.2f}", interval, fewer]))
 
 
 def _mean_sd(mean: float, sd: float) -> str:

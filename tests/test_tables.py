@@ -3,6 +3,7 @@ import json
 import pandas as pd
 import pytest
 import yaml
+from scipy.stats import ttest_1samp, ttest_rel
 
 from decef.tables import load_records, summarize, write_tables
 
@@ -51,9 +52,33 @@ def test_seeds_are_one_row_with_mean_sd_and_ratios(tmp_path):
     assert dense["published_top1"] == 91.73
     assert (decef["setting"], decef["n"], decef["params_ratio"], decef["flops_ratio"]) == ("rank 4", 1, 0.5, 0.5)
     assert pd.isna(decef["top1_sd"])
-    assert decef["top1_minus_conv2d"] == pytest.approx(-0.5)
+    assert decef["top1_minus_conv2d"] == pytest.approx(0.5)  # against seed 0 alone, which has 90
+    assert decef["paired"] == 1
+    assert pd.isna(dense["top1_minus_conv2d"])
+    assert all(pd.isna(decef[key]) for key in ("top1_low", "top1_high", "difference_low", "difference_high"))
     assert decef["flops"] == 2 * decef["macs"]
     assert pd.isna(decef["published_top1"])
+
+
+def test_intervals_and_differences_over_common_seeds(tmp_path):
+    for seed, top1 in enumerate((90.0, 91.0, 92.0)):
+        add(tmp_path, "conv2d", seed, top1)
+    for seed, top1 in ((0, 89.0), (1, 90.2), (2, 90.8), (7, 99.0)):
+        add(tmp_path, "decef", seed, top1, rank=4)
+    add(tmp_path, "cpac", 9, 90.0, rank=4)
+    (path,) = write_tables(load_records(tmp_path), tmp_path / "tables")
+    dense, decef, cpac = pd.read_csv(path.with_suffix(".csv")).to_dict("records")
+    expected = ttest_1samp([90.0, 91.0, 92.0], 0).confidence_interval()
+    assert (dense["top1_low"], dense["top1_high"]) == pytest.approx(tuple(expected), abs=1e-6)
+    expected = ttest_rel([89.0, 90.2, 90.8], [90.0, 91.0, 92.0]).confidence_interval()
+    assert (decef["difference_low"], decef["difference_high"]) == pytest.approx(tuple(expected), abs=1e-6)
+    assert (decef["top1_minus_conv2d"], decef["paired"], decef["n"]) == (pytest.approx(-1), 3, 4)
+    assert pd.isna(cpac["top1_minus_conv2d"])
+    assert cpac["paired"] == 0
+    rows = {line.split("|")[2].strip(): line for line in path.read_text().splitlines() if line.startswith("| resnet")}
+    assert "| 91.00 ± 1.00 | [88.52, 93.48]  | 3   |" in rows["conv2d"]
+    assert "| -1.00 [-1.50, -0.50] (n=3) |" in rows["decef"]
+    assert "| 90.00        |                 | 1   |                            |" in rows["cpac"]
 
 
 def test_schedules_are_never_in_one_table(tmp_path):

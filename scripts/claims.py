@@ -1,0 +1,35 @@
+"""Judge the papers' claims by the run records and write results/CLAIMS.md: python scripts/claims.py [--results DIR]."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/ and ranks/")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from decef.claims import judge, load_claims, load_rank_tables
+    from decef.claims_text import markdown
+    from decef.tables import load_records
+
+    if not arguments.results.is_dir():
+        fail(f"there is no folder {arguments.results}: train something first, or name another with --results")
+    try:
+        records, ranks = load_records(arguments.results), load_rank_tables(arguments.results)
+        verdicts = [(claim, judge(claim, records, ranks)) for claim in load_claims()]
+    except ValueError as error:
+        fail(str(error))
+    for claim, verdict in verdicts:
+        print(f"{claim.id:28} {verdict.verdict}")
+    path = arguments.results / "CLAIMS.md"
+    path.write_text(markdown(verdicts))
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
