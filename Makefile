@@ -58,8 +58,8 @@ reproduce-imagenet: setup ## ResNet-18 and 50, dense and DeCEF, on ImageNet: DAT
 	    train=$(IMAGENET_TRAIN) results=$(REPRODUCED) || exit 1; done; done
 	$(RUN) scripts/tables.py --results $(REPRODUCED) --print imagenet
 
-costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md
-	$(RUN) scripts/costs.py --out $(RESULTS)/costs
+costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md and README.md
+	$(RUN) scripts/costs.py --out $(RESULTS)/costs --readme README.md
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)

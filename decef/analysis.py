@@ -211,8 +211,8 @@ def cost_table(
             yield {**row, "params": cost["params"], "macs": cost["macs"], **ratios, "note": ""}
 
 
-def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> None:
-    """Write `cost_table`'s rows as <out>.csv and <out>.md."""
+def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> str:
+    """Write `cost_table`'s rows as <out>.csv and <out>.md, and return the table for people."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)
@@ -224,9 +224,9 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> N
             return f"{row.params / 1e6:.2f} M, {row.macs / 1e6:,.1f} M"
         return f"{row.params_ratio:.3f}, {row.macs_ratio:.3f}"
 
-    table = frame.assign(cell=frame.apply(cell, axis=1)).pivot_table(
-        index="network", columns="layer", values="cell", aggfunc="first", sort=False
-    )
+    cells = frame.assign(cell=frame.apply(cell, axis=1))
+    table = cells.pivot_table(index="network", columns="layer", values="cell", aggfunc="first", sort=False)
+    shown = table.reset_index().to_markdown(index=False)
     notes = [
         f"- {', '.join(group.network + ' ' + group.layer)}: {note}"
         for note, group in frame[frame.note != ""].groupby("note", sort=False)
@@ -238,7 +238,7 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> N
         f"MACs, for the largest ranks with at most {flops:g} of its FLOPs, every layer at the same share of its own.",
         "The first convolution and the classifier stay dense. 32x32 images, or 224x224 for ImageNet's networks.",
         "",
-        table.reset_index().to_markdown(index=False),
+        shown,
         "",
         "-: not possible.",
         "",
@@ -248,3 +248,4 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> N
     out.parent.mkdir(parents=True, exist_ok=True)
     frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
     out.with_suffix(".md").write_text("\n".join(text))
+    return shown

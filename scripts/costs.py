@@ -1,6 +1,6 @@
 """Parameters and MACs of every architecture, dense and with each layer type at a share of its FLOPs.
 
-python scripts/costs.py --out results/costs
+python scripts/costs.py --out results/costs --readme README.md
 """
 
 import argparse
@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    parser.add_argument("--readme", type=Path, help="put the table into this file too, between its marks")
     arguments = parser.parse_args()
 
     import yaml
@@ -41,7 +42,10 @@ def main() -> None:
     for row in cost_table(networks, list(LAYERS), arguments.flops):
         rows.append(row)
         print(*row.values(), flush=True)
-    write_costs(rows, arguments.out, arguments.flops)
+    table = write_costs(rows, arguments.out, arguments.flops)
+    if arguments.readme:
+        before, mark, rest = arguments.readme.read_text().partition("<!-- costs -->\n")
+        arguments.readme.write_text(before + mark + table + "\n" + rest[rest.index("<!-- end of costs -->") :])
     print(f"wrote {arguments.out}.csv and .md")
 
 

@@ -1,0 +1,132 @@
+"""The papers' experiments as configs, trained weights as a start, and the table of costs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from test_run import config
+
+from decef.analysis import cost_table, load_networks, write_costs
+from decef.convert import plan
+from decef.data import DATASETS, dataset
+from decef.layers import BasisConv2d
+from decef.models import create_model
+from decef.ranks import Energy
+from decef.record import run_id
+from decef.run import InputError, build, resolve, run
+from decef.trainconfig import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+
+
+def composed(*overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_can_start(name, tmp_path):
+    first = yaml.safe_load((ROOT / "configs" / "experiment" / f"{name}.yaml").read_text())
+    sweep = first.get("hydra", {}).get("sweeper", {}).get("params", {})
+    for position in (0, -1):  # both ends of the grid
+        overrides = [f"{key}={str(values).split(',')[position]}" for key, values in sweep.items()]
+        if name == "basisconv_resnet56":
+            torch.save(create_model("resnet56", num_classes=10).state_dict(), tmp_path / "weights.pt")
+            overrides.append(f"model.weights={tmp_path / 'weights.pt'}")
+        given = resolve(composed(f"experiment={name}", *overrides))
+        TrainConfig(**{k: tuple(map(tuple, v)) if k == "scales" else v for k, v in given["train"].items()})
+        with torch.device("cpu" if given["model"].get("weights") else "meta"):
+            model, made, _ = build(given, dataset(given["dataset"]))
+        assert bool(made.ranks) == (given["layer"]["name"] != "conv2d")
+        assert sum(p.numel() for p in model.parameters()) > 0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    results = tmp_path_factory.mktemp("dense")
+    summary = run(config(results, layer={"name": "conv2d"}, train__epochs=5, dataset__train_size=768))
+    return results / "runs" / summary["id"] / "checkpoint.pt", summary
+
+
+def test_trained_weights_are_decomposed_and_trained_on(weights, tmp_path):
+    path, dense = weights
+    layer = {"name": "basisconv", "energy": 0.7, "implementation": "reconstructed", "train_basis": True}
+    options = {"layer": layer, "train__epochs": 1, "train__lr": 1e-6}
+    summary = run(config(tmp_path / "a", model__weights=str(path), **options))
+    assert "-e0.7-" in summary["id"]
+    assert summary["macs"] < dense["macs"]
+    assert dense["test_top1"] > 50
+    assert summary["test_top1"] > 25  # chance is 10, and one epoch at this rate learns nothing
+
+    dense_model = create_model("resnet20", num_classes=10, in_channels=1)
+    dense_model.load_state_dict(torch.load(path, weights_only=True)["model"])
+    expected = plan(dense_model, "basisconv", rank=Energy(0.7), exclude="conv1", input_size=(1, 8, 8))
+    assert summary["ranks"] == expected.ranks
+
+    elsewhere = tmp_path / "elsewhere.pt"
+    elsewhere.write_bytes(path.read_bytes())
+    again = run(config(tmp_path / "b", model__weights=str(elsewhere), **options))
+    assert again["id"] == summary["id"]  # what is in the file counts, not where it is
+    assert again["test_loss"] == summary["test_loss"]
+    record = yaml.safe_load((tmp_path / "a" / "runs" / summary["id"] / "config.yaml").read_text())
+    assert "weights" not in record["model"]
+    assert len(record["model"]["weights_md5"]) == 32
+
+    path.rename(path.with_suffix(".gone"))  # a run is read back without them
+    ((_, model),) = load_networks(str(tmp_path / "a" / "runs" / summary["id"]))
+    path.with_suffix(".gone").rename(path)
+    ranks = {name: m.rank for name, m in model.named_modules() if isinstance(m, BasisConv2d)}
+    assert ranks == summary["ranks"]
+
+
+def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
+    energy = {"name": "decef", "energy": 0.9}
+    with pytest.raises(InputError, match=r"layer\.energy is of trained kernels: say model\.weights=FILE"):
+        run(config(tmp_path, layer=energy))
+    with pytest.raises(InputError, match="there is no file of weights"):
+        run(config(tmp_path, layer=energy, model__weights=str(tmp_path / "none.pt")))
+    with pytest.raises(InputError, match=r"layer\.rank=2 and layer\.energy=0\.9 are both given"):
+        run(config(tmp_path, layer={**energy, "rank": 2}, model__weights=str(weights[0])))
+    with pytest.raises(InputError, match="does not fit CifarResNet"):
+        run(config(tmp_path, layer=energy, model__name="resnet32", model__weights=str(weights[0])))
+
+
+def test_the_table_of_costs_and_its_place_in_the_readme(tmp_path):
+    model = yaml.safe_load((ROOT / "configs" / "model" / "resnet20.yaml").read_text())
+    mobile = yaml.safe_load((ROOT / "configs" / "model" / "mobilenetv1.yaml").read_text())
+    networks = [("resnet20", model, DATASETS["cifar10"]), ("mobilenetv1", mobile, DATASETS["cifar10"])]
+    rows = list(cost_table(networks, ["conv2d", "decef"], 0.667))
+    assert rows[0]["params"] == 269_722
+    assert rows[1]["macs_ratio"] <= 0.667
+    assert rows[3]["macs"] is None
+    assert "can't be met" in rows[3]["note"]
+    shown = write_costs(rows, tmp_path / "costs", 0.667)
+    assert "mobilenetv1 decef: a budget of 0.667" in (tmp_path / "costs.md").read_text()
+    line = next(line for line in shown.splitlines() if "resnet20" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    readme = (ROOT / "README.md").read_text()
+    ours = next(line for line in readme.splitlines() if line.startswith("| resnet20 "))
+    assert [cell.strip() for cell in ours.strip("|").split("|")][:3] == cells
+    committed = (ROOT / "results" / "costs.md").read_text()
+    table = readme.partition("<!-- costs -->\n")[2].partition("<!-- end of costs -->")[0]
+    assert table in committed
+
+
+def test_records_in_the_repository_are_found_again():
+    """A new option must not change the ids of what was run, or the plans that were followed."""
+    for folder in sorted((ROOT / "results" / "runs").iterdir()):
+        if not (folder / "summary.json").is_file() or folder.name.startswith("digits-resnet"):
+            continue
+        record = yaml.safe_load((folder / "config.yaml").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        assert run_id(record) == folder.name
+        _, made, dense = build(record, dataset(record["dataset"]))
+        assert made.ranks == summary["ranks"]
+        assert dense == summary["dense"]
