@@ -21,14 +21,14 @@ from decef.checkpoint import load_checkpoint, save_checkpoint
 from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
 from decef.data import Data, Dataset, Images, count_classes, dataset
-from decef.distributed import Processes, joined
+from decef.distributed import Processes, joined, launched
 from decef.layers import LAYERS
 from decef.models import create_model
 from decef.models.weights import load_weights, md5_of
 from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.record import RunRecord, environment
 from decef.tracking import Tracker, resolve_mode
-from decef.train import Metrics, State, fit, resolve_precision
+from decef.train import Metrics, State, check_possible, fit, resolve_precision
 from decef.trainconfig import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -205,6 +205,7 @@ def _prepare(config: Mapping[str, Any]) -> _Job:
     the_dataset = dataset(config["dataset"])
     train_config = TrainConfig(**_tuples(config["train"]))
     device = _device(config["device"])
+    check_possible(train_config, device, launched())
     wandb_mode = resolve_mode(config["wandb"]["mode"])
     if config["threads"]:
         torch.set_num_threads(config["threads"])
@@ -276,13 +277,14 @@ def _train_and_record(
             f"{summary['macs']:,}",
             share,
         )
+    experiment = config.get("experiment")
     tracker = Tracker(
         job.wandb_mode,
         run_id=record.id,
         folder=record.path,
         config=record.config,
-        group=config["wandb"]["group"] or record.id.rsplit("-s", 1)[0],
-        tags=[config["dataset"]["name"], config["model"]["name"], config["layer"]["name"], train_config.name],
+        group=config["wandb"]["group"] or "-".join(filter(None, [experiment, record.id.rsplit("-s", 1)[0]])),
+        tags=[*(config[key]["name"] for key in ("dataset", "model", "layer", "train")), *filter(None, [experiment])],
         project=config["wandb"]["project"],
         entity=config["wandb"]["entity"],
     )

@@ -91,6 +91,7 @@ def fit(
         ValueError: a batch that the processes can't share, or what the device can't do.
         FloatingPointError: the loss, or a kernel in ATCD, is not finite.
     """
+    check_possible(config, train.device, processes)
     train, validation = _split(train, config.validation)
     batch_size = _batch_size(config, len(train), processes)
     steps = len(train) // batch_size
@@ -172,10 +173,6 @@ class Training:
         num_classes: int | None = None,
     ) -> None:
         precision = resolve_precision(device, config.precision)
-        if precision == "fp16" and device.type != "cuda":
-            raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
-        if config.sync_bn and device.type != "cuda":
-            raise ValueError(f"train.sync_bn=true needs GPUs, and this runs on {device.type}")
         self.model, self.config, self._processes = model, config, processes
         self.autocast = autocast_for(device, precision)
         if config.channels_last:
@@ -419,16 +416,34 @@ def _split(train: Data, share: float) -> tuple[Data, Data | None]:
     return train.subset(order[held_out:].sort().values), train.subset(order[:held_out].sort().values)
 
 
-def _batch_size(config: TrainConfig, images: int, processes: Processes) -> int:
-    """Images in a step over all processes and passes: what was asked for, or fewer where there are fewer."""
-    parts = processes.count * (config.accumulate or 1)
-    even = 2 if config.mixup or config.cutmix else 1  # mixup pairs the images of a pass
-    unit = parts * even
+def check_possible(config: TrainConfig, device: torch.device, processes: Processes = ALONE) -> None:
+    """Whether a training can be done here, before anything is loaded.
+
+    Raises:
+        ValueError: it can't; the message says why and what to change.
+    """
+    if device.type != "cuda":
+        if config.precision == "fp16":
+            raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
+        if config.sync_bn:
+            raise ValueError(f"train.sync_bn=true needs GPUs, and this runs on {device.type}")
+    unit = _unit(config, processes)
     if config.batch_size % unit:
+        pairs = ", pairs for mixup" if config.mixup or config.cutmix else ""
         raise ValueError(
             f"train.batch_size={config.batch_size} can't be shared equally: it must be a multiple of {unit} "
-            f"({processes.count} processes, {config.accumulate or 1} passes{', pairs for mixup' if even > 1 else ''})"
+            f"({processes.count} processes, {config.accumulate or 1} passes{pairs})"
         )
+
+
+def _unit(config: TrainConfig, processes: Processes) -> int:
+    """What the images in a step are a multiple of: processes x passes, times 2 for mixup, which pairs images."""
+    return processes.count * (config.accumulate or 1) * (2 if config.mixup or config.cutmix else 1)
+
+
+def _batch_size(config: TrainConfig, images: int, processes: Processes) -> int:
+    """Images in a step over all processes and passes: what was asked for, or fewer where there are fewer."""
+    unit = _unit(config, processes)
     batch_size = min(config.batch_size, images // unit * unit)
     if not batch_size:
         raise ValueError(f"{images} training images are too few for {unit} parts of a batch")

@@ -26,8 +26,9 @@ def main(cfg: DictConfig) -> None:
     from decef.run import InputError, run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    chosen = HydraConfig.get().runtime.choices.get("experiment")
     try:
-        run(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        run({**OmegaConf.to_container(cfg, resolve=True), "experiment": chosen})  # type: ignore[dict-item]
     except Exception as error:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             if isinstance(error, InputError):
