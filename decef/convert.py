@@ -134,33 +134,12 @@ def plan(
 
     macs_of = _mac_counter(shapes or {})
     units: dict[str, FactorizedConv2d] = {}  # every layer that may be converted, at rank 1 and without storage
-    candidates: dict[str, Candidate] = {}
     for name, module in convolutions.items():
-        if name in reasons:
-            continue
-        assert isinstance(module, nn.Conv2d)
-        assert issubclass(layer_class, FactorizedConv2d)
-        units[name] = layer_class.like(_shell(module), 1, **options)
-        first = shared[name][0]
-        macs, macs_per_rank = macs_of(name, module), macs_of(name, units[name])
-        if first != name:
-            candidate = candidates[first]
-            candidates[first] = replace(
-                candidate, macs=candidate.macs + macs, macs_per_rank=candidate.macs_per_rank + macs_per_rank
-            )
-            continue
-        candidates[name] = Candidate(
-            name=name,
-            layer=layer_class,
-            weight=module.weight.detach(),
-            groups=module.groups,
-            max_rank=units[name].max_rank,
-            params=module.weight.numel(),
-            params_per_rank=_factor_count(units[name]),
-            macs=macs,
-            macs_per_rank=macs_per_rank,
-        )
-
+        if name not in reasons:
+            assert isinstance(module, nn.Conv2d)
+            assert issubclass(layer_class, FactorizedConv2d)
+            units[name] = layer_class.like(_shell(module), 1, **options)
+    candidates = _candidates(convolutions, units, shared, macs_of)
     totals = Totals(
         params=sum(p.numel() for p in model.parameters()),
         macs=total_cost(model, input_size)["macs"] if input_size is not None else 0,
@@ -175,33 +154,19 @@ def plan(
     rows = []
     for name, module in convolutions.items():
         first = shared[name][0] if name in shared else name
-        new_rank = ranks.get(first)
-        params = 0 if first != name else _factor_count(module) or module.weight.numel()
-        macs = macs_of(name, module)
-        if name in reasons:
-            reason = reasons[name]
-        elif new_rank is None:
-            saves = first in reasons or candidates[first].saves(1)
-            reason = reasons.get(first, f"left dense by {rule!r}" if saves else "rank 1 would cost no less than dense")
-        else:
-            reason = "" if first == name else f"shares the weight of '{first}'"
-        unit = units[name] if new_rank is not None else None
-        rows.append(
-            PlanRow(
-                name=name,
-                action="keep" if unit is None else "convert",
-                reason=reason,
-                rank=new_rank,
-                max_rank=unit.max_rank if unit is not None else None,
-                error=None,
-                params_before=params,
-                params_after=new_rank * _factor_count(unit) if unit and new_rank and first == name else params,
-                macs_before=macs if shapes and name in shapes else None,
-                macs_after=(new_rank * macs_of(name, unit) if unit and new_rank else macs)
-                if shapes and name in shapes
-                else None,
-            )
-        )
+        params = (_factor_count(module) or module.weight.numel()) if first == name else 0
+        macs = macs_of(name, module) if shapes is not None and name in shapes else None
+        row = PlanRow(name, "keep", reasons.get(name, ""), None, None, None, params, params, macs, macs)
+        if first in ranks:
+            row.action, row.rank, row.max_rank = "convert", ranks[first], units[name].max_rank
+            row.reason = "" if first == name else f"shares the weight of '{first}'"
+            row.params_after = ranks[first] * _factor_count(units[name]) if first == name else 0
+            row.macs_after = None if macs is None else ranks[first] * macs_of(name, units[name])
+        elif not row.reason:
+            saves = candidates[first].saves(1)
+            why = f"left dense by {rule!r}" if saves else "rank 1 would cost no less than dense"
+            row.reason = reasons.get(first, why)
+        rows.append(row)
     return Plan(layer, rows, options)
 
 
@@ -352,6 +317,37 @@ def _shared_weights(model: nn.Module) -> dict[str, list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None
     }
+
+
+def _candidates(
+    convolutions: Mapping[str, nn.Module],
+    units: Mapping[str, FactorizedConv2d],
+    shared: Mapping[str, Sequence[str]],
+    macs_of: Callable[[str, nn.Module], int],
+) -> dict[str, Candidate]:
+    """A candidate for every weight, by the name of the first layer that has it; its MACs are those of all of them."""
+    candidates: dict[str, Candidate] = {}
+    for name, unit in units.items():
+        conv = convolutions[name]
+        assert isinstance(conv, nn.Conv2d)
+        macs, macs_per_rank = macs_of(name, conv), macs_of(name, unit)
+        other = candidates.get(shared[name][0])
+        if other is not None:
+            macs, macs_per_rank = other.macs + macs, other.macs_per_rank + macs_per_rank
+            candidates[other.name] = replace(other, macs=macs, macs_per_rank=macs_per_rank)
+            continue
+        candidates[name] = Candidate(
+            name=name,
+            layer=type(unit),
+            weight=conv.weight.detach(),
+            groups=conv.groups,
+            max_rank=unit.max_rank,
+            params=conv.weight.numel(),
+            params_per_rank=_factor_count(unit),
+            macs=macs,
+            macs_per_rank=macs_per_rank,
+        )
+    return candidates
 
 
 def _kept_by_sharing(
