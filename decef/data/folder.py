@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ def load_folder(settings: dict[str, Any], root: Path) -> tuple[ImageFolder, Imag
         "size": settings["size"],
         "flip": bool(settings.get("flip")),
         "randaugment": settings.get("randaugment"),
-        "workers": settings.get("workers") or 0,
+        "workers": min(settings.get("workers") or 0, os.cpu_count() or 1),  # more would only get in each other's way
     }
     train = ImageFolder(*_by_class(root / "train", classes), **options)
     if any(path.is_dir() for path in val.iterdir()):
