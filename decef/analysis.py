@@ -68,8 +68,7 @@ def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Name, dense kernel and groups of every convolution that is wider than 1x1, in the network's order."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
-            weight = module.weight if isinstance(module, nn.Conv2d) else module.compose()
-            yield name, weight.detach(), module.groups
+            yield name, module.weight.detach(), module.groups
 
 
 def rank_table(
@@ -197,14 +196,8 @@ def cost_table(
                 with torch.device("meta"):
                     network, _, dense = build(config, data)
             except ValueError as error:
-                yield {
-                    **row,
-                    "params": None,
-                    "macs": None,
-                    "params_ratio": None,
-                    "macs_ratio": None,
-                    "note": str(error),
-                }
+                nothing = dict.fromkeys(("params", "macs", "params_ratio", "macs_ratio"))
+                yield {**row, **nothing, "note": str(error)}
                 continue
             cost = total_cost(network, data.input_size)
             ratios = {f"{key}_ratio": cost[key] / dense[key] for key in ("params", "macs")}

@@ -324,8 +324,8 @@ KINDS: dict[Any, Callable[..., Iterator[Evidence]]] = {
 
 
 def same_setting(figure: Figure, record: Record) -> bool:
-    """Whether a run has a figure's dataset, network, layer and setting; the training may be another."""
-    ours = (record.config["dataset"]["name"], record.model, record.config["layer"]["name"], record.setting)
+    """Whether a run has a figure's dataset, network, layer and rank; its training and options may be others."""
+    ours = (record.config["dataset"]["name"], record.model, record.config["layer"]["name"], record.asked)
     return ours == (figure.dataset, figure.network, figure.layer, figure.setting)
 
 

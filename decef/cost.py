@@ -141,5 +141,5 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, *input_size, device="meta", dtype=dtype))
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # timm's vision transformers assert their size
         raise ValueError(f"the network does not run on an input of size {tuple(input_size)}: {error}") from error

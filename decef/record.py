@@ -127,7 +127,7 @@ class RunRecord:
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Commit, versions and machine, for the summary."""
     packages: dict[str, str | None] = {}
-    for name in ("torch", "torchvision", "numpy", "hydra-core", "wandb"):
+    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

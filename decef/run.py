@@ -23,7 +23,7 @@ from decef.cost import total_cost
 from decef.data import Data, Dataset, Images, count_classes, dataset
 from decef.distributed import Processes, joined, launched
 from decef.layers import LAYERS
-from decef.models import create_model
+from decef.models import create_model, stem_name
 from decef.models.weights import load_weights, md5_of
 from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.record import RunRecord, environment
@@ -110,7 +110,7 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
     exclude = settings.get("exclude") or []
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     if settings.get("dense_stem"):
-        exclude.insert(0, next(name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)))
+        exclude.insert(0, stem_name(dense))
     if settings.get("shortcut") == "B":
         exclude.append("*.shortcut.0")
     the_plan = plan(

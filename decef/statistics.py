@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 LEVEL = 0.95
 
@@ -36,11 +37,10 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
         raise ValueError("there is no value to take the mean of")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must be in (0, 1), such as 0.95")
-    mean = math.fsum(values) / n
+    mean = fmean(values)
     if n == 1:
         return Estimate(mean, math.nan, math.nan, n)
-    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(t.ppf((1 + level) / 2, n - 1)) * sd / math.sqrt(n)
+    half = float(t.ppf((1 + level) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Estimate(mean, mean - half, mean + half, n)
 
 

@@ -21,6 +21,8 @@ from decef.statistics import differences, estimate
 
 log = logging.getLogger(__name__)
 
+ASKED = ("rank", "flops", "energy")
+REPLACING = ("include", "exclude", "min_kernel_size", "factorize_classifier")  # model options about its layers
 OF_LAYERS = ("atcd", "orthogonality")  # training options that belong to a low-rank layer, which Conv2d has not
 
 
@@ -33,25 +35,35 @@ class Record:
 
     @property
     def model(self) -> str:
-        """The network's name and its options that are on."""
+        """The network's name and its options that are on, but for those that say which layers are replaced."""
         config = self.config["model"]
-        left_out = ("name", "dense_stem", "weights_md5")
+        left_out = ("name", "dense_stem", *REPLACING, "weights_md5")
         options = [(k, v) for k, v in config.items() if k not in left_out and (k, v) != ("shortcut", "A")]
         return " ".join([config["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
 
     @property
-    def setting(self) -> str:
-        """What was asked of the layer: "dense", "rank 4", "0.667 of FLOPs", "energy 0.63", with options that are on."""
-        layer = dict(self.config["layer"])
-        if layer.pop("name") == "conv2d":
+    def asked(self) -> str:
+        """How much of the layer was asked for: "dense", "rank 4", "energy 0.63" or "0.667 of FLOPs"."""
+        layer = self.config["layer"]
+        if layer["name"] == "conv2d":
             return "dense"
-        layer.pop("implementation", None)  # another way to compute the same function
-        rank, flops, energy = (layer.pop(key, None) for key in ("rank", "flops", "energy"))
-        words = [f"rank {rank}" if rank else f"energy {energy:g}" if energy else f"{flops:g} of FLOPs"]
-        words += [f"{key} {value}" for key, value in layer.items()]
-        return ", ".join(
-            words + [f"{key} {self.config['train'][key]}" for key in OF_LAYERS if self.config["train"].get(key)]
-        )
+        if layer.get("rank"):
+            return f"rank {layer['rank']}"
+        return f"energy {layer['energy']:g}" if layer.get("energy") else f"{layer['flops']:g} of FLOPs"
+
+    @property
+    def setting(self) -> str:
+        """`asked`, and all else that sets a run apart from others of its network, layer type and training."""
+        model, layer, train = (self.config[group] for group in ("model", "layer", "train"))
+        words = [self.asked]
+        if layer["name"] != "conv2d":
+            # The implementation is another way to compute the same function.
+            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", "implementation", *ASKED)]
+            words += [f"{key} {train[key]}" for key in OF_LAYERS if train.get(key)]
+            words += ["stem too"] if not model.get("dense_stem") else []
+            words += [f"{key} {model[key]}" for key in REPLACING if model.get(key)]
+        words += [f"from weights {model['weights_md5'][:8]}"] if model.get("weights_md5") else []
+        return ", ".join(words)
 
     @property
     def comparison(self) -> str:

@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -65,10 +65,17 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 def _check_choices(group: str, values: list[str]) -> None:
-    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
     for value in values:
         if value not in (*choices, "null"):
             fail(f"there is no {group} '{value}'{_near(value, choices)}; there are {', '.join(choices)}")
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """What `model=<name>` composes to, as plain data."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", overrides=[f"model={name}"]).model)  # type: ignore[return-value]
 
 
 def _check_keys(overrides: list[str]) -> None:

@@ -6,7 +6,7 @@ python scripts/costs.py --out results/costs --readme README.md
 import argparse
 from pathlib import Path
 
-from cli import CONFIGS, fail
+from cli import fail, model_config
 
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn", "mobilenetv1", "mobilenetv2")
 IMAGENET = ("resnet18", "resnet34", "resnet50", "vgg16_imagenet", "vgg16_bn_imagenet", "mobilenetv1_imagenet",
@@ -22,22 +22,20 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="put the table into this file too, between its marks")
     arguments = parser.parse_args()
 
-    import yaml
-
     from decef.analysis import cost_table, write_costs
-    from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Dataset
+    from decef.data import dataset
     from decef.layers import LAYERS
 
-    imagenet = Dataset((3, 224, 224), 1000, IMAGENET_MEAN, IMAGENET_STD, DATASETS["cifar10"].load)
-    networks = []
-    for names, dataset in ((CIFAR, DATASETS["cifar10"]), (IMAGENET, imagenet)):
-        for name in names:
-            config = yaml.safe_load((CONFIGS / "model" / f"{name}.yaml").read_text())
-            networks.append((name, config, dataset))
-            if name in PAIRS:
-                networks.append((f"{name}, pairs dense", config | {"dense_pairs": True}, dataset))
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")
+    imagenet = dataset({"name": "imagenet", "size": 224, "num_classes": 1000})
+    networks = []
+    for names, data in ((CIFAR, dataset({"name": "cifar10"})), (IMAGENET, imagenet)):
+        for name in names:
+            config = model_config(name)
+            networks.append((name, config, data))
+            if name in PAIRS:
+                networks.append((f"{name}, pairs dense", config | {"dense_pairs": True}, data))
     rows = []
     for row in cost_table(networks, list(LAYERS), arguments.flops):
         rows.append(row)

@@ -6,6 +6,7 @@ python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretraine
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from cli import fail
@@ -17,11 +18,16 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument("--threshold", type=float, default=0.3, help="share of the largest singular value that counts")
-    parser.add_argument("--out", type=Path, help="write <out>.csv, <out>.png and <out>.svg too")
+    parser.add_argument("--out", type=Path, help="write <out>.csv, .json, .png and .svg too")
     arguments = parser.parse_args()
+
+    import pandas as pd
+    import torch
 
     from decef.analysis import load_networks, rank_table
     from decef.figures import plot_ranks
+    from decef.models.weights import describe_file
+    from decef.record import environment
 
     try:
         networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)
@@ -35,10 +41,14 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         whole = [table.assign(network=label) for label, table in tables.items()]
         plot_ranks(tables, arguments.threshold, arguments.out)
-        import pandas as pd
-
         pd.concat(whole).round(6).to_csv(arguments.out.with_suffix(".csv"), index=False)
-        print(f"wrote {arguments.out}.csv, .png and .svg")
+        source = (
+            describe_file(arguments.weights) if arguments.weights else "downloaded" if arguments.pretrained else None
+        )
+        made = {"network": arguments.network, "weights": source, "threshold": arguments.threshold}
+        made |= environment("cpu", torch.get_num_threads())
+        arguments.out.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
+        print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 
 
 if __name__ == "__main__":

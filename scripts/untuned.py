@@ -25,6 +25,7 @@ def main() -> None:
 
     from decef.analysis import load_networks, untuned, write_untuned
     from decef.data.cifar import load_cifar10
+    from decef.models import stem_name
     from decef.models.weights import describe_file
 
     try:
@@ -38,7 +39,7 @@ def main() -> None:
             std=torch.tensor(arguments.std),
             layers=arguments.layers,
             shares=arguments.shares,
-            exclude="conv1",
+            exclude=stem_name(model),
         ):
             rows.append(row)
             print(f"{row['layer']:10} {row['budget']:6} {row['spread']:8} top-1 {row['top1']:.2f}", flush=True)

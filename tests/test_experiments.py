@@ -99,8 +99,7 @@ def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
 
 
 def test_the_table_of_costs_and_its_place_in_the_readme(tmp_path):
-    model = yaml.safe_load((ROOT / "configs" / "model" / "resnet20.yaml").read_text())
-    mobile = yaml.safe_load((ROOT / "configs" / "model" / "mobilenetv1.yaml").read_text())
+    model, mobile = (composed(f"model={name}")["model"] for name in ("resnet20", "mobilenetv1"))
     networks = [("resnet20", model, DATASETS["cifar10"]), ("mobilenetv1", mobile, DATASETS["cifar10"])]
     rows = list(cost_table(networks, ["conv2d", "decef"], 0.667))
     assert rows[0]["params"] == 269_722

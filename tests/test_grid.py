@@ -1,14 +1,18 @@
 """The grid: every dataset, architecture and layer type, by configuration alone, on tiny slices."""
 
+import copy
 import itertools
 import json
 import logging
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 import decef.run
 from decef.data import DATASETS, FOLDERS, Images, dataset
@@ -23,8 +27,15 @@ SMALLER = {"timm": {"name": "timm/resnet10t"}, "plain": {"width": 0.1}}
 PAIRS = ("decef", "rank1")
 
 
+@cache
+def composed(folder, name):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.to_container(compose("train", overrides=[f"{folder}={name}"]))[folder]
+
+
 def group(folder, name):
-    return yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text())
+    return copy.deepcopy(composed(folder, name))
 
 
 def config(data, model, layer, results):

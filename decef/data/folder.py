@@ -22,7 +22,6 @@ from decef.torchvision_cpu import import_torchvision
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".ppm")
 VIEW_BATCH = 128  # evaluation batches are not larger, so that they fit wherever training fits
 EVAL_CROP = 224 / 256  # how much of the shorter side the centre crop shows
 MOST_SKIPPED = 0.01  # share of damaged images from which on something else must be wrong
@@ -86,11 +85,8 @@ class ImageFolder:
 
     def views(self, batch_size: int) -> Iterator[Batch]:
         """See `Data`; images that cannot be read are left out."""
-        indices = list(range(len(self)))
-        size = min(batch_size, VIEW_BATCH)
-        for images, good, labels in self._read(
-            _Views(self), [indices[i : i + size] for i in range(0, len(self), size)]
-        ):
+        wanted = [part.tolist() for part in torch.arange(len(self)).split(min(batch_size, VIEW_BATCH))]
+        for images, good, labels in self._read(_Views(self), wanted):
             if good.any():
                 yield self._here(images[good]), self._here(labels[good])
 
@@ -230,11 +226,13 @@ def class_names(root: Path) -> list[str]:
     Raises:
         FileNotFoundError: there is no `train`, or nothing in it.
     """
-    folder = root / "train"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if not names:
-        raise FileNotFoundError(f"there are no folders of images, one a class, in {folder}: say dataset.root=FOLDER")
-    return names
+    import_torchvision()
+    from torchvision.datasets.folder import find_classes
+
+    try:
+        return find_classes(root / "train")[0]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: say dataset.root=FOLDER, with images in train/<class>/") from error
 
 
 def find_folder(root: Path | None, *names: str) -> Path:
@@ -254,18 +252,15 @@ def find_folder(root: Path | None, *names: str) -> Path:
 
 
 def _by_class(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    import_torchvision()
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    there, index = find_classes(folder)
     if there != list(classes):
         differ = sorted(set(there) ^ set(classes))
         raise ValueError(f"{folder} has not the classes of train: {', '.join(differ[:5])} {'...' * (len(differ) > 5)}")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
-        if not files:
-            raise ValueError(f"{folder / name} has no images")
-        paths += files
-        labels += [label] * len(files)
-    return paths, torch.tensor(labels)
+    samples = make_dataset(folder, index, IMG_EXTENSIONS)
+    return [Path(path) for path, _ in samples], torch.tensor([label for _, label in samples])
 
 
 def _by_ground_truth(root: Path, val: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
@@ -281,7 +276,7 @@ def _by_ground_truth(root: Path, val: Path, classes: Sequence[str]) -> tuple[lis
     synsets = np.atleast_1d(loadmat(devkit / "meta.mat", squeeze_me=True)["synsets"])
     wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
     numbers = [int(line) for line in (devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()]
-    paths = sorted(p for p in val.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = sorted(val.glob("*.JPEG"))
     if len(paths) != len(numbers):
         raise ValueError(f"{val} has {len(paths)} images, but the devkit's ground truth is for {len(numbers)}")
     index = {name: label for label, name in enumerate(classes)}

@@ -73,6 +73,18 @@ def create_model(
     return MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)
 
 
+def stem_name(model: nn.Module) -> str:
+    """Name of a network's first convolution.
+
+    Raises:
+        ValueError: it has none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name
+    raise ValueError("the network has no convolution")
+
+
 def _timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
     import_torchvision()
     import timm
@@ -96,4 +108,4 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
     return models.get_model(name, weights=None, num_classes=num_classes)
 
 
-__all__ = ["MODELS", "CifarResNet", "PlainNet", "create_model"]
+__all__ = ["MODELS", "CifarResNet", "PlainNet", "create_model", "stem_name"]
