@@ -67,8 +67,8 @@ tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from
 claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
 	$(RUN) scripts/claims.py --results $(RESULTS)
 
-bench: setup ## Time every layer type against the dense convolution, into results/bench (DEVICE=cuda)
-	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench/layers-$(DEVICE)
+bench: setup ## Time layers, whole networks and training against Conv2d, into results/bench (DEVICE=cuda)
+	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info

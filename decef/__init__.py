@@ -3,6 +3,7 @@
 from decef.atcd import ATCD
 from decef.convert import Plan, convert, fold, plan
 from decef.cost import cost
+from decef.deploy import deploy
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
 from decef.ranks import effective_rank
 
@@ -16,6 +17,7 @@ __all__ = [
     "Rank1Conv2d",
     "convert",
     "cost",
+    "deploy",
     "effective_rank",
     "fold",
     "plan",

@@ -50,6 +50,13 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
     return [(name, load_weights(model, weights) if weights else model)]
 
 
+def input_size_of(name: str) -> tuple[int, int, int]:
+    """Shape `(C, H, W)` of what a network of `load_networks` takes: its run's images; else CIFAR's, or ImageNet's."""
+    if Path(name).is_dir():
+        return dataset(yaml.safe_load((Path(name) / CONFIG).read_text())["dataset"]).input_size
+    return (3, 224, 224) if "/" in name else (3, 32, 32)
+
+
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
     paths = sorted(folder.glob("checkpoint-*.pt")) or [folder / CHECKPOINT]
     if not paths[0].is_file():

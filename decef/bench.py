@@ -1,29 +1,25 @@
-"""How long layers take, against the dense convolution, all variants interleaved in one run."""
+"""How long one layer takes, against the dense convolution, all variants interleaved in one run."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
+from decef.checkpoint import replace_file
 from decef.convert import layer_type, plan
 from decef.layers import FactorizedConv2d
 from decef.ranks import Budget
-from decef.record import environment
+from decef.timing import ROUNDS, Roofline, interleaved, peak_memory
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ROUNDS = 5
-ROUND_SECONDS = 0.02  # about how long one variant runs in a round
-SLOW = 0.5  # seconds a call from which on two rounds are enough
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,15 @@ SHAPES = (
 
 
 def layer_times(
-    shape: Shape, layer: str, share: float, *, batch: int, backward: bool, device: torch.device
+    shape: Shape,
+    layer: str,
+    share: float,
+    *,
+    batch: int,
+    backward: bool,
+    roofline: Roofline,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any] | None:
     """A layer's time as a chain, composed, and as "auto" chooses, against the dense convolution's.
 
@@ -87,13 +91,17 @@ def layer_times(
         share: of the dense layer's FLOPs; the largest rank within it is taken.
         batch: images.
         backward: time a training step's forward and backward pass, else inference.
+        roofline: of the device, for `bound`.
         device: to run on.
+        dtype: of input and weights.
 
     Returns:
         `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds),
-        and `auto`, which of the two it takes; None where the layer type has nothing to offer for this shape.
+        `auto`, which of the two it takes, `bound`, the least that the chain can take over the least that the dense
+        layer can (`Roofline.seconds`), and `memory`, the chain's peak over the dense layer's; None where the layer
+        type has nothing to offer for this shape.
     """
-    conv = shape.conv().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = nn.Sequential(conv)
     size = (shape.in_channels, shape.size, shape.size)
     try:
@@ -104,54 +112,42 @@ def layer_times(
         return None
     layer_class = layer_type(layer)
     assert issubclass(layer_class, FactorizedConv2d)
-    x = torch.randn(batch, *size, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, *size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x.requires_grad_(backward)
     factorized = layer_class.like(conv, row.rank, implementation="factorized")
     reconstructed = layer_class.like(conv, row.rank, implementation="reconstructed")
     with torch.set_grad_enabled(backward):
         prefers_chain = factorized.prefers_chain(x)
     variants = {"dense": conv, "factorized": factorized, "reconstructed": reconstructed}
-    times = interleaved({name: _step(module, x, backward) for name, module in variants.items()})
+    steps = {name: _step(module, x, backward) for name, module in variants.items()}
+    times = interleaved(steps)
+    memory = {name: peak_memory(steps[name], device) for name in ("dense", "factorized")}
     return {
         "rank": row.rank,
         "flops_ratio": row.macs_after / row.macs_before,
         **times,
         "auto": "factorized" if prefers_chain else "reconstructed",
+        "bound": roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
+        "memory": memory["factorized"] / memory["dense"],
     }
 
 
 def bench_layers(
-    layers: Sequence[str], shares: Sequence[float], batches: Sequence[int], device: torch.device
+    layers: Sequence[str],
+    shares: Sequence[float],
+    batches: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[dict[str, Any]]:
     """`layer_times` of every shape, layer type, share, batch and pass where there is something to time."""
-    for shape in SHAPES:
-        for layer in layers:
-            for share in shares:
-                for batch in batches:
-                    for backward in (False, True):
-                        times = layer_times(shape, layer, share, batch=batch, backward=backward, device=device)
-                        if times is not None:
-                            what = {"shape": str(shape), "network": shape.network, "layer": layer, "share": share}
-                            yield {**what, "batch": batch, "pass": "training" if backward else "inference", **times}
-
-
-def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds a call of each step, in rounds that run every step in turn, so that all meet the same noise."""
-    threads = torch.get_num_threads()
-    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
-    numbers = {}
-    for name, timer in timers.items():
-        seconds = timer.timeit(1).mean
-        if seconds > SLOW:
-            rounds = min(rounds, 2)
-        else:
-            seconds = timer.timeit(2).mean  # the first call was the warm-up
-        numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(numbers[name]).mean)
-    return {name: statistics.median(values) for name, values in times.items()}
+    roofline = Roofline.measure(device, dtype)
+    for shape, layer, share, batch, backward in product(SHAPES, layers, shares, batches, (False, True)):
+        times = layer_times(
+            shape, layer, share, batch=batch, backward=backward, roofline=roofline, device=device, dtype=dtype
+        )
+        if times is not None:
+            what = {"shape": str(shape), "network": shape.network, "layer": layer, "share": share, "batch": batch}
+            yield {**what, "pass": "training" if backward else "inference", **times}
 
 
 def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
@@ -176,39 +172,40 @@ def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def write_bench(rows: Sequence[dict[str, Any]], out: Path, device: str) -> None:
-    """Write the rows and the machine as <out>.json, and for people as <out>.md."""
+def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any]) -> None:
+    """Write rows of `bench_layers` and what they were made with as <out>.json, and for people as <out>.md."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    made = environment(device, torch.get_num_threads())
-    out.with_suffix(".json").write_text(json.dumps({"environment": made, "rows": list(rows)}, indent=1) + "\n")
     ratios = frame.assign(
+        FLOPs=frame.flops_ratio,
         chain=frame.factorized / frame.dense,
         composed=frame.reconstructed / frame.dense,
         auto=frame.factorized.where(frame.auto == "factorized", frame.reconstructed) / frame.dense,
-        FLOPs=frame.flops_ratio,
     )
     keys = ["pass", "batch", "network", "shape", "layer"]
-    shown = ratios.sort_values(keys, kind="stable")[[*keys, "rank", "FLOPs", "chain", "composed", "auto"]]
+    columns = [*keys, "rank", "FLOPs", "bound", "chain", "composed", "auto", "memory"]
+    text = f"""# Time of one layer, over that of the dense convolution
+
+Medians of {ROUNDS} interleaved rounds, channels_last. FLOPs: the chain's over the dense layer's. bound: the least time
+that the chain's arithmetic and memory traffic leave it, over the dense layer's, were both at the machine's best. auto:
+what `implementation="auto"` takes. memory: the chain's peak over the dense layer's.
+
+How often each choice is the faster one or within 5 % of it, and its time over the faster one's (geometric mean):
+
+{auto_score(frame).round(3).to_markdown()}
+
+{ratios.sort_values(keys, kind="stable")[columns].round(2).to_markdown(index=False)}
+"""
+    write(rows, out, made, text)
+
+
+def write(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any], text: str) -> None:
+    """Write rows and `made` as <out>.json, and `text` with a line about `made` as <out>.md."""
     dirty = " with uncommitted changes" if made["git_dirty"] else ""
-    text = [
-        "# Time of one layer, over that of the dense convolution",
-        "",
-        f"Medians of {ROUNDS} interleaved rounds, fp32, channels_last, on {device}. FLOPs: the chain's over the dense "
-        'layer\'s. auto: what `implementation="auto"` takes.',
-        "",
-        "How often each choice is the faster one or within 5 % of it, and its time over the faster one's (geometric",
-        "mean):",
-        "",
-        auto_score(frame).round(3).to_markdown(),
-        "",
-        shown.round(2).to_markdown(index=False),
-        "",
-        f"Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['machine']}.",
-        "",
-    ]
-    out.with_suffix(".md").write_text("\n".join(text))
+    last = f"Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['dtype']}, {made['machine']}."
+    replace_file(out.with_suffix(".json"), (json.dumps({"environment": made, "rows": rows}, indent=1) + "\n").encode())
+    replace_file(out.with_suffix(".md"), f"{text}\n{last}\n".encode())
 
 
 def _step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:

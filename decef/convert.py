@@ -215,7 +215,7 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
             raise ValueError(f"layer '{row.name}': {error}") from error
         by_weight[id(conv.weight)] = layer, row.error
         replaced[id(conv)] = _take_over(layer, conv)
-    return _replace(model, replaced)
+    return replace_modules(model, replaced)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -231,7 +231,7 @@ def fold(model: nn.Module) -> nn.Module:
             conv = layer.to_conv2d()
             conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
             replaced[id(layer)] = _take_over(conv, layer)
-    return _replace(model, replaced)
+    return replace_modules(model, replaced)
 
 
 def layer_type(name: str) -> type[nn.Module]:
@@ -391,7 +391,7 @@ def _take_over(new: _Module, old: nn.Module) -> _Module:
     return new
 
 
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
     """`model` with modules replaced by `id`, at every place where they stand."""
     if id(model) in new:
         return new[id(model)]

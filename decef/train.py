@@ -113,7 +113,7 @@ def fit(
             training.start_epoch()
             for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
                 lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                training.step(_input(images, mean, std, config.channels_last, scale), labels, lr, step)
+                training.step(network_input(images, mean, std, config.channels_last, scale), labels, lr, step)
                 bar.update()
             train_loss, train_top1 = training.finish_epoch()
             seconds = time.perf_counter() - started
@@ -327,7 +327,7 @@ def evaluate(
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
     for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
         with autocast():
-            logits = model(_input(images, mean, std, channels_last, 1.0))
+            logits = model(network_input(images, mean, std, channels_last, 1.0))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -454,7 +454,8 @@ def _scale_at(config: TrainConfig, epoch: int) -> float:
     return next((scale for until, scale in config.scales if (epoch + 0.5) / config.epochs < until), 1.0)
 
 
-def _input(images: Tensor, mean: Tensor, std: Tensor, channels_last: bool, scale: float) -> Tensor:
+def network_input(images: Tensor, mean: Tensor, std: Tensor, channels_last: bool, scale: float) -> Tensor:
+    """uint8 images `(B, C, H, W)` as a network takes them: normalised, resized by `scale`, in the layout asked for."""
     x = normalize(images, mean, std)
     if scale != 1:
         size = [max(1, round(side * scale)) for side in x.shape[2:]]

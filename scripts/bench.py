@@ -1,6 +1,6 @@
-"""Time every layer type on the shapes of well-known networks, against the dense convolution in the same run.
+"""Time layers, whole networks and training, each against the dense convolution in the same run.
 
-python scripts/bench.py --out results/bench/layers-cpu
+python scripts/bench.py layers networks training --out results/bench      (all three: make bench)
 """
 
 import argparse
@@ -8,43 +8,60 @@ from pathlib import Path
 
 from cli import fail
 
+WHAT = ("layers", "networks", "training")
+LAYERS = ("decef", "basisconv", "cpac", "rank1")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="writes <out>.json and <out>.md")
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(WHAT)}; default: all")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>.json, .md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 2], help="shares of the dense layer's FLOPs")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images")
-    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the layers' benchmark")
+    parser.add_argument("--share", type=float, default=0.5, help="of the dense FLOPs")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images, for layers")
     arguments = parser.parse_args()
+    wrong = set(arguments.what) - set(WHAT)
+    if wrong:
+        fail(f"there is no benchmark {', '.join(sorted(wrong))}; there are {', '.join(WHAT)}")
+    if not 0 < arguments.share <= 1:
+        fail(f"--share {arguments.share:g} must be above 0 and at most 1")
 
     import torch
 
-    from decef.bench import bench_layers, write_bench
-    from decef.convert import layer_type
+    from decef import bench, bench_networks
+    from decef.record import environment
 
     try:
-        for layer in arguments.layers:
-            layer_type(layer)
         device = torch.device(arguments.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU: say --device cpu")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    rows = []
-    for row in bench_layers(arguments.layers, arguments.shares, arguments.batches, device):
-        rows.append(row)
-        ratios = {name: row[name] / row["dense"] for name in ("factorized", "reconstructed")}
-        print(
-            f"{row['shape']:38} {row['layer']:10} batch {row['batch']:3} {row['pass']:9}",
-            f"FLOPs x{row['flops_ratio']:.2f}",
-            *(f"{name} x{ratio:.2f}" for name, ratio in ratios.items()),
-            f"auto: {row['auto']}",
-            flush=True,
-        )
-        write_bench(rows, arguments.out, arguments.device)  # after every row: nothing measured is lost
-    print(f"wrote {arguments.out}.json and .md")
+    made = environment(arguments.device, torch.get_num_threads()) | {"dtype": arguments.dtype}
+    suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
+    rows: list[dict[str, object]]
+    for what in arguments.what or WHAT:
+        out, rows = arguments.out / f"{what}-{suffix}", []
+        if what == "layers":
+            dtype = getattr(torch, arguments.dtype)
+            for row in bench.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):
+                rows.append(row)
+                print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
+                bench.write_layers(rows, out, made)  # after every row: nothing measured is lost
+        elif what == "networks":
+            for row in bench_networks.bench_inference(bench_networks.INFERENCE, arguments.share, device):
+                rows.append(row)
+                print({k: v for k, v in row.items() if k != "candidates"}, flush=True)
+                bench_networks.write_inference(rows, out, made)
+        else:
+            loops = bench_networks.bench_loops(device)
+            for row in bench_networks.bench_steps(bench_networks.TRAINING, arguments.share, device):
+                rows.append(row)
+                print(row, flush=True)
+                bench_networks.write_training(rows, loops, out, made)
+        print(f"wrote {out}.json and .md")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty
+from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty, plain_conv
 
 
 class BasisConv2d(FactorizedConv2d):
@@ -59,6 +59,10 @@ class BasisConv2d(FactorizedConv2d):
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
+
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        basis = plain_conv(self.basis, groups=self.groups, **self._spatial())
+        return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:

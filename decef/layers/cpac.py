@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als
-from decef.layers.factorized import FactorizedConv2d
+from decef.layers.factorized import FactorizedConv2d, plain_conv
 
 
 class CPACConv2d(FactorizedConv2d):
@@ -68,6 +68,20 @@ class CPACConv2d(FactorizedConv2d):
         x = F.conv2d(x, vertical, None, (sh, 1), (padding[0], 0), (dh, 1), groups=components)
         x = F.conv2d(x, horizontal, None, (1, sw), (0, padding[1]), (1, dw), groups=components)
         return F.conv2d(x, self.filters[:, :, None, None], self.bias, groups=self.groups)
+
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        vertical, horizontal = self.vertical[:, None, :, None], self.horizontal[:, None, None, :]
+        one_d = [
+            plain_conv(vertical, groups=len(vertical), **self._spatial(horizontal=False)),
+            plain_conv(horizontal, groups=len(horizontal), **self._spatial(vertical=False)),
+        ]
+        two_d = [plain_conv(vertical * horizontal, groups=len(vertical), **self._spatial())]
+
+        def chain(spatial: list[nn.Conv2d]) -> nn.Sequential:
+            first = plain_conv(self.channels, groups=self.groups)
+            return nn.Sequential(first, *spatial, plain_conv(self.filters, self.bias, self.groups))
+
+        return {"chain": [chain(one_d)], "branches": [chain(two_d)]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty
+from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty, plain_conv
 
 
 class DeCEFConv2d(FactorizedConv2d):
@@ -62,6 +62,20 @@ class DeCEFConv2d(FactorizedConv2d):
         filters = self.eigenfilters.flatten(0, 1).unsqueeze(1)  # (in rank, 1, kh, kw)
         y = F.conv2d(x, filters, None, self.stride, padding, self.dilation, groups=self.in_channels)
         return F.conv2d(y, self.coefficients.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
+
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        def chain(filters: Tensor, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
+            depthwise = plain_conv(filters.flatten(0, 1).unsqueeze(1), groups=self.in_channels, **self._spatial())
+            return nn.Sequential(depthwise, plain_conv(coefficients.flatten(1), bias, self.groups))
+
+        one_by_one = [slice(j, j + 1) for j in range(self.rank)]
+        return {
+            "chain": [chain(self.eigenfilters, self.coefficients, self.bias)],
+            "branches": [
+                chain(self.eigenfilters[:, j], self.coefficients[:, :, j], self.bias if j.start == 0 else None)
+                for j in one_by_one
+            ],
+        }
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:

@@ -122,6 +122,16 @@ class FactorizedConv2d(nn.Module):
         """
         raise NotImplementedError
 
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        """Plain convolutions that compute what this layer does, detached copies, in several arrangements.
+
+        Returns:
+            Lists of chains, the outputs of which add up, by name: "chain" is `chain` as it is; "branches", where the
+            type has it, merges the 1-D filters into 2-D ones and cuts the chain up so that nothing inside has more
+            channels than the input or the output. Which is faster is the engine's affair.
+        """
+        raise NotImplementedError
+
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
         """How much of the squared norm of a kernel each rank adds, `(max_rank,)` in float64, falling.
@@ -144,6 +154,20 @@ class FactorizedConv2d(nn.Module):
         raise NotImplementedError
 
     # What all share -------------------------------------------------------------------------------------------
+
+    def _spatial(self, vertical: bool = True, horizontal: bool = True) -> dict[str, Any]:
+        """Stride, padding, dilation and padding mode for a plain convolution that does one or both directions."""
+
+        def both(values: tuple[int, int], neutral: int) -> tuple[int, int]:
+            return (values[0] if vertical else neutral, values[1] if horizontal else neutral)
+
+        padding = self.padding if isinstance(self.padding, str) else both(_pair(self.padding), 0)
+        return {
+            "stride": both(self.stride, 1),
+            "padding": padding,
+            "dilation": both(self.dilation, 1),
+            "padding_mode": self.padding_mode,
+        }
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -328,6 +352,19 @@ class FactorizedConv2d(nn.Module):
         if self.bias is None:
             parts.append("bias=False")
         return ", ".join([*parts, f"rank={self.rank}", f"implementation={self.implementation!r}"])
+
+
+@torch.no_grad()
+def plain_conv(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spatial: Any) -> nn.Conv2d:
+    """A `torch.nn.Conv2d` that holds a copy of `weight` `(out, in // groups, kh, kw)`, or `(out, in)` for a 1x1."""
+    weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+    out, per_group, *size = weight.shape
+    conv = nn.Conv2d(per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None, **spatial)
+    conv = conv.to(weight)
+    conv.weight.copy_(weight)
+    if bias is not None and conv.bias is not None:
+        conv.bias.copy_(bias)
+    return conv
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:

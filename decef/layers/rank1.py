@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als
-from decef.layers.factorized import FactorizedConv2d
+from decef.layers.factorized import FactorizedConv2d, plain_conv
 
 
 class Rank1Conv2d(FactorizedConv2d):
@@ -77,6 +77,24 @@ class Rank1Conv2d(FactorizedConv2d):
         x = F.conv2d(x, vertical, None, (sh, 1), (padding[0], 0), (dh, 1), groups=terms)
         horizontal = self.horizontal[:, :, None, :]  # terms of a filter are added here
         return F.conv2d(x, horizontal, self.bias, (1, sw), (0, padding[1]), (1, dw), groups=self.out_channels)
+
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        terms = self.out_channels * self.rank
+        vertical, horizontal = self.vertical.flatten(0, 1)[:, None, :, None], self.horizontal[:, :, None, :]
+        chain = nn.Sequential(
+            plain_conv(self.channel.flatten(0, 1), groups=self.groups),
+            plain_conv(vertical, groups=terms, **self._spatial(horizontal=False)),
+            plain_conv(horizontal, self.bias, self.out_channels, **self._spatial(vertical=False)),
+        )
+        spatial = self.vertical.unsqueeze(3) * self.horizontal.unsqueeze(2)  # (out, rank, kh, kw)
+        branches = [
+            nn.Sequential(
+                plain_conv(self.channel[:, j], groups=self.groups),
+                plain_conv(spatial[:, j : j + 1], self.bias if j == 0 else None, self.out_channels, **self._spatial()),
+            )
+            for j in range(self.rank)
+        ]
+        return {"chain": [chain], "branches": branches}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:

@@ -1,0 +1,285 @@
+"""The fastest network for this machine that computes what a trained one does."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from decef.convert import replace_modules
+from decef.engines import available, check_engine, check_equal, load, load_all
+from decef.layers import FactorizedConv2d
+from decef.timing import interleaved
+
+log = logging.getLogger(__name__)
+
+FORMS = ("dense", "chain", "branches")
+
+
+class Deployed(nn.Module):
+    """A network as `deploy` left it; call it like the original.
+
+    Attributes:
+        engine: what runs it.
+        arrangement: how factorised layers run: "dense", "chain" or "branches" everywhere, or "measured", each in the
+            form that was fastest for it alone.
+        forms: that form, by layer.
+        times: the candidates, a dict each with `engine`, `arrangement` and `seconds`, the time of a call.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        engine: str,
+        arrangement: str,
+        forms: Mapping[str, str],
+        times: list[dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.engine, self.arrangement, self.forms, self.times = engine, arrangement, dict(forms), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return self.network(x)
+
+
+@torch.no_grad()
+def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | None = None) -> Deployed:
+    """The fastest network, of those that were measured, that computes what `model` does in evaluation mode.
+
+    Batch norms are folded into the convolutions before them. Then, for every engine, each factorised layer is timed as
+    a dense convolution, as its chain and in branches (`FactorizedConv2d.as_convolutions`), on what it gets to see when
+    the example runs through the network, and whole networks are timed: all dense, all in one form, and each layer in
+    its fastest. Since the dense network is among them, the result is never slower than that, noise apart.
+
+    Args:
+        model: any network that takes one tensor and gives one; it stays as it is.
+        example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on. Other shapes still
+            run where the engine is torch.
+        engines: of `decef.engines.ENGINES`; None is all that are installed.
+
+    Raises:
+        ValueError: the network doesn't run on the example, an engine that isn't there, or no candidate gives the
+            original's output but for rounding.
+    """
+    engines = available(example_input.device) if engines is None else [check_engine(e, example_input) for e in engines]
+    model = copy.deepcopy(model).eval()
+    expected = model(example_input)
+    if not isinstance(expected, Tensor):
+        raise ValueError(f"the network must give one tensor to be deployed, not a {type(expected).__name__}")
+    layers = _with_batch_norm(model)
+    seen = _inputs(model, example_input, layers)
+    measured: dict[str, dict[str, str]] = {}
+    networks: dict[tuple[str, str], nn.Module] = {}
+    chosen: dict[tuple[str, str], Mapping[str, str]] = {}
+    for engine in engines:
+        by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
+        try:
+            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen)
+            for name, forms in _candidates(engine, layers, measured[by]).items():
+                network = load(engine, _arranged(model, layers, forms), example_input)
+                check_equal(network(example_input), expected)
+                networks[engine, name], chosen[engine, name] = network, forms
+        except Exception as error:  # an engine may fail in any way, and then is no candidate
+            log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
+    if not networks:
+        raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
+    seconds = interleaved({key: _call(network, example_input) for key, network in networks.items()}, reduce=min)
+    times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
+    best = min(networks, key=lambda key: seconds[key])
+    return Deployed(networks[best], *best, chosen[best], times)
+
+
+def plain(model: nn.Module, form: str | Mapping[str, str] = "chain") -> nn.Module:
+    """A copy of plain modules for inference, to be exported: batch norms folded, factorised layers as convolutions.
+
+    Args:
+        model: any network.
+        form: of every factorised layer, or of each by name: "dense", "chain" or "branches", see `forms_of`; a layer
+            type that has no branches runs as its chain.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = _with_batch_norm(model)
+    forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
+    wrong = set(forms.values()) - set(FORMS)
+    if wrong:
+        raise ValueError(f"there is no form {', '.join(map(repr, wrong))}; there are {', '.join(FORMS)}")
+    return _arranged(model, layers, forms)
+
+
+def forms_of(layer: FactorizedConv2d, batch_norm: nn.BatchNorm2d | None = None) -> dict[str, nn.Module]:
+    """The layer, with the batch norm that follows it, as plain convolutions in every arrangement there is."""
+    arrangements = {"dense": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
+    return {name: _Sum(chains, batch_norm) for name, chains in arrangements.items()}
+
+
+class _Sum(nn.Module):
+    """Chains of convolutions whose outputs add up, in evaluation mode; the batch norm after them is folded in."""
+
+    def __init__(self, chains: Sequence[nn.Sequential], batch_norm: nn.BatchNorm2d | None = None) -> None:
+        super().__init__()
+        if batch_norm is not None:
+            for i, chain in enumerate(chains):
+                _fold_into(chain[-1], batch_norm, shift=i == 0)
+        self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chains[0](x)
+        for chain in self.chains[1:]:
+            y = y + chain(x)
+        return y
+
+
+def _fold_into(conv: nn.Module, norm: nn.BatchNorm2d, *, shift: bool = True) -> None:
+    """Make `conv` do what the batch norm after it does; without `shift` only the scaling."""
+    assert isinstance(conv, nn.Conv2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    mean = norm.running_mean if shift else torch.zeros_like(norm.running_mean)
+    bias = norm.bias if shift else None
+    conv.weight, folded = fuse_conv_bn_weights(
+        conv.weight, conv.bias, mean, norm.running_var, norm.eps, norm.weight, bias
+    )
+    conv.bias = folded if shift else None
+
+
+def _with_batch_norm(model: nn.Module) -> dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]]:
+    """Fold the batch norms after plain convolutions, in place; return the factorised layers with the ones after them.
+
+    A batch norm that was folded, or is handed out with its layer, becomes an identity.
+    """
+    modules = dict(model.named_modules())
+    layers: dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]] = {
+        name: (module, None) for name, module in modules.items() if isinstance(module, FactorizedConv2d)
+    }
+    for name, norm_name in _convolutions_before_norms(model):
+        conv, norm = modules[name], modules[norm_name]
+        assert isinstance(norm, nn.BatchNorm2d)
+        if isinstance(conv, FactorizedConv2d):
+            layers[name] = conv, norm
+        else:
+            _fold_into(conv, norm)
+        replace_modules(model, {id(norm): nn.Identity()})
+    return layers
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, FactorizedConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of every convolution whose output goes into a batch norm and nowhere else, each called once."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        log.info("batch norms are not folded, the network cannot be traced: %s", error)
+        return []
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    count: dict[int, int] = {}
+    for node in calls:
+        count[id(modules[node.target])] = count.get(id(modules[node.target]), 0) + 1
+    found = []
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        conv, norm = modules[before.target], modules[node.target]
+        once = count[id(conv)] == count[id(norm)] == 1
+        plain = type(norm) is nn.BatchNorm2d and norm.track_running_stats and _is_plain(conv) and _is_plain(norm)
+        if once and plain:
+            found.append((str(before.target), str(node.target)))
+    return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module's call is its class's forward with its own parameters, without hooks, pruning and the like."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    known = isinstance(module, FactorizedConv2d) or type(module) in (nn.Conv2d, nn.BatchNorm2d)
+    return known and not hooks
+
+
+def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What each of the named layers receives when the example runs through the network; not those that don't run."""
+    modules = dict(model.named_modules())
+    seen: dict[str, Tensor] = {}
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: seen.update({name: args[0]})
+
+    hooks = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
+    model(example)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _candidates(
+    engine: str, layers: Mapping[str, tuple[FactorizedConv2d, Any]], measured: Mapping[str, str]
+) -> dict[str, Mapping[str, str]]:
+    """Forms of every layer by name, for every whole network that is worth timing."""
+    if not layers:
+        return {"dense": {}}
+    arrangements: dict[str, Any] = {}
+    for layer, _ in layers.values():
+        arrangements |= layer.as_convolutions()
+    everywhere = ("dense",) if engine == "compile" else ("dense", *arrangements)
+    return {"measured": measured, **{form: dict.fromkeys(layers, form) for form in everywhere}}
+
+
+def _fastest_forms(
+    engine: str, layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]], seen: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The form of every layer that is fastest alone; equal layers with equal inputs are timed once."""
+    first: dict[tuple[Any, ...], str] = {}
+    same: dict[str, str] = {}
+    for name, (layer, _) in layers.items():
+        if name in seen:
+            same[name] = first.setdefault((repr(layer), seen[name].shape), name)
+    if not first:
+        return dict.fromkeys(layers, "dense")
+    variants = {
+        (name, form): (module, seen[name])
+        for name in first.values()
+        for form, module in forms_of(*layers[name]).items()
+    }
+    loaded = dict(zip(variants, load_all(engine, list(variants.values())), strict=True))
+    fastest = {}
+    for name in first.values():
+        steps = {form: _call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
+        seconds = interleaved(steps, reduce=min)
+        fastest[name] = min(seconds, key=lambda form: seconds[form])
+    return {name: fastest[same[name]] if name in same else "dense" for name in layers}
+
+
+def _arranged(
+    model: nn.Module,
+    layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]],
+    forms: Mapping[str, str],
+) -> nn.Module:
+    """A copy of the network with every factorised layer in the form that is asked for."""
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    replaced: dict[int, nn.Module] = {}
+    for name, form in forms.items():
+        there = forms_of(*layers[name])
+        replaced[id(modules[name])] = there.get(form, there["chain"])
+    return replace_modules(model, replaced).requires_grad_(False)
+
+
+def _call(network: nn.Module, x: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.inference_mode():
+            return network(x)
+
+    return call

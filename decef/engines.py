@@ -1,0 +1,225 @@
+"""What can run a network for inference on this machine: torch, compiled or not, ONNX Runtime, OpenVINO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import onnx
+
+ENGINES = ("eager", "compile", "onnxruntime", "openvino")
+ON_CPU_ONLY = ("onnxruntime", "openvino")
+
+Runner = Callable[[Tensor], Tensor]
+
+
+def available(device: torch.device) -> list[str]:
+    """The engines that are installed and run on `device`."""
+    found = ["eager", "compile"]
+    if device.type == "cpu" and importlib.util.find_spec("onnxscript") is not None:
+        found += [engine for engine in ON_CPU_ONLY if importlib.util.find_spec(engine) is not None]
+    return found
+
+
+def check_engine(engine: str, example_input: Tensor) -> str:
+    """`engine`, if it is installed and runs where the example is.
+
+    Raises:
+        ValueError: it isn't, or there is no such engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"there is no engine '{engine}'; there are {', '.join(ENGINES)}")
+    if engine not in available(example_input.device):
+        raise ValueError(
+            f"engine '{engine}' needs a CPU, and pip install 'decef[export]', for OpenVINO also 'decef[openvino]'"
+        )
+    return engine
+
+
+def load(engine: str, model: nn.Module, example_input: Tensor) -> nn.Module:
+    """`model` as a module that the engine runs, for inputs of the example's shape; see `load_all`."""
+    return load_all(engine, [(model, example_input)])[0]
+
+
+def load_all(engine: str, networks: Sequence[tuple[nn.Module, Tensor]]) -> list[nn.Module]:
+    """Each network as a module that the engine runs, for inputs of its example's shape.
+
+    Args:
+        engine: one of `ENGINES`.
+        networks: modules in evaluation mode, each with an example input `(B, C, H, W)`.
+
+    Raises:
+        ValueError: there is no such engine, it isn't installed or doesn't run on the input's device.
+    """
+    device = networks[0][1].device
+    check_engine(engine, networks[0][1])
+    if engine == "eager":
+        return [_ChannelsLast(model) for model, _ in networks]
+    if engine == "compile":
+        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+        return [_ChannelsLast(model, lambda m: torch.compile(m, mode=mode, dynamic=False)) for model, _ in networks]
+    runtime = _OnnxRuntime if engine == "onnxruntime" else _OpenVINO
+    return [runtime(proto, x) for proto, (_, x) in zip(_to_onnx_all(networks), networks, strict=True)]
+
+
+def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
+    """The network as ONNX, input "input" and output "output".
+
+    Args:
+        model: takes one tensor and gives one, in evaluation mode.
+        example_input: `(B, ...)`; its shape is fixed in the file.
+        dynamic_batch: leave B free.
+
+    Raises:
+        ValueError: the network cannot be exported.
+    """
+    free = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    return _export(model, (example_input,), ["input"], ["output"], free)
+
+
+def onnx_runner(engine: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
+    """What runs an ONNX network by ONNX Runtime or OpenVINO: to check a file after it was written."""
+    return (_OnnxRuntime if engine == "onnxruntime" else _OpenVINO)(proto, example_input)
+
+
+def check_equal(output: Tensor, expected: Tensor) -> None:
+    """That two engines computed the same sums, if in another order.
+
+    Raises:
+        ValueError: they differ by more than the square root of the precision, relative to the largest output.
+    """
+    error = (output - expected).abs().max().item()
+    if not error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item():
+        raise ValueError(f"the output differs from the original's by {error:.2g}")
+
+
+class _ChannelsLast(nn.Module):
+    """A torch network with its input and weights in the layout that convolutions like best."""
+
+    def __init__(self, model: nn.Module, compiled: Callable[[nn.Module], Any] | None = None) -> None:
+        super().__init__()
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._run = [compiled(self.model) if compiled else self.model]  # in a list: no second submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run[0](x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+
+
+class _Fixed(nn.Module):
+    """A network that is no torch module any more and takes inputs of one shape."""
+
+    shape: torch.Size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape != self.shape:
+            raise ValueError(f"this network was deployed for inputs of {tuple(self.shape)}, not {tuple(x.shape)}")
+        return self._infer(x)
+
+    def _infer(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class _OnnxRuntime(_Fixed):
+    def __init__(self, proto: onnx.ModelProto, example: Tensor) -> None:
+        import onnxruntime
+
+        super().__init__()
+        self.shape = example.shape
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def _infer(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run(None, {self._session.get_inputs()[0].name: x.numpy()})[0])
+
+
+class _OpenVINO(_Fixed):
+    def __init__(self, proto: onnx.ModelProto, example: Tensor) -> None:
+        import openvino
+
+        super().__init__()
+        self.shape = example.shape
+        settings = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",  # equal means equal: no bf16 unasked
+        }
+        core = openvino.Core()
+        self._compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", settings)
+
+    def _infer(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self._compiled(x.numpy())[0].copy())
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(model(x) for model, x in zip(self.models, inputs, strict=True))
+
+
+def _to_onnx_all(networks: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[onnx.ModelProto]:
+    """ONNX of each, by one export: an export takes a second, whatever its size."""
+    if len(networks) == 1:
+        yield to_onnx(*networks[0])
+        return
+    from onnx.utils import Extractor
+
+    names = [(f"input{i}", f"output{i}") for i in range(len(networks))]
+    inputs, outputs = zip(*names, strict=True)
+    side_by_side = _SideBySide([model for model, _ in networks])
+    distinct = tuple(x.clone() for _, x in networks)  # one tensor given twice would be one input
+    extractor = Extractor(_export(side_by_side, distinct, list(inputs), list(outputs)))
+    for one, other in names:
+        yield extractor.extract_model([one], [other])
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Tensor, ...], input_names: list[str], output_names: list[str], free: Any = None
+) -> onnx.ModelProto:
+    with torch.no_grad(), _quiet():
+        try:
+            program = torch.onnx.export(
+                model.eval(),
+                inputs,
+                dynamo=True,
+                verbose=False,
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=free,
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ValueError(f"the network cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on its own insides."""
+    import warnings
+
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

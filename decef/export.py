@@ -1,0 +1,79 @@
+"""Networks as files for other engines, checked there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from decef.deploy import FORMS, deploy, plain
+from decef.engines import ON_CPU_ONLY, available, check_equal, onnx_runner, to_onnx
+from decef.timing import interleaved
+
+
+def export(
+    model: nn.Module, path: Path, input_shape: Sequence[int], *, form: str = "fastest", dynamic_batch: bool = False
+) -> Iterator[str]:
+    """Write `model` to a file, load it again and compare it with the original; says what it did, line by line.
+
+    Args:
+        model: takes one tensor and gives one; it stays as it is.
+        path: to write, ONNX where it ends in .onnx, a `torch.export` program where it ends in .pt2.
+        input_shape: `(B, C, H, W)`.
+        form: of factorised layers, of `FORMS`, or "fastest": each layer's fastest in ONNX Runtime, or in torch.
+        dynamic_batch: leave B free.
+
+    Raises:
+        ValueError: no such form or kind of file, a network that cannot be exported, or a file whose output is not the
+            original's; then nothing is left behind.
+    """
+    kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
+    if path.suffix not in kinds:
+        raise ValueError(f"{path} must end in {' or '.join(kinds)}")
+    if form not in ("fastest", *FORMS):
+        raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
+    model = model.eval()
+    x = torch.randn(*input_shape)
+    with torch.inference_mode():
+        expected = model(x)
+    engine = "onnxruntime" if path.suffix == ".onnx" and "onnxruntime" in available(x.device) else "eager"
+    network = plain(model, deploy(model, x, engines=[engine]).forms if form == "fastest" else form)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        runners = kinds[path.suffix](network, x, partial, dynamic_batch)
+        for runner in runners.values():
+            check_equal(runner(x), expected)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), equal to the original in {', '.join(runners)}"
+
+    def call(network: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        def infer() -> object:
+            with torch.inference_mode():
+                return network(x)
+
+        return infer
+
+    everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
+    seconds = interleaved({name: call(runner) for name, runner in everything.items()})
+    for name, value in seconds.items():
+        yield f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / seconds['torch, the original']:.2f} of torch"
+
+
+def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    import onnx
+
+    onnx.save_model(to_onnx(network, x, dynamic_batch=dynamic_batch), path)
+    written = onnx.load_model(path)
+    return {name: onnx_runner(name, written, x) for name in ON_CPU_ONLY if name in available(x.device)}
+
+
+def _program(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+    free = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
+    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=free), path)
+    return {"torch.export": torch.export.load(path).module()}

@@ -1,0 +1,121 @@
+"""Times that are measured side by side, and what bounds them: arithmetic, memory traffic, memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import flop_registry
+
+ROUNDS = 5
+ROUND_SECONDS = 0.02  # about how long one variant runs in a round
+SLOW = 0.5  # seconds a call from which on two rounds are enough
+
+
+def interleaved(
+    steps: Mapping[Any, Callable[[], object]],
+    rounds: int = ROUNDS,
+    reduce: Callable[[Sequence[float]], float] = statistics.median,
+) -> dict[Any, float]:
+    """Seconds a call of each step, in rounds that run every step in turn, so that all meet the same noise.
+
+    Args:
+        steps: what to time, by name.
+        rounds: how often each has its turn; two where a call takes half a second or more.
+        reduce: of a step's times a round; the median to report, `min` to choose by on a busy machine.
+    """
+    threads = torch.get_num_threads()
+    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    numbers = {}
+    for name, timer in timers.items():
+        seconds = timer.timeit(1).mean
+        if seconds > SLOW:
+            rounds = min(rounds, 2)
+        else:
+            seconds = timer.timeit(2).mean  # the first call was the warm-up
+        numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
+    times: dict[Any, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(numbers[name]).mean)
+    return {name: reduce(values) for name, values in times.items()}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a machine does at best, as measured on it.
+
+    Attributes:
+        flops: floating-point operations a second, in a large matrix product.
+        bandwidth: bytes a second, in a copy that fits no cache.
+    """
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> Roofline:
+        """This machine's, in under a second."""
+        n, count = 1024, 2**25
+        a = torch.randn(n, n, device=device).to(dtype)
+        source = torch.ones(count, device=device)
+        target = torch.empty_like(source)
+        seconds = interleaved({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, reduce=min)
+        return cls(2 * n**3 / seconds["product"], 2 * 4 * count / seconds["copy"])
+
+    def seconds(self, step: Callable[[], object]) -> float:
+        """No less than this can the convolutions and matrix products of a step take, if each reads and writes memory.
+
+        Each takes the longer of its arithmetic at full speed and its traffic at full bandwidth: input, weight and
+        output once (Williams, Waterman, Patterson 2009). What stays in a cache from one to the next can beat it.
+        """
+        with _Counting(self) as counting:
+            step()
+        return counting.seconds
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, roofline: Roofline) -> None:
+        super().__init__()
+        self.roofline, self.seconds = roofline, 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            flops = count(*args, **(kwargs or {}), out_val=out)
+            moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor))
+            self.seconds += max(flops / self.roofline.flops, moved / self.roofline.bandwidth)
+        return out
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that a step has allocated at once, on top of what was there before it."""
+    step()  # what is allocated once, and stays
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    here = peak = 0
+    for event in sorted(events, key=lambda e: e["ts"]):
+        here += event["args"]["Bytes"]
+        peak = max(peak, here)
+    return peak

@@ -1,0 +1,222 @@
+"""Every fast path computes what the network does: plain convolutions, folded batch norms, other engines, files."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+import decef
+from decef.deploy import FORMS, forms_of, plain
+from decef.engines import ENGINES, available, load, to_onnx
+from decef.layers import LAYERS
+from decef.models import create_model
+from decef.ranks import Budget
+
+FACTORIZED = [name for name in LAYERS if name != "conv2d"]
+CPU = torch.device("cpu")
+
+
+class Small(nn.Module):
+    """Batch norms after convolutions, a shortcut, and one batch norm that must not be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        y = self.conv2(x)
+        x = (self.bn2(y) + y).relu()  # conv2's output has two users
+        x = self.bn3(self.conv3(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def trained(model, dtype=torch.float32):
+    """As if it had been trained: every batch norm does something."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 2, generator=generator)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(generator=generator)
+    return model.to(dtype)
+
+
+def small(layer, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = trained(Small(), dtype)
+    return model if layer == "conv2d" else decef.convert(model, layer, rank=3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_plain_is_the_network(layer, form):
+    model, x = small(layer, torch.float64), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    network = plain(model, form)
+    assert_close(network(x), model.eval()(x))
+    kinds = [type(module) for module in network.modules()]
+    assert set(kinds) & set(LAYERS.values()) <= {nn.Conv2d}
+    assert kinds.count(nn.BatchNorm2d) == 1  # bn2
+
+
+def test_plain_leaves_the_network_alone():
+    model = small("decef").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain(model)
+    assert model.training
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_plain_by_layer_and_unknown_forms():
+    model = small("cpac")
+    network = plain(model, {"conv1": "dense", "conv3": "chain"})
+    assert len(network.conv1.chains[0]) == 1
+    assert len(network.conv3.chains[0]) == 4
+    assert isinstance(network.conv2, decef.CPACConv2d)
+    with pytest.raises(ValueError, match="there are dense, chain, branches"):
+        plain(model, "chains")
+
+
+def test_a_network_that_cannot_be_traced_keeps_its_batch_norms(caplog):
+    class Decides(Small):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    torch.manual_seed(0)
+    model, x = decef.convert(trained(Decides()), "decef", rank=3).eval(), torch.randn(2, 3, 9, 9)
+    network = plain(model)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 3
+    assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
+    deployed = decef.deploy(model, x, engines=["onnxruntime", "eager"])
+    assert deployed.engine == "eager"
+    assert "engine onnxruntime is left out" in caplog.text  # such control flow has no ONNX
+    assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_and_computed_weights_are_not_folded_away():
+    model = small("conv2d").eval()
+    parametrizations.weight_norm(model.conv1)
+    model.conv3.register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 3, 9, 9)
+    assert_close(plain(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # the compiler's own
+@pytest.mark.parametrize(
+    ("layer", "engine"),
+    [("decef", engine) for engine in ENGINES if engine in available(CPU)] + [("conv2d", "eager"), ("rank1", "eager")],
+)
+def test_every_engine_computes_the_network(layer, engine):
+    model, x = small(layer), torch.randn(2, 3, 9, 9)
+    expected = model.eval()(x).detach()
+    deployed = decef.deploy(model, x, engines=[engine])
+    assert deployed.engine == engine
+    assert_close(deployed(x), expected, rtol=1e-4, atol=1e-5)
+    assert set(deployed.forms) == (set() if layer == "conv2d" else {"conv1", "conv2", "conv3"})
+    names = {time["arrangement"] for time in deployed.times}
+    if layer != "conv2d":
+        assert names == {"measured", "dense"} | (set() if engine == "compile" else {"chain", "branches"})
+    best = min(time["seconds"] for time in deployed.times)
+    assert best == next(t["seconds"] for t in deployed.times if deployed.arrangement == t["arrangement"])
+
+
+def test_deploy_takes_the_fastest(monkeypatch):
+    slow = {"dense": 3.0, "chain": 1.0, "branches": 2.0, "measured": 4.0}
+
+    def pretend(steps, reduce):
+        return {key: slow[key[1] if isinstance(key, tuple) else key] for key in steps}
+
+    monkeypatch.setattr(sys.modules["decef.deploy"], "interleaved", pretend)  # decef.deploy is the function
+    deployed = decef.deploy(small("decef"), torch.randn(1, 3, 9, 9), engines=["eager"])
+    assert deployed.arrangement == "chain"
+    assert set(deployed.forms.values()) == {"chain"}
+
+
+def test_what_deploy_refuses():
+    model, x = small("decef"), torch.randn(1, 3, 9, 9)
+    with pytest.raises(ValueError, match="no engine 'tensorrt'; there are eager, compile, onnxruntime, openvino"):
+        decef.deploy(model, x, engines=["tensorrt"])
+    with pytest.raises(ValueError, match="one tensor"):
+        decef.deploy(Pair(), x)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_an_engine_of_one_shape_says_so():
+    model = small("conv2d").eval()
+    network = load("onnxruntime", model, torch.randn(2, 3, 9, 9))
+    with pytest.raises(ValueError, match=r"deployed for inputs of \(2, 3, 9, 9\), not \(3, 3, 9, 9\)"):
+        network(torch.randn(3, 3, 9, 9))
+
+
+def test_forms_of_a_layer_have_what_they_say():
+    forms = forms_of(decef.DeCEFConv2d(4, 8, 3, padding=1, rank=3))
+    assert {name: len(form.chains) for name, form in forms.items()} == {"dense": 1, "chain": 1, "branches": 3}
+
+
+def test_onnx_with_a_free_batch():
+    import onnxruntime
+
+    model = plain(small("cpac"))
+    proto = to_onnx(model, torch.randn(2, 3, 9, 9), dynamic_batch=True)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = torch.randn(5, 3, 9, 9)
+    (output,) = session.run(["output"], {"input": x.numpy()})
+    assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
+
+
+def export(*arguments):
+    done = subprocess.run(
+        [sys.executable, "scripts/export.py", *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_export_as_typed(tmp_path, suffix):
+    torch.manual_seed(0)
+    model = create_model("resnet20", num_classes=10)
+    plan = decef.plan(model, "basisconv", rank=Budget(flops=0.5), exclude="conv1", input_size=(3, 32, 32))
+    plan.save(tmp_path / "plan.yaml")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    out = tmp_path / f"network{suffix}"
+    code, said = export(
+        "resnet20", "--weights", tmp_path / "weights.pt", "--plan", tmp_path / "plan.yaml", "--form", "chain",
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "equal to the original in " in said
+    assert "of torch" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"network{suffix}", "plan.yaml", "weights.pt"]
+    if suffix == ".pt2":
+        x = torch.randn(1, 3, 32, 32)
+        network = decef.convert(model, decef.Plan.load(tmp_path / "plan.yaml")).eval()
+        assert_close(torch.export.load(out).module()(x), network(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet20", "--out", "network.tflite"], "must end in .onnx or .pt2"),
+        (["resnet20", "--out", "network.onnx", "--form", "quick"], "there is no form 'quick'"),
+        (["resnet21", "--out", "network.onnx"], "'resnet21' is no run's folder"),
+        (["resnet20", "--out", "network.onnx", "--size", "3", "4"], "expected 3 arguments"),
+    ],
+)
+def test_export_refuses(arguments, message):
+    code, said = export(*arguments)
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
