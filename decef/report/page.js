@@ -41,7 +41,7 @@
     for (const select of form.querySelectorAll("select"))
       if ([...select.options].some((option) => option.value === given.get(select.name))) state[select.name] = given.get(select.name);
     state.layer = layers.filter((layer) => (given.get("layer") || "").split(",").includes(layer)).join(",");
-    if (location.hash.length > 1) goTo(given.get("at") || decodeURIComponent(location.hash.slice(1)));
+    if (location.hash.length > 1) goTo(given.get("at") || [...given.keys()][0]);
   }
 
   function writeAddress(at) {
@@ -313,12 +313,18 @@
     }));
   }
 
+  let pointed;
   function showTip(anchor, title, lines) {
     const head = document.createElement("b");
     head.textContent = title;
     tip.replaceChildren(head, ...lines.map((line) => Object.assign(document.createElement("span"), { textContent: line })));
     tip.hidden = false;
-    const at = anchor.getBoundingClientRect();
+    pointed = anchor;
+    placeTip();
+  }
+  function placeTip() {
+    if (tip.hidden) return;
+    const at = pointed.getBoundingClientRect();
     const above = at.top - tip.offsetHeight - 10;
     const left = (at.left + at.right) / 2 - tip.offsetWidth / 2;
     tip.style.left = `${Math.max(8, Math.min(left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
@@ -336,7 +342,7 @@
   }
   document.addEventListener("keydown", (event) => event.key === "Escape" && hideTip());
   document.addEventListener("pointerdown", (event) => event.target.closest(".plot") || hideTip());
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", placeTip, { passive: true });
   addEventListener("hashchange", () => { readAddress(); show(); });
   let [width, waiting] = [innerWidth, 0];
   addEventListener("resize", () => {
