@@ -196,14 +196,18 @@
     // What would lie on another is moved aside, by lanes: the best stays where it is.
     const lanes = [];
     for (const point of points.sort((a, b) => b.top1 - a.top1)) {
-      const at = { x: x(point.cost), top: y(Math.min(100, point.top1_high ?? point.top1)) - 4, bottom: y(Math.max(0, point.top1_low ?? point.top1)) + 4 };
+      const [top, bottom] = [Math.min(100, point.top1_high ?? point.top1), Math.max(0, point.top1_low ?? point.top1)];
+      const at = { point, x: x(point.cost), top: y(top) - 4, bottom: y(bottom) + 4 };
       const free = (lane) => lane.every((other) => Math.abs(other.x - at.x) > 12 || other.top > at.bottom || other.bottom < at.top);
-      const lane = lanes.findIndex(free);
-      if (lane < 0) lanes.push([at]);
-      else lanes[lane].push(at);
-      const number = lane < 0 ? lanes.length - 1 : lane;
-      drawPoint(svg, point, at.x + (number % 2 ? 1 : -1) * Math.ceil(number / 2) * 12, y);
+      const lane = lanes.find(free);
+      if (lane) lane.push(at);
+      else lanes.push([at]);
     }
+    const gap = Math.min(12, 60 / lanes.length);
+    lanes.forEach((lane, i) => {
+      const aside = (i % 2 ? 1 : -1) * Math.ceil(i / 2) * gap;
+      for (const at of lane) drawPoint(svg, at.point, at.x + aside, y);
+    });
   }
 
   function drawPoint(svg, { row, top1, top1_low: low, top1_high: high }, x, y) {
