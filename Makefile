@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims report bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -66,6 +66,9 @@ tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from
 
 claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
 	$(RUN) scripts/claims.py --results $(RESULTS)
+
+report: setup ## Claims, tables, charts and runs on one page, to open in a browser: results/report.html
+	$(RUN) scripts/report.py --results $(RESULTS)
 
 bench: setup ## Time layers, whole networks and training against Conv2d, into results/bench (DEVICE=cuda)
 	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench

@@ -56,7 +56,7 @@ def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
             f"{claim.statement}",
             "",
             f"- source: {load_papers()[claim.paper]}; {claim.where}",
-            *_figure_lines(claim.figures),
+            *(f"- {line}" for line in figure_lines(claim.figures)),
             f"- asked: {asks_words(claim)}",
         ]
         if claim.note:
@@ -75,7 +75,7 @@ def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
     return "\n".join(lines)
 
 
-def _figure_lines(figures: Iterable[Figure]) -> list[str]:
+def figure_lines(figures: Iterable[Figure]) -> list[str]:
     """A line per fact and metric."""
     lines: dict[str, list[str]] = {}
     for f in figures:
@@ -83,4 +83,4 @@ def _figure_lines(figures: Iterable[Figure]) -> list[str]:
         value = f"{f.value:,.0f}" if f.value >= 1e4 else f"{f.value:g}"
         about = f"{f.id}, {f.network} on {f.dataset}, {f.metric} ({source})"
         lines.setdefault(about, []).append(f"{f.setting}: {value}")
-    return [f"- {about}: {'; '.join(values)}" for about, values in lines.items()]
+    return [f"{about}: {'; '.join(values)}" for about, values in lines.items()]

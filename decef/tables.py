@@ -107,6 +107,19 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     return sorted((r for r in found if r.summary.get("status") == "finished"), key=lambda r: r.summary["id"])
 
 
+def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of one `comparison` each, by `<dataset>-<schedule>`: with a hash where a schedule ran in several ways."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.comparison, []).append(record)
+    plain = {c: f"{g[0].config['dataset']['name']}-{g[0].config['train']['name']}" for c, g in groups.items()}
+    taken = list(plain.values())
+    return {
+        name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}": groups[c]
+        for c, name in plain.items()
+    }
+
+
 def summarize(records: Sequence[Record]) -> pd.DataFrame:
     """A row per network, layer type and setting: top-1 over seeds, costs, each also as a ratio to Conv2d.
 
@@ -164,30 +177,30 @@ def summarize(records: Sequence[Record]) -> pd.DataFrame:
     )
 
 
+def cells(row: Mapping[Any, Any]) -> dict[str, str]:
+    """A row of `summarize`'s frame as people read it: texts by column title."""
+    return {
+        "network": row["model"],
+        "layer": row["layer"],
+        "setting": row["setting"],
+        "top-1 %": _mean_sd(row["top1"], row["top1_sd"]),
+        "95 % interval": _interval(row["top1_low"], row["top1_high"], ".2f"),
+        "n": str(row["n"]),
+        "vs Conv2d": _difference(row),
+        "params": f"{row['params']:,}",
+        "x dense": f"{row['params_ratio']:.3f}",
+        "of them trained": f"{row['trainable_params']:,}",
+        "MFLOPs": f"{row['flops'] / 1e6:.2f}",
+        "x dense ": f"{row['flops_ratio']:.3f}",
+        "published top-1": "-" if pd.isna(row["published_top1"]) else f"{row['published_top1']:.2f}",
+    }
+
+
 def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
     """`summarize`'s frame for people, with what they must know to read it."""
     first = records[0]
     train, dataset = first.config["train"], first.config["dataset"]
     published = frame.dropna(subset="published_top1")
-    rows = []
-    for row in frame.to_dict("records"):
-        rows.append(
-            {
-                "network": row["model"],
-                "layer": row["layer"],
-                "setting": row["setting"],
-                "top-1 %": _mean_sd(row["top1"], row["top1_sd"]),
-                "95 % interval": _interval(row["top1_low"], row["top1_high"], ".2f"),
-                "n": row["n"],
-                "vs Conv2d": _difference(row),
-                "params": f"{row['params']:,}",
-                "x dense": f"{row['params_ratio']:.3f}",
-                "of them trained": f"{row['trainable_params']:,}",
-                "MFLOPs": f"{row['flops'] / 1e6:.2f}",
-                "x dense ": f"{row['flops_ratio']:.3f}",
-                "published top-1": "-" if pd.isna(row["published_top1"]) else f"{row['published_top1']:.2f}",
-            }
-        )
     hardware = sorted({f"{r.summary['device']} ({r.summary['machine']})" for r in records})
     commits = sorted({f"{str(r.summary['git_commit'])[:10]}{'+' * bool(r.summary['git_dirty'])}" for r in records})
     lines = [
@@ -200,7 +213,7 @@ def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
         "parameters likewise. The published column is somebody else's figure with another training; - where we know of "
         "none.",
         "",
-        pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True),
+        pd.DataFrame(map(cells, frame.to_dict("records"))).to_markdown(index=False, disable_numparse=True),
         "",
         *(
             f"- published, {row['model']} {row['layer']} ({row['setting']}): {row['published_source']}"
@@ -219,32 +232,19 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
 
     Tables of groups that no longer have a run are removed.
     """
-    by_comparison: dict[str, list[Record]] = {}
-    for record in records:
-        by_comparison.setdefault(record.comparison, []).append(record)
-    names = _names(by_comparison)
+    groups = comparison_groups(records)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.md"), *folder.glob("*.csv")):
-        if old.stem not in names.values():
+        if old.stem not in groups:
             old.unlink()
     written = []
-    for comparison, group in by_comparison.items():
+    for name, group in groups.items():
         frame = summarize(group)
-        path = folder / f"{names[comparison]}.md"
+        path = folder / f"{name}.md"
         replace_file(path.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
         replace_file(path, markdown(frame, group).encode())
         written.append(path)
     return sorted(written)
-
-
-def _names(groups: Mapping[str, Sequence[Record]]) -> dict[str, str]:
-    """`<dataset>-<schedule>`, with a hash where one schedule was run with different settings."""
-    plain = {c: f"{g[0].config['dataset']['name']}-{g[0].config['train']['name']}" for c, g in groups.items()}
-    taken = list(plain.values())
-    return {
-        c: name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}"
-        for c, name in plain.items()
-    }
 
 
 def _interval(low: float, high: float, format_spec: str) -> str:

@@ -1,0 +1,39 @@
+"""Write results/report.html, claims, tables, charts and runs on one page: python scripts/report.py [--results DIR]."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder with runs/ and ranks/; report.html goes there too"
+    )
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from decef.checkpoint import replace_file
+    from decef.claims import judge, load_claims, load_rank_tables
+    from decef.record import read_metrics
+    from decef.report import build
+    from decef.tables import load_records
+
+    runs = arguments.results / "runs"
+    try:
+        records, ranks = load_records(arguments.results), load_rank_tables(arguments.results)
+        verdicts = [(claim, judge(claim, records, ranks)) for claim in load_claims()]
+    except ValueError as error:
+        fail(str(error))
+    if not records:
+        fail(f"there is no finished run in {runs}: train something first, make quickstart for one")
+    metrics = {record.summary["id"]: read_metrics(runs / record.summary["id"]) for record in records}
+    path = arguments.results / "report.html"
+    replace_file(path, build(records, metrics, verdicts).encode())
+    print(f"wrote {path}: {len(records)} runs, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
