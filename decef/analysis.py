@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from decef.checkpoint import load_checkpoint
 from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
 from decef.data import Data, Dataset, dataset
-from decef.layers import FactorizedConv2d
+from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.ranks import DEFINITIONS, Budget, effective_rank
@@ -53,15 +54,30 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
 def input_size_of(name: str) -> tuple[int, int, int]:
     """Shape `(C, H, W)` of what a network of `load_networks` takes: its run's images; else CIFAR's, or ImageNet's."""
     if Path(name).is_dir():
-        return dataset(yaml.safe_load((Path(name) / CONFIG).read_text())["dataset"]).input_size
+        return dataset_of(Path(name)).input_size
     return (3, 224, 224) if "/" in name else (3, 32, 32)
+
+
+def dataset_of(run: Path) -> Dataset:
+    """What a run was trained on.
+
+    Raises:
+        FileNotFoundError: the folder is no run's.
+    """
+    return dataset(_config_of(run)["dataset"])
+
+
+def _config_of(run: Path) -> dict[str, Any]:
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run} is no folder of a run, it has no {CONFIG}")
+    return yaml.safe_load((run / CONFIG).read_text())
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
     paths = sorted(folder.glob("checkpoint-*.pt")) or [folder / CHECKPOINT]
     if not paths[0].is_file():
         raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = _config_of(folder)
     for path in paths:
         checkpoint = load_checkpoint(path)
         model = convert(
@@ -155,6 +171,51 @@ def untuned(
                 converted = convert(model, the_plan)
                 errors = [r.error for r in the_plan.rows if r.error is not None]
                 yield row(converted, layer, f"{share:.3f}", spread, sum(errors) / len(errors))
+
+
+def removal_table(model: nn.Module, test: Data, *, mean: Tensor, std: Tensor) -> pd.DataFrame:
+    """What every CPAC component is worth: the test loss and top-1 that its removal costs, beside its significance.
+
+    Args:
+        model: a trained network; it stays as it is.
+        test: images to measure on.
+        mean, std: see `decef.data.normalize`.
+
+    Returns:
+        A row per component: `layer`, `component`, `channels` and `product` (the two kinds of
+        `CPACConv2d.significance`), `loss_rise` and `top1_drop` (in points).
+
+    Raises:
+        ValueError: the network has no CPAC layer.
+    """
+    import pandas as pd
+
+    model = copy.deepcopy(model)
+    loss, top1 = evaluate(model, test, mean=mean, std=std)
+    rows = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, CPACConv2d):
+            continue
+        channels, product = (layer.significance(kind).tolist() for kind in ("channels", "product"))
+        whole = layer.filters.detach().clone()
+        for component in range(len(product)):
+            layer.remove_(torch.tensor([component]))
+            left = evaluate(model, test, mean=mean, std=std)
+            with torch.no_grad():
+                layer.filters.copy_(whole)
+            rows.append(
+                {
+                    "layer": name,
+                    "component": component,
+                    "channels": channels[component],
+                    "product": product[component],
+                    "loss_rise": left[0] - loss,
+                    "top1_drop": top1 - left[1],
+                }
+            )
+    if not rows:
+        raise ValueError("the network has no CPAC layer, whose components could be removed")
+    return pd.DataFrame(rows)
 
 
 def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> None:

@@ -30,6 +30,8 @@ INCONCLUSIVE, ONE_SEED, NOT_TESTED = "inconclusive", "inconclusive (one seed)", 
 STATUSES = ("verified", "verified-code")
 #: Costs that a claim can bound, as shares of the dense network's.
 SHARES = ("params", "trainable_params", "flops")
+#: Tables by what was measured ("ranks", "significance") and by name, see `load_measured`.
+Measured = Mapping[str, Mapping[str, "pd.DataFrame"]]
 #: Training options that only factorised layers have, so that their dense twin was trained without them.
 LAYER_TRAINING = ("train.atcd", "train.orthogonality")
 
@@ -62,7 +64,6 @@ class Claim:
     asks: Mapping[str, Any]
     experiment: str
     figures: tuple[Figure, ...] = ()
-    needs: str = ""
     note: str = ""
 
 
@@ -144,26 +145,29 @@ def load_claims() -> tuple[Claim, ...]:
     return tuple(claims.values())
 
 
-def load_rank_tables(results: Path) -> dict[str, pd.DataFrame]:
-    """What scripts/ranks.py wrote to results/ranks, by file name: `rank_table`'s columns and `network`."""
+def load_measured(results: Path) -> Measured:
+    """What scripts/ranks.py and scripts/significance.py wrote to results/ranks and results/significance, by name."""
     import pandas as pd
 
-    return {path.stem: pd.read_csv(path) for path in sorted((results / "ranks").glob("*.csv"))}
+    return {
+        kind: {path.stem: pd.read_csv(path) for path in sorted((results / kind).glob("*.csv"))}
+        for kind in ("ranks", "significance")
+    }
 
 
-def judge(claim: Claim, records: Sequence[Record], ranks: Mapping[str, pd.DataFrame] | None = None) -> Verdict:
+def judge(claim: Claim, records: Sequence[Record], measured: Measured | None = None) -> Verdict:
     """Hold a claim against what was run.
 
     Args:
         claim: one of `load_claims()`.
         records: finished runs, see `decef.tables.load_records`. A run that diverged is not among them.
-        ranks: see `load_rank_tables`.
+        measured: see `load_measured`.
 
     Raises:
         ValueError: the claim's control is several runs of one seed.
     """
     asks = {key: value for key, value in claim.asks.items() if key != "kind"}
-    evidence = tuple(KINDS[claim.asks["kind"]](claim, records, ranks or {}, **asks))
+    evidence = tuple(KINDS[claim.asks["kind"]](claim, records, measured or {}, **asks))
     return Verdict(_overall(e.verdict for e in evidence), evidence)
 
 
@@ -183,7 +187,7 @@ def _overall(verdicts: Iterable[str]) -> str:
 def _no_worse(
     claim: Claim,
     records: Sequence[Record],
-    ranks: Mapping[str, pd.DataFrame],
+    measured: Measured,
     *,
     runs: Mapping[str, Any],
     margin: float,
@@ -219,7 +223,7 @@ def _no_worse(
 def _trains(
     claim: Claim,
     records: Sequence[Record],
-    ranks: Mapping[str, pd.DataFrame],
+    measured: Measured,
     *,
     runs: Mapping[str, Any],
     at_least: float,
@@ -247,9 +251,7 @@ def _trains(
         yield _evidence(group, words, verdict, others)
 
 
-def _reaches(
-    claim: Claim, records: Sequence[Record], ranks: Mapping[str, pd.DataFrame], *, tolerance: float
-) -> Iterator[Evidence]:
+def _reaches(claim: Claim, records: Sequence[Record], measured: Measured, *, tolerance: float) -> Iterator[Evidence]:
     """Top-1 is at most `tolerance` points below the claim's figures, of the same data, network, layer and setting."""
     for figure in claim.figures:
         if figure.metric == "top1":
@@ -259,9 +261,7 @@ def _reaches(
                 yield _evidence(group, words, _above(mean, figure.value - tolerance))
 
 
-def _monotone_rank(
-    claim: Claim, records: Sequence[Record], ranks: Mapping[str, pd.DataFrame], *, over: str
-) -> Iterator[Evidence]:
+def _monotone_rank(claim: Claim, records: Sequence[Record], measured: Measured, *, over: str) -> Iterator[Evidence]:
     """Effective ranks ("threshold") fall with depth, or change less and less over training.
 
     By Spearman's correlation in every network, whose interval over networks of one architecture must lie below 0:
@@ -270,7 +270,7 @@ def _monotone_rank(
     """
     layers = {record.summary["id"]: record.config["layer"]["name"] for record in records}
     groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
-    for name, table in ranks.items():
+    for name, table in measured.get("ranks", {}).items():
         if layers.get(name, "conv2d") == "conv2d":  # the claims are about dense kernels
             last = table[table.network == table.network.iloc[-1]]
             shape = tuple(last.name + last.in_channels.astype(str) + "-" + last.out_channels.astype(str))
@@ -306,9 +306,23 @@ def _rank_trends(table: pd.DataFrame, over: str) -> dict[str, float]:
     return {"epoch with change of rank": rank_correlation(epochs[1:], changes)}
 
 
-def _untested(claim: Claim, records: Sequence[Record], ranks: Mapping[str, pd.DataFrame]) -> Iterator[Evidence]:
-    """Nothing here can check it yet; the claim's `needs` says why."""
-    return iter(())
+def _significance(claim: Claim, records: Sequence[Record], measured: Measured, *, measure: str) -> Iterator[Evidence]:
+    """Components of a larger `measure` are those whose removal costs more, by Spearman's correlation.
+
+    In every layer of a run, then the mean of its layers, whose interval over the runs of one setting must lie above 0.
+    """
+    tables = measured.get("significance", {})
+    for group in _groups(r for r in records if r.summary["id"] in tables):
+        trends = []
+        for record in group:
+            layers = tables[record.summary["id"]].groupby("layer")
+            found = [rank_correlation(list(t[measure]), list(t.loss_rise)) for _, t in layers if len(t) > 2]
+            if found:
+                trends.append(sum(found) / len(found))
+        if trends:
+            mean = estimate(trends)
+            words = f"rank correlation {mean.mean:+.2f} {mean.interval('+.2f')}".rstrip()
+            yield _evidence(group, f"{words} of {measure} with the loss that removal adds", _above(mean, 0))
 
 
 KINDS: dict[Any, Callable[..., Iterator[Evidence]]] = {
@@ -316,7 +330,7 @@ KINDS: dict[Any, Callable[..., Iterator[Evidence]]] = {
     "trains": _trains,
     "reaches": _reaches,
     "monotone_rank": _monotone_rank,
-    "untested": _untested,
+    "significance": _significance,
 }
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from decef.claims import INCONCLUSIVE, NOT_TESTED, ONE_SEED, SHARES, Claim, Figure, Verdict, load_papers, selector_words
 
+MEASURES = {"product": "norm (the product of its factors' norms)", "channels": "channel factor's norm"}
+
 
 def asks_words(claim: Claim) -> str:
     """What `asks` checks, for people."""
@@ -26,7 +28,7 @@ def asks_words(claim: Claim) -> str:
     if asks["kind"] == "monotone_rank":
         what = "fall from layer to layer" if asks["over"] == "depth" else "change less from checkpoint to checkpoint"
         return f"effective ranks (`threshold` in results/ranks/*.csv) {what}, by rank correlation"
-    return "nothing that can be checked from run records yet"
+    return f"the larger a component's {MEASURES[asks['measure']]}, the more its removal costs, by rank correlation"
 
 
 def _points(points: float) -> str:
@@ -64,8 +66,6 @@ def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
         lines.append(f"- verdict: **{verdict.verdict}**")
         if verdict.verdict in (NOT_TESTED, ONE_SEED, INCONCLUSIVE):
             lines.append(f"- what would test it: `{claim.experiment}`")
-            if claim.needs:
-                lines.append(f"- still lacking: {claim.needs}")
         if verdict.evidence:
             lines += ["", "| what ran | n | what came out | verdict | runs |", "|:--|--:|:--|:--|:--|"]
             lines += [

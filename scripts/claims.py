@@ -9,19 +9,19 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/ and ranks/")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="what was run and measured")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.claims import judge, load_claims, load_rank_tables
+    from decef.claims import judge, load_claims, load_measured
     from decef.claims_text import markdown
     from decef.tables import load_records
 
     if not arguments.results.is_dir():
         fail(f"there is no folder {arguments.results}: train something first, or name another with --results")
     try:
-        records, ranks = load_records(arguments.results), load_rank_tables(arguments.results)
-        verdicts = [(claim, judge(claim, records, ranks)) for claim in load_claims()]
+        records, measured = load_records(arguments.results), load_measured(arguments.results)
+        verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
     except ValueError as error:
         fail(str(error))
     for claim, verdict in verdicts:

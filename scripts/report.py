@@ -10,21 +10,24 @@ from cli import fail
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/ and ranks/; report.html goes there too"
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="what was run and measured; report.html goes there too",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.checkpoint import replace_file
-    from decef.claims import judge, load_claims, load_rank_tables
+    from decef.claims import judge, load_claims, load_measured
     from decef.record import read_metrics
     from decef.report import build
     from decef.tables import load_records
 
     runs = arguments.results / "runs"
     try:
-        records, ranks = load_records(arguments.results), load_rank_tables(arguments.results)
-        verdicts = [(claim, judge(claim, records, ranks)) for claim in load_claims()]
+        records, measured = load_records(arguments.results), load_measured(arguments.results)
+        verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
     except ValueError as error:
         fail(str(error))
     if not records:

@@ -9,7 +9,7 @@ import torch
 from test_run import config
 from test_train import DIGITS, network, train
 
-from decef.analysis import kernels, load_networks, rank_table, untuned, write_untuned
+from decef.analysis import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
 from decef.layers import CPACConv2d
 from decef.models import CifarResNet
 from decef.models.weights import load_weights
@@ -143,6 +143,28 @@ def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():
     least = loss_without(lambda m: m.significance().argsort())
     most = loss_without(lambda m: m.significance().argsort(descending=True))
     assert least < sum(random) / len(random) < most
+
+
+def test_removal_table_is_what_each_component_is_worth():
+    model = network("cpac")
+    train(model, size=1437)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, test = DIGITS.load(None)
+    mean, std = torch.tensor(DIGITS.mean), torch.tensor(DIGITS.std)
+    table = removal_table(model, test, mean=mean, std=std)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, CPACConv2d)}
+    assert list(table.layer.unique()) == list(layers)
+    row = table.iloc[-1]
+    layer = layers[row.layer]
+    assert row["product"] == pytest.approx(layer.significance()[row.component].item())
+    loss, top1 = evaluate(model, test, mean=mean, std=std)
+    layer.remove_(torch.tensor([row.component]))
+    loss_without, top1_without = evaluate(model, test, mean=mean, std=std)
+    assert row.loss_rise == pytest.approx(loss_without - loss)
+    assert row.top1_drop == pytest.approx(top1 - top1_without)
+    with pytest.raises(ValueError, match="no CPAC layer"):
+        removal_table(network("decef"), test, mean=mean, std=std)
 
 
 def test_significance_is_the_norm_of_a_component_whatever_its_factors_scale():

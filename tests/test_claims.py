@@ -22,7 +22,7 @@ from decef.claims import (
     judge,
     load_claims,
     load_figures,
-    load_rank_tables,
+    load_measured,
 )
 from decef.claims_text import asks_words, markdown
 from decef.tables import Record
@@ -206,7 +206,7 @@ def test_ranks_over_depth(tmp_path, tables, verdict):
     (tmp_path / "ranks").mkdir()
     for i, table in enumerate(tables):
         table.to_csv(tmp_path / "ranks" / f"run{i}.csv", index=False)
-    got = judge(claim(kind="monotone_rank", over="depth"), [], load_rank_tables(tmp_path))
+    got = judge(claim(kind="monotone_rank", over="depth"), [], load_measured(tmp_path))
     assert got.verdict == verdict
     assert [e.n for e in got.evidence] == ([len(tables)] if tables else [])
 
@@ -218,16 +218,16 @@ def test_ranks_over_training_and_of_dense_networks_alone():
         return pd.concat([ranks([9 - s] * 4, RANDOM, f"epoch {2 * i + 1}") for i, s in enumerate(steps)])
 
     settling, wandering = training(0, 4, 6, 7, 7.5), training(0, 0.5, 1.5, 3.5, 7.5)
-    assert judge(ask, [], {"a": settling, "b": settling}).verdict == HOLDS
-    assert judge(ask, [], {"a": wandering, "b": wandering}).verdict == FAILS
-    assert judge(ask, [], {"a": settling}).verdict == ONE_SEED
-    assert judge(ask, [], {"a": ranks(FALLING, RANDOM)}).verdict == NOT_TESTED  # one checkpoint
+
+    def verdict(records, **tables):
+        return judge(ask, records, {"ranks": tables}).verdict
+
+    assert verdict([], a=settling, b=settling) == HOLDS
+    assert verdict([], a=wandering, b=wandering) == FAILS
+    assert verdict([], a=settling) == ONE_SEED
+    assert verdict([], a=ranks(FALLING, RANDOM)) == NOT_TESTED  # one checkpoint
     factorised = record("decef", 0, 90.0)
-    assert judge(ask, [factorised], {factorised.summary["id"]: settling}).verdict == NOT_TESTED
-
-
-def test_untested():
-    assert judge(claim(kind="untested"), DENSE).verdict == NOT_TESTED
+    assert verdict([factorised], **{factorised.summary["id"]: settling}) == NOT_TESTED
 
 
 # claims.yaml ------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from cli import check_arguments
 
-    ready = [shlex.split(one.experiment) for one in load_claims() if not one.needs and "<" not in one.experiment]
+    ready = [shlex.split(one.experiment) for one in load_claims() if "<" not in one.experiment]
     assert len(ready) >= 5
     for command in ready:
         assert command[:2] == ["python", "scripts/train.py"]
@@ -299,8 +299,8 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
         ("status: verified,", "status: recalled,", "A1 has status 'recalled'"),
         ("values: {dense: 91.73}", "values: {dense: none}", "figure A1 cannot be read"),
         (
-            "    needs: >-\n      a recorded",
-            "    lacks: >-\n      a recorded",
+            "    note: >-\n      after runs",
+            "    notes: >-\n      after runs",
             "claim cpac-significance cannot be read",
         ),
     ],
@@ -342,3 +342,17 @@ def test_the_command_line_writes_the_same_bytes_twice(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "scripts" / "claims.py"), run_name="__main__")
     assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rises", "verdict"),
+    [([[0.1, 0.2, 0.3]] * 3, HOLDS), ([[0.3, 0.2, 0.1]] * 3, FAILS), ([[0.1, 0.2, 0.3]], ONE_SEED)],
+)
+def test_significance_by_what_removal_costs(rises, verdict):
+    records, tables = runs("cpac", *[90.0] * len(rises), rank=3), {}
+    for found, rise in zip(records, rises, strict=True):
+        table = {"layer": "conv1", "component": [0, 1, 2], "product": [1.0, 2.0, 3.0], "loss_rise": rise}
+        tables[found.summary["id"]] = pd.DataFrame(table)
+    got = judge(claim(kind="significance", measure="product"), records, {"significance": tables})
+    assert got.verdict == verdict
+    assert judge(claim(kind="significance", measure="product"), records, {}).verdict == NOT_TESTED

@@ -1,0 +1,42 @@
+"""What CPAC's feature maps are worth: remove them one by one from trained networks.
+
+python scripts/significance.py results/runs/<run of layer=cpac> ... --out results/significance
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that still have their checkpoints")
+    parser.add_argument("--root", type=Path, help="where the data are; default: as for training")
+    parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from decef.analysis import dataset_of, load_networks, removal_table
+    from decef.record import environment
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for run in arguments.runs:
+        try:
+            data = dataset_of(run)
+            _, model = load_networks(str(run))[-1]
+            _, test = data.load(arguments.root)
+            table = removal_table(model, test, mean=torch.tensor(data.mean), std=torch.tensor(data.std))
+        except (ValueError, FileNotFoundError) as error:
+            fail(str(error))
+        print(f"{run.name}:")
+        print(table.round(3).to_string(index=False))
+        table.round(6).to_csv(arguments.out / f"{run.name}.csv", index=False)
+        made = {"run": run.name, **environment("cpu", torch.get_num_threads())}
+        (arguments.out / f"{run.name}.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
