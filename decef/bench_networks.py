@@ -133,8 +133,10 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
             }
 
 
-def bench_loops(device: torch.device, *, batches: int = 8, rounds: int = 3) -> dict[str, float]:
-    """Images a second of ResNet-20's training, side by side: the usual script's loop, ours, and ours by schedule.
+def bench_loops(
+    device: torch.device, *, network: str = "resnet20", batches: int = 8, rounds: int = 3
+) -> dict[str, float]:
+    """Images a second of a network's training, side by side: the usual script's loop, ours, and ours by schedule.
 
     "usual" is what public scripts for it do: a PIL image at a time through torchvision's transforms, a `DataLoader`
     with a worker a core, contiguous images, the loss and the accuracy read at every step. "decef" is this project's
@@ -143,7 +145,7 @@ def bench_loops(device: torch.device, *, batches: int = 8, rounds: int = 3) -> d
     """
     images = torch.randint(0, 256, (128 * batches, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
-    model = create_model("resnet20", num_classes=10).to(device)
+    model = create_model(network, num_classes=10).to(device)
     ours = Images(images, labels, crop_padding=4, flip=True).to(device)
     loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels)}
     for name, scale in (("decef", 1.0), ("0.75", 0.75), ("0.5", 0.5)):

@@ -39,11 +39,9 @@ def interleaved(
     timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
     numbers = {}
     for name, timer in timers.items():
-        seconds = timer.timeit(1).mean
+        seconds = timer.timeit(1).mean  # after two calls to warm up
         if seconds > SLOW:
             rounds = min(rounds, 2)
-        else:
-            seconds = timer.timeit(2).mean  # the first call was the warm-up
         numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -91,12 +89,16 @@ class _Counting(TorchDispatchMode):
         self.roofline, self.seconds = roofline, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         count = flop_registry.get(func._overloadpacket)
-        if count is not None:
-            flops = count(*args, **(kwargs or {}), out_val=out)
-            moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor))
-            self.seconds += max(flops / self.roofline.flops, moved / self.roofline.bandwidth)
+        if count is None:
+            with self:  # in inference mode an operator may come before it is taken apart
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        flops = count(*args, **kwargs, out_val=out)
+        moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor))
+        self.seconds += max(flops / self.roofline.flops, moved / self.roofline.bandwidth)
         return out
 
 

@@ -1,18 +1,24 @@
 import json
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 import torch
 
-from decef.bench import Shape, auto_score, bench_layers, interleaved, layer_times, write_bench
+from decef.bench import Shape, auto_score, bench_layers, layer_times, write_layers
+from decef.bench_networks import Case, bench_inference, bench_loops, bench_steps, write_inference, write_training
+from decef.timing import Roofline, interleaved, peak_memory
 
 TINY = Shape("test", 8, 16, 3, 2, 8)
 CPU = torch.device("cpu")
+ROOFLINE = Roofline(flops=1e9, bandwidth=1e9)
+MADE = {"git_commit": "0" * 40, "git_dirty": False, "started": "now", "dtype": "float32", "machine": "a test"}
 
 
 def test_times_of_a_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("decef.bench.SHAPES", (TINY,))
-    monkeypatch.setattr("decef.bench.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.timing.ROUND_SECONDS", 0.001)
     rows = list(bench_layers(["decef", "basisconv"], [0.5], [2], CPU))
     assert [(row["layer"], row["pass"]) for row in rows] == [
         (layer, which) for layer in ("decef", "basisconv") for which in ("inference", "training")
@@ -21,14 +27,17 @@ def test_times_of_a_layer(tmp_path, monkeypatch):
         assert 0 < row["flops_ratio"] <= 0.5
         assert min(row["dense"], row["factorized"], row["reconstructed"]) > 0
         assert row["auto"] in ("factorized", "reconstructed")
-    write_bench(rows, tmp_path / "bench", "cpu")
+        assert row["bound"] > 0
+        assert row["memory"] > 0
+    write_layers(rows, tmp_path / "bench", MADE)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
     assert "8 to 16, 3x3/2, 8 px" in (tmp_path / "bench.md").read_text()
 
 
 @pytest.mark.parametrize("layer", ["decef", "rank1"])
 def test_a_layer_type_with_nothing_to_offer(layer):
-    assert layer_times(Shape("test", 8, 16, 1, 1, 8), layer, 0.5, batch=1, backward=False, device=CPU) is None
+    shape = Shape("test", 8, 16, 1, 1, 8)
+    assert layer_times(shape, layer, 0.5, batch=1, backward=False, roofline=ROOFLINE, device=CPU) is None
 
 
 def test_steps_run_in_turn():
@@ -38,7 +47,7 @@ def test_steps_run_in_turn():
     turns = "".join(calls)
     while "aa" in turns or "bb" in turns:
         turns = turns.replace("aa", "a").replace("bb", "b")
-    assert turns == "abababab"  # warm-up and three rounds
+    assert turns == "abababab"  # to see how long it takes, and three rounds
 
 
 def test_score_of_auto():
@@ -52,3 +61,74 @@ def test_score_of_auto():
     score = auto_score(frame)
     assert score.right.to_dict() == {"auto": 0.75, "factorized": 0.75, "reconstructed": 0.5}
     assert score.loc["factorized", "time"] == pytest.approx(2 ** (1 / 4))
+
+
+def test_roofline_takes_the_longer_of_arithmetic_and_traffic():
+    x, weight = torch.randn(2, 4, 8, 8), torch.randn(8, 4, 3, 3)
+    flops = 2 * 2 * 8 * 4 * 9 * 6 * 6
+    moved = 4 * (2 * 4 * 8 * 8 + 8 * 4 * 9 + 2 * 8 * 6 * 6)
+
+    def step():
+        return torch.conv2d(x, weight).relu()
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert Roofline(flops=1.0, bandwidth=1e9).seconds(step) == pytest.approx(flops)
+            assert Roofline(flops=1e12, bandwidth=1.0).seconds(step) == pytest.approx(moved)
+    measured = Roofline.measure(CPU)
+    assert measured.flops > 1e8
+    assert measured.bandwidth > 1e8
+
+
+def test_peak_memory_is_what_is_alive_at_once():
+    x = torch.zeros(2**20)
+
+    def three_in_turn():
+        y = x + 1
+        z = y + 1
+        del y
+        return z + 1
+
+    assert peak_memory(three_in_turn, CPU) == pytest.approx(2 * 4 * 2**20, rel=0.01)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr("decef.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.timing.ROUNDS", 1)
+
+
+def test_whole_networks(tmp_path, quick):
+    case = Case("plain", 8, 2, ("conv2d", "basisconv"), ("eager",))
+    rows = list(bench_inference([case], 0.5, CPU))
+    dense, basis = rows
+    assert (dense["layer"], dense["flops_ratio"], dense["bound"], dense["forms"]) == ("conv2d", 1, 1, {})
+    assert 0 < basis["flops_ratio"] <= 0.5
+    assert sum(basis["forms"].values()) > 0
+    assert basis["engine"] == "eager"
+    write_inference(rows, tmp_path / "networks", MADE)
+    assert json.loads((tmp_path / "networks.json").read_text())["rows"] == rows
+    assert "| plain" in (tmp_path / "networks.md").read_text()
+
+    rows = list(bench_steps([case], 0.5, CPU))
+    assert [row["layer"] for row in rows] == ["conv2d", "basisconv"]
+    assert all(row["seconds"] > 0 and row["memory"] > 0 for row in rows)
+    loops = bench_loops(CPU, network="plain", batches=1, rounds=1)
+    assert set(loops) == {"usual", "decef", "0.75", "0.5"}
+    assert all(rate > 0 for rate in loops.values())
+    write_training(rows, loops, tmp_path / "training", MADE)
+    assert "the usual script" in (tmp_path / "training.md").read_text()
+
+
+def test_what_the_command_refuses():
+    for arguments, message in (
+        (["speed"], "there is no benchmark speed; there are layers, networks, training"),
+        (["layers", "--share", "2"], "--share 2 must be above 0"),
+        (["layers", "--device", "cuda:99"], "torch sees no GPU"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "scripts/bench.py", *arguments], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
