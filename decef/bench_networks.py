@@ -134,7 +134,7 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
 
 
 def bench_loops(
-    device: torch.device, *, network: str = "resnet20", batches: int = 8, rounds: int = 3
+    device: torch.device, *, network: str = "resnet20", batch: int = 128, steps: int = 8, rounds: int = 3
 ) -> dict[str, float]:
     """Images a second of a network's training, side by side: the usual script's loop, ours, and ours by schedule.
 
@@ -143,13 +143,13 @@ def bench_loops(
     loop on the same images, at full size. "0.75" and "0.5" are the same on images of that scale, which schedule `quick`
     trains on for most of its epochs.
     """
-    images = torch.randint(0, 256, (128 * batches, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 256, (steps * batch, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
     model = create_model(network, num_classes=10).to(device)
     ours = Images(images, labels, crop_padding=4, flip=True).to(device)
-    loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels)}
+    loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels, batch)}
     for name, scale in (("decef", 1.0), ("0.75", 0.75), ("0.5", 0.5)):
-        loops[name] = _our_loop(copy.deepcopy(model), ours, scale)
+        loops[name] = _our_loop(copy.deepcopy(model), ours, batch, scale)
     seconds = interleaved(loops, rounds)
     return {name: len(images) / value for name, value in seconds.items()}
 
@@ -253,14 +253,14 @@ def _training(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], obj
     return lambda: training.step(x, labels, STEP.lr, 0)
 
 
-def _our_loop(network: nn.Module, images: Images, scale: float) -> Callable[[], object]:
+def _our_loop(network: nn.Module, images: Images, batch_size: int, scale: float) -> Callable[[], object]:
     training = Training(network, STEP, images.device)
     mean, std = (torch.tensor(values, device=images.device) for values in (CIFAR10.mean, CIFAR10.std))
 
     def epoch() -> None:
         training.start_epoch()
         generator = torch.Generator().manual_seed(0)
-        for batch, labels in images.batches(STEP.batch_size, generator):
+        for batch, labels in images.batches(batch_size, generator):
             x = network_input(batch, mean, std, STEP.channels_last, scale)
             training.step(x, labels, STEP.lr, 0)
         training.finish_epoch()
@@ -268,7 +268,7 @@ def _our_loop(network: nn.Module, images: Images, scale: float) -> Callable[[], 
     return epoch
 
 
-def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Callable[[], object]:
     import_torchvision()
     from torchvision import transforms
 
@@ -281,7 +281,7 @@ def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor) -> Callable[
         ]
     )
     data = _PilImages(images, labels, transform)
-    loader = DataLoader(data, batch_size=STEP.batch_size, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(network.parameters(), lr=STEP.lr, momentum=0.9, weight_decay=5e-4)
 

@@ -113,7 +113,7 @@ def test_whole_networks(tmp_path, quick):
     rows = list(bench_steps([case], 0.5, CPU))
     assert [row["layer"] for row in rows] == ["conv2d", "basisconv"]
     assert all(row["seconds"] > 0 and row["memory"] > 0 for row in rows)
-    loops = bench_loops(CPU, network="plain", batches=1, rounds=1)
+    loops = bench_loops(CPU, batch=4, steps=1, rounds=1)
     assert set(loops) == {"usual", "decef", "0.75", "0.5"}
     assert all(rate > 0 for rate in loops.values())
     write_training(rows, loops, tmp_path / "training", MADE)
