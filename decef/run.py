@@ -288,6 +288,8 @@ def _train_and_record(
         project=config["wandb"]["project"],
         entity=config["wandb"]["entity"],
     )
+    for row in record.metrics():  # of a resumed run
+        tracker.log(row)
     earlier = summary["wall_seconds"]
 
     def on_epoch(metrics: Metrics) -> None:

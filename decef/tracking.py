@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,10 @@ MODES = ("auto", "online", "offline", "disabled")
 
 class Tracker:
     """Sends a run's config, metrics and summary to W&B; in mode "disabled" it does nothing and needs no wandb.
+
+    Whatever goes wrong with W&B, the training goes on: a run that W&B doesn't take at its start is mirrored offline,
+    and one that it stops taking is left where `make sync` finds it. W&B has 30 seconds to answer at the start and 60 at
+    the end, or `$WANDB_INIT_TIMEOUT` and `$WANDB_FINISH_TIMEOUT`.
 
     Args:
         mode: "online", "offline", "disabled", or "auto": `$WANDB_MODE` if set, else online with an API key, else
@@ -44,12 +52,20 @@ class Tracker:
     ) -> None:
         self.mode = resolve_mode(mode)
         self._run: Any = None
+        self._works = True
         if self.mode == "disabled":
             return
         import wandb
 
-        self._run = wandb.init(
-            mode=self.mode,  # type: ignore[arg-type]
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),
+            finish_timeout_raises=True,
+        )
+        start = partial(
+            wandb.init,
             project=project,
             entity=entity,
             id=run_id,
@@ -58,27 +74,54 @@ class Tracker:
             tags=tags,
             config=dict(config),
             dir=folder,
-            resume="allow" if self.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=settings,
         )
-        self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")
+        if self.mode == "online":
+            with self._going_on("W&B cannot be reached, so this run is mirrored offline"):
+                self._run = start(mode="online", resume="allow")
+            if not self._works:
+                self.mode, self._works = "offline", True
+        with self._going_on("W&B cannot be started, so this run has no mirror"):
+            self._run = self._run or start(mode="offline")
+            self._run.define_metric("epoch")
+            self._run.define_metric("*", step_metric="epoch")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch's metrics."""
-        if self._run is not None:
-            self._run.log({key: value for key, value in metrics.items() if value is not None})
+        """An epoch's metrics, or those of a resumed run's earlier epochs; W&B leaves out what it has already."""
+        if self._run is not None and self._works:
+            with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
+                self._run.log({key: value for key, value in metrics.items() if value is not None}, step=metrics["epoch"])
 
     def finish(self, summary: Mapping[str, Any], *, failed: bool = False) -> None:
-        """Add the summary and end the run; say how to upload it when it is offline."""
+        """Add the summary and end the run; say how to upload it when W&B hasn't got all of it."""
         if self._run is None:
             return
-        self._run.summary.update({key: value for key, value in summary.items() if value is not None})
         folder = Path(self._run.dir).parent
-        self._run.finish(exit_code=int(failed))
+        if self._works:
+            with self._going_on("W&B has not taken all of this run"):
+                self._run.summary.update({key: value for key, value in summary.items() if value is not None})
+                self._run.finish(exit_code=int(failed))
         self._run = None
-        if self.mode == "offline":
-            log.info("W&B was offline; to upload this run: wandb sync %s", os.path.relpath(folder))
+        if self.mode == "online" and self._works:
+            return
+        if self.mode == "online":
+            # That is how W&B names what is not uploaded yet.
+            with suppress(OSError):
+                folder = folder.rename(folder.with_name(f"offline-{folder.name}"))
+        log.info("to upload this run to W&B: make sync, or wandb sync %s", os.path.relpath(folder))
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Whatever `wandb` raises as a warning; its process may have died."""
+        import wandb
+
+        try:
+            yield
+        except Exception as error:
+            self._works = False
+            log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+            with suppress(Exception):
+                wandb.teardown()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
 
 
 def resolve_mode(mode: str) -> str:
@@ -99,7 +142,56 @@ def resolve_mode(mode: str) -> str:
         raise ValueError("wandb is not installed: install it, or set wandb.mode=disabled") from None
     if mode == "offline":
         return mode
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
+    has_key = has_api_key()
     if mode == "online" and not has_key:
         raise ValueError("wandb.mode=online needs an API key: run `wandb login`, or set WANDB_API_KEY")
     return "online" if has_key else "offline"
+
+
+def has_api_key() -> bool:
+    """Whether there is an API key in the environment or in W&B's files; W&B is not asked whether it is right."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
+
+
+def check_account() -> None:
+    """Ask W&B whether it takes the API key.
+
+    Raises:
+        ValueError: there is no API key, W&B refuses it, or doesn't answer.
+    """
+    import wandb
+
+    if not has_api_key():
+        raise ValueError("there is no W&B API key: run `wandb login`, or set WANDB_API_KEY")
+    try:
+        wandb.login(prompt=False, verify=True)
+    except wandb.errors.Error as error:
+        raise ValueError(f"W&B cannot be reached or does not take the API key: {error}") from error
+
+
+def offline_runs(results: Path) -> list[Path]:
+    """The folders of mirrored runs that W&B hasn't got yet: of each run the last one, which has all its epochs."""
+    folders = [max(run.glob("wandb/offline-run-*"), default=None) for run in sorted((results / "runs").glob("*"))]
+    return [folder for folder in folders if folder and not _is_uploaded(folder)]
+
+
+def upload(folders: Sequence[Path]) -> list[Path]:
+    """Upload `offline_runs` by `wandb sync`, which says what it does; returns the folders that W&B has now.
+
+    Raises:
+        ValueError: see `check_account`.
+    """
+    check_account()
+    command = [sys.executable, "-m", "wandb", "sync"]
+    subprocess.run([*command, *map(str, folders)], check=False)
+    # One log that a kill cut off keeps W&B from reading the others; its status is 0 all the same.
+    for folder in folders:
+        if not _is_uploaded(folder):
+            subprocess.run([*command, str(folder)], check=False)
+    return [folder for folder in folders if _is_uploaded(folder)]
+
+
+def _is_uploaded(folder: Path) -> bool:
+    return any(folder.glob("*.wandb.synced"))
