@@ -105,9 +105,10 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     try:
         runs = wandb.Api().runs(path, lazy=False)  # lazy would ask for every run's config and summary one by one
         found = [Record(_plain(run.config), dict(run.summary)) for run in runs]
+        finished = {r.summary["id"]: r for r in found if r.summary.get("status") == "finished"}
     except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:
         raise ValueError(f"W&B's project {path} cannot be read: {error}") from error
-    return sorted((r for r in found if r.summary.get("status") == "finished"), key=lambda r: r.summary["id"])
+    return [finished[name] for name in sorted(finished)]
 
 
 def _plain(value: Any) -> Any:
@@ -201,7 +202,8 @@ def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
             }
         )
     hardware = sorted({f"{r.summary['device']} ({r.summary['machine']})" for r in records})
-    commits = sorted({f"{str(r.summary.get('git_commit'))[:10]}{'+' * bool(r.summary.get('git_dirty'))}" for r in records})
+    sources = {(str(r.summary.get("git_commit")), bool(r.summary.get("git_dirty"))) for r in records}
+    commits = sorted(f"{commit[:10]}{'+' * dirty}" for commit, dirty in sources)
     lines = [
         f"# {dataset['name']}, schedule `{train['name']}`",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -11,6 +12,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from decef.record import SUMMARY
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,8 @@ class Tracker:
         """An epoch's metrics, or those of a resumed run's earlier epochs; W&B leaves out what it has already."""
         if self._run is not None and self._works:
             with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
-                self._run.log({key: value for key, value in metrics.items() if value is not None}, step=metrics["epoch"])
+                known = {key: value for key, value in metrics.items() if value is not None}
+                self._run.log(known, step=metrics["epoch"], commit=True)
 
     def finish(self, summary: Mapping[str, Any], *, failed: bool = False) -> None:
         """Add the summary and end the run; say how to upload it when W&B hasn't got all of it."""
@@ -137,7 +141,7 @@ def resolve_mode(mode: str) -> str:
     if mode == "disabled":
         return mode
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise ValueError("wandb is not installed: install it, or set wandb.mode=disabled") from None
     if mode == "offline":
@@ -172,9 +176,16 @@ def check_account() -> None:
 
 
 def offline_runs(results: Path) -> list[Path]:
-    """The folders of mirrored runs that W&B hasn't got yet: of each run the last one, which has all its epochs."""
-    folders = [max(run.glob("wandb/offline-run-*"), default=None) for run in sorted((results / "runs").glob("*"))]
-    return [folder for folder in folders if folder and not _is_uploaded(folder)]
+    """The folders of mirrored runs that W&B hasn't got yet: of each run the last one, which has all its epochs.
+
+    A run that goes on, or that was killed and isn't resumed yet, is not among them: its log isn't whole.
+    """
+    folders = []
+    for run in sorted((results / "runs").glob("*")):
+        last = max(run.glob("wandb/offline-run-*"), default=None)
+        if last and not _is_uploaded(last) and json.loads((run / SUMMARY).read_text())["status"] != "running":
+            folders.append(last)
+    return folders
 
 
 def upload(folders: Sequence[Path]) -> list[Path]:
@@ -186,9 +197,9 @@ def upload(folders: Sequence[Path]) -> list[Path]:
     check_account()
     command = [sys.executable, "-m", "wandb", "sync"]
     subprocess.run([*command, *map(str, folders)], check=False)
-    # One log that a kill cut off keeps W&B from reading the others; its status is 0 all the same.
+    # One log that cannot be read keeps W&B from uploading the others; its status is 0 all the same.
     for folder in folders:
-        if not _is_uploaded(folder):
+        if len(folders) > 1 and not _is_uploaded(folder):
             subprocess.run([*command, str(folder)], check=False)
     return [folder for folder in folders if _is_uploaded(folder)]
 

@@ -3,6 +3,7 @@
 It answers what wandb and wandb-workspaces ask of the real one for runs, files, artifacts and saved views.
 """
 
+# ruff: noqa: N802, N803, N815
 from __future__ import annotations
 
 import gzip
@@ -150,7 +151,7 @@ class WandbServer(ThreadingHTTPServer):
     def _MarkRunFilesUploaded(self, **_: Any) -> Any:
         return {"markRunFilesUploaded": {"success": True}}
 
-    def _Runs(self, project: str, entity: str, cursor: str | None = None, perPage: int = 50, **_: Any) -> Any:  # noqa: N803
+    def _Runs(self, project: str, entity: str, cursor: str | None = None, perPage: int = 50, **_: Any) -> Any:
         found = [run for run in self.runs.values() if run["project"] == project]
         if entity != ENTITY or not found:
             return {"project": None}

@@ -1,0 +1,154 @@
+"""W&B from end to end: the command lines and the real wandb client against a server on the loopback."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_cli import command
+from wandb_server import WandbServer
+
+from decef.tables import load_records, write_tables
+from decef.tracking import offline_runs
+
+TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
+
+
+def environment(folder, url):
+    """What wandb sees: this server, a key that is nobody's, and folders of its own."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    folders = {key: str(folder / key) for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    times = {"WANDB_INIT_TIMEOUT": "3", "WANDB_FINISH_TIMEOUT": "3", "WANDB_ERROR_REPORTING": "false"}
+    key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": url}
+    return {**clean, **folders, **times, **key, "HOME": str(folder), "NETRC": str(folder / "netrc")}
+
+
+def call(env, script, *arguments):
+    folder = Path(env["HOME"])
+    return subprocess.run(
+        command(script, *arguments), cwd=folder, env=env, capture_output=True, text=True, timeout=120,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def records(env):
+    folders = sorted(Path(env["HOME"], "results", "runs").iterdir())
+    return {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+
+
+def check_mirror(server, env, name):
+    """W&B has what the record has."""
+    run, folder = server.runs[name], Path(env["HOME"], "results", "runs", name)
+    config = {key: entry["value"] for key, entry in run["config"].items() if key != "_wandb"}
+    assert config == yaml.safe_load((folder / "config.yaml").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sent = [{key: value for key, value in row.items() if not key.startswith("_")} for row in run["history"]]
+    assert sent == [{key: value for key, value in row.items() if value is not None} for row in rows]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {key: run["summary"][key] for key, value in summary.items() if value is not None} == {
+        key: value for key, value in summary.items() if value is not None
+    }
+    assert run["exit_code"] == 0
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """Four online runs, of two kinds of training."""
+    server, folder = WandbServer(), tmp_path_factory.mktemp("online")
+    env = environment(folder, server.url)
+    done = call(env, "train.py", "-m", "layer=conv2d,decef", "train.clip=1.0,2.5", *TINY, "wandb.mode=online")
+    assert done.returncode == 0, done.stderr
+    yield server, env
+    server.stop()
+
+
+def test_an_online_run_is_its_record(mirrored):
+    server, env = mirrored
+    assert len(records(env)) == 4
+    assert set(server.runs) == set(records(env))
+    for name in server.runs:
+        check_mirror(server, env, name)
+        assert server.runs[name]["group"] == name.rsplit("-s0", 1)[0]
+        assert {"digits", "resnet20", "smoke"} < set(server.runs[name]["tags"])
+
+
+def test_tables_from_wandb_are_those_from_the_records(mirrored):
+    _, env = mirrored
+    results = Path(env["HOME"], "results")
+    write_tables(load_records(results), results / "tables")
+    local = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    done = call(env, "tables.py", "--source", "wandb")
+    assert done.returncode == 0, done.stderr
+    assert len(local) == 4
+    assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == local
+
+
+def test_an_outage_costs_no_training_and_sync_uploads_it_later(tmp_path):
+    server = WandbServer()
+    env = environment(tmp_path, server.url)
+    server.refuse_after = "file_stream"  # the first run loses W&B on its way, the second never reaches it
+    started = time.monotonic()
+    done = call(env, "train.py", "-m", "seed=0,1", *TINY, "wandb.mode=online")
+    assert time.monotonic() - started < 60
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B has not taken all of this run") == 1
+    assert done.stdout.count("W&B cannot be reached, so this run is mirrored offline") == 1
+    assert [summary["status"] for summary in records(env).values()] == ["finished"] * 2
+    server.refuse_after, server.status = None, 401
+    refused = call(env, "sync.py")
+    assert refused.returncode == 2
+    assert "W&B cannot be reached" in refused.stderr
+    server.status = 200
+    unreadable = tmp_path / "results" / "runs" / "a" / "wandb" / "offline-run-1" / "run-a.wandb"
+    unreadable.parent.mkdir(parents=True)
+    unreadable.write_bytes(b"")
+    (unreadable.parents[2] / "summary.json").write_text('{"status": "failed"}')
+    done = call(env, "sync.py")
+    assert done.returncode == 1
+    assert done.stdout.count("uploaded digits-") == 2
+    assert "1 of 3 runs could not be uploaded" in done.stderr
+    unreadable.unlink()
+    for name in server.runs:
+        check_mirror(server, env, name)
+    server.stop()
+
+
+def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(tmp_path):
+    server = WandbServer()
+    env = environment(tmp_path, server.url)
+    arguments = ["train.epochs=4", *TINY, "wandb.mode=offline"]
+    start = command("train.py", *arguments)
+    with subprocess.Popen(start, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
+        for line in run.stdout:
+            if line.startswith(b"epoch 2/4"):
+                run.kill()
+    assert not offline_runs(tmp_path / "results")  # its log isn't whole
+    done = call(env, "train.py", *arguments)
+    assert "goes on after epoch" in done.stdout
+    assert "make sync" in done.stdout
+    assert not server.asked
+    done = call(env, "sync.py")
+    assert done.returncode == 0, done.stderr
+    assert "uploaded digits-" in done.stdout
+    assert not offline_runs(tmp_path / "results")
+    (name,) = server.runs
+    assert len(server.runs[name]["history"]) == 4
+    check_mirror(server, env, name)
+    server.stop()
+
+
+def test_without_an_api_key(tmp_path):
+    env = environment(tmp_path, "http://127.0.0.1:9")
+    del env["WANDB_API_KEY"]
+    (tmp_path / "results/runs/a/wandb/offline-run-1").mkdir(parents=True)
+    (tmp_path / "results/runs/a/summary.json").write_text('{"status": "finished"}')
+    for script, arguments in {"train.py": ["wandb.mode=online", *TINY], "sync.py": []}.items():
+        done = call(env, script, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert "API key" in done.stderr
+        assert "wandb login" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "results/runs").iterdir()] == ["a"]
