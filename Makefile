@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims bench sync dashboard clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -69,6 +69,12 @@ claims: setup ## Judge the papers' claims by the run records: rebuild results/CL
 
 bench: setup ## Time every layer type against the dense convolution, into results/bench (DEVICE=cuda)
 	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench/layers-$(DEVICE)
+
+sync: setup ## Upload the runs that W&B hasn't got yet
+	$(RUN) scripts/sync.py --results $(RESULTS)
+
+dashboard: setup ## Make or update a W&B workspace: accuracy against FLOPs, curves by layer type, the best runs
+	$(RUN) scripts/dashboard.py
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info

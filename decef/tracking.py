@@ -90,20 +90,27 @@ class Tracker:
             self._run.define_metric("*", step_metric="epoch")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch's metrics, or those of a resumed run's earlier epochs; W&B leaves out what it has already."""
-        if self._run is not None and self._works:
-            with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
+        """An epoch's metrics; what W&B has already is left out."""
+        if self._run is None or not self._works:
+            return
+        with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
+            if metrics["epoch"] >= self._run.step:  # of a resumed run W&B has the first ones
                 known = {key: value for key, value in metrics.items() if value is not None}
                 self._run.log(known, step=metrics["epoch"], commit=True)
 
-    def finish(self, summary: Mapping[str, Any], *, failed: bool = False) -> None:
-        """Add the summary and end the run; say how to upload it when W&B hasn't got all of it."""
+    def finish(self, summary: Mapping[str, Any], *, failed: bool = False, checkpoint: Path | None = None) -> None:
+        """Add the summary and a checkpoint (as the run's artifact) and end the run.
+
+        Where W&B hasn't got all of it, it is said how to upload it.
+        """
         if self._run is None:
             return
         folder = Path(self._run.dir).parent
         if self._works:
             with self._going_on("W&B has not taken all of this run"):
                 self._run.summary.update({key: value for key, value in summary.items() if value is not None})
+                if checkpoint is not None:
+                    self._run.log_artifact(checkpoint, name=self._run.name, type="model")
                 self._run.finish(exit_code=int(failed))
         self._run = None
         if self.mode == "online" and self._works:

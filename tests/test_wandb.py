@@ -1,15 +1,20 @@
 """W&B from end to end: the command lines and the real wandb client against a server on the loopback."""
 
+import itertools
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import command
-from wandb_server import WandbServer
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from test_cli import ROOT, command
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb_server import ENTITY, WandbServer
 
 from decef.tables import load_records, write_tables
 from decef.tracking import offline_runs
@@ -59,7 +64,8 @@ def mirrored(tmp_path_factory):
     """Four online runs, of two kinds of training."""
     server, folder = WandbServer(), tmp_path_factory.mktemp("online")
     env = environment(folder, server.url)
-    done = call(env, "train.py", "-m", "layer=conv2d,decef", "train.clip=1.0,2.5", *TINY, "wandb.mode=online")
+    online = ["wandb.mode=online", "wandb.artifacts=true"]
+    done = call(env, "train.py", "-m", "layer=conv2d,decef", "train.clip=1.0,2.5", *TINY, *online)
     assert done.returncode == 0, done.stderr
     yield server, env
     server.stop()
@@ -72,6 +78,10 @@ def test_an_online_run_is_its_record(mirrored):
     for name in server.runs:
         check_mirror(server, env, name)
         assert server.runs[name]["group"] == name.rsplit("-s0", 1)[0]
+        (artifact,) = (a for a in server.artifacts if a["artifactCollectionName"] == name)
+        checkpoint = Path(env["HOME"], "results", "runs", name, "checkpoint.pt")
+        assert artifact["committed"]
+        assert artifact["files"] == {"checkpoint.pt": checkpoint.read_bytes()}
         assert {"digits", "resnet20", "smoke"} < set(server.runs[name]["tags"])
 
 
@@ -152,3 +162,56 @@ def test_without_an_api_key(tmp_path):
         assert "wandb login" in done.stderr
         assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in (tmp_path / "results/runs").iterdir()] == ["a"]
+
+
+def test_the_dashboard_is_made_once_and_updated(mirrored):
+    server, env = mirrored
+    dry = call({**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}, "dashboard.py", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not server.views
+    first = call(env, "dashboard.py")
+    assert first.returncode == 0, first.stderr
+    (view,) = server.views.values()
+    before, view["spec"] = view["spec"], view["spec"].replace("Training loss", "An old title")
+    again = call(env, "dashboard.py")
+    assert again.returncode == 0, again.stderr
+    assert first.stdout == again.stdout == f"{server.url}/{ENTITY}/decef?nw=decefdashboard\n"
+    (now,) = server.views.values()
+    assert now["id"] == view["id"]
+    assert panels(now["spec"]) == panels(before) == panels(json.dumps(json.loads(dry.stdout)["spec"]))
+
+
+def panels(spec):
+    """Every panel's type and settings."""
+    sections = json.loads(spec)["section"]["panelBankConfig"]["sections"]
+    return [(panel["viewType"], panel["config"]) for section in sections for panel in section["panels"]]
+
+
+def test_wandb_takes_the_sweep_and_its_command_line_composes(mirrored, monkeypatch):
+    server, env = mirrored
+    made = subprocess.run(
+        [sys.executable, "-m", "wandb", "sweep", str(ROOT / "configs" / "wandb-sweep.yaml")],
+        cwd=env["HOME"], env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "wandb agent someone/decef/sweep" in made.stderr
+    grid = server.sweep["parameters"]
+    keys = set(next(iter(server.runs.values()))["config"])
+    assert not keys & (set(grid) - {"seed"})  # else W&B would put the parameter in the place of the config
+    for layer in grid["layer.name"]["values"]:
+        point = {name: {"value": parameter["values"][-1]} for name, parameter in grid.items()}
+        point["layer.name"] = {"value": layer}
+        words = {**create_sweep_command_args({"args": point}), "env": [], "program": [server.sweep["program"]]}
+        expanded = [[word] if word[0] != "$" else words[word[2:-1]] for word in server.sweep["command"]]
+        python, script, *arguments = itertools.chain(*expanded)
+        assert (python, script) == ("python", "scripts/train.py")
+        monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        import cli
+
+        arguments = cli.expand(arguments)
+        cli.check_arguments(arguments)
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("train", overrides=arguments)
+        assert (config.layer.name, config.layer.flops) == (layer, 0.667)
+        assert ("train_basis" in config.layer) == (layer == "basisconv")  # it comes with its own options
+        assert config.seed == 2

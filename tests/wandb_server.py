@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
+
 ENTITY = "someone"
 USER = {"id": "1", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "", "admin": False, "flags": "{}"}
 
@@ -46,6 +48,7 @@ class WandbServer(ThreadingHTTPServer):
     Attributes:
         runs: what is known of each run, by id: config and summary as sent, history (a dict per step), files, exit code.
         artifacts: type, name, aliases and files of each artifact, in the order of their creation.
+        sweep: the last sweep's config.
         views: the saved views (workspaces), by name.
         asked: the GraphQL operations and other paths that were asked for, in order.
         status: what every request is answered with; but 200, nothing is kept.
@@ -63,6 +66,7 @@ class WandbServer(ThreadingHTTPServer):
         self.artifacts: list[dict[str, Any]] = []
         self.views: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
+        self.sweep: dict[str, Any] = {}
         self._uploads: dict[str, dict[str, bytes]] = {}
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
@@ -108,7 +112,7 @@ class WandbServer(ThreadingHTTPServer):
 
     def _node(self, run: dict[str, Any]) -> dict[str, Any]:
         state = "running" if run["exit_code"] is None else "failed" if run["exit_code"] else "finished"
-        summary = run["summary"] and json.dumps(run["summary"])
+        summary = json.dumps(run["summary"])
         tail = json.dumps([json.dumps(row) for row in run["history"][-1:]])
         return {
             **dict.fromkeys(("displayName", "sweepName", "jobType", "commit", "description", "notes", "eventsTail")),
@@ -160,3 +164,46 @@ class WandbServer(ThreadingHTTPServer):
         info = {"endCursor": str(first + perPage), "hasNextPage": first + perPage < len(found)}
         runs = {"edges": page, "pageInfo": info}
         return {"project": {"internalId": "1", "runCount": len(found), "readOnly": False, "runs": runs}}
+
+    def _UpsertSweep(self, config: str, projectName: str, **_: Any) -> Any:
+        self.sweep = yaml.safe_load(config)
+        name = {"name": "sweep", "project": {"id": "1", "name": projectName, "entity": {"id": "1", "name": ENTITY}}}
+        return {"upsertSweep": {"sweep": name, "configValidationWarnings": []}}
+
+    def _CreateArtifact(self, input: dict[str, Any]) -> Any:
+        self.artifacts.append({**input, "files": {}})
+        latest = {"artifactSequence": {"latestArtifact": None}}
+        return {"createArtifact": {"artifact": {"id": str(len(self.artifacts) - 1), "state": "PENDING", **latest}}}
+
+    def _CreateArtifactFiles(self, input: dict[str, Any]) -> Any:
+        nodes = []
+        for file in input["artifactFiles"]:
+            number, name = file["artifactID"], file["name"]
+            url = self._upload(f"artifact-{number}", self.artifacts[int(number)]["files"], name)
+            none = {"uploadHeaders": [], "uploadMultipartUrls": None, "artifact": {"id": number}}
+            nodes.append({"node": {"storagePath": name, "uploadUrl": url, **none}})
+        return {"createArtifactFiles": {"files": {"edges": nodes}}}
+
+    def _CreateArtifactManifest(self, artifactID: str, name: str, **_: Any) -> Any:
+        url = self._upload(f"manifest-{artifactID}", {}, name)
+        manifest = {"id": "1", "file": {"id": "1", "uploadUrl": url, "uploadHeaders": []}}
+        return {"createArtifactManifest": {"artifactManifest": manifest}}
+
+    def _UpdateArtifactManifest(self, **sent: Any) -> Any:
+        made = self._CreateArtifactManifest("0", "wandb_manifest.json")["createArtifactManifest"]
+        return {"updateArtifactManifest": made}
+
+    def _CommitArtifact(self, artifactID: str) -> Any:
+        self.artifacts[int(artifactID)]["committed"] = True
+        return {"commitArtifact": {"artifact": {"id": artifactID, "digest": ""}}}
+
+    def _View(self, projectName: str, viewName: str, **_: Any) -> Any:
+        found = self.views.get(viewName)
+        return {"project": {"allViews": {"edges": [{"node": found}] if found else []}}}
+
+    def _UpsertView2(self, name: str, id: str | None = None, **sent: Any) -> Any:
+        inserted = id is None
+        if inserted and name in self.views:
+            raise AssertionError("a view of this name is there already")
+        self.views[name] = {"id": id or f"view-{len(self.views)}", "name": name, **sent}
+        return {"upsertView": {"view": self.views[name], "inserted": inserted}}
