@@ -31,12 +31,42 @@ def environment(folder, url):
     return {**clean, **folders, **times, **key, "HOME": str(folder), "NETRC": str(folder / "netrc")}
 
 
-def call(env, script, *arguments):
-    folder = Path(env["HOME"])
-    return subprocess.run(
-        command(script, *arguments), cwd=folder, env=env, capture_output=True, text=True, timeout=120,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+# Every command line is a process of its own, with its own environment and folder; they share the slow imports.
+DRIVER = r"""
+import json, os, runpy, sys
+import decef.dashboard, decef.run, decef.tables, hydra, wandb
+for line in sys.stdin:
+    command, environment, folder = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        for descriptor, path in enumerate((os.devnull, "stdout", "stderr")):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Runs a command line of scripts/ in an environment, in the environment's HOME."""
+    start = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as driver:
+
+        def run(env, script, *arguments):
+            folder = Path(env["HOME"])
+            print(json.dumps([command(script, *arguments)[1:], env, str(folder)]), file=driver.stdin, flush=True)
+            status = int(driver.stdout.readline())
+            return subprocess.CompletedProcess(
+                arguments, status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+            )
+
+        yield run
 
 
 def records(env):
@@ -60,7 +90,7 @@ def check_mirror(server, env, name):
 
 
 @pytest.fixture(scope="module")
-def mirrored(tmp_path_factory):
+def mirrored(call, tmp_path_factory):
     """Four online runs, of two kinds of training."""
     server, folder = WandbServer(), tmp_path_factory.mktemp("online")
     env = environment(folder, server.url)
@@ -85,7 +115,7 @@ def test_an_online_run_is_its_record(mirrored):
         assert {"digits", "resnet20", "smoke"} < set(server.runs[name]["tags"])
 
 
-def test_tables_from_wandb_are_those_from_the_records(mirrored):
+def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
     _, env = mirrored
     results = Path(env["HOME"], "results")
     write_tables(load_records(results), results / "tables")
@@ -96,7 +126,7 @@ def test_tables_from_wandb_are_those_from_the_records(mirrored):
     assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == local
 
 
-def test_an_outage_costs_no_training_and_sync_uploads_it_later(tmp_path):
+def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     server = WandbServer()
     env = environment(tmp_path, server.url)
     server.refuse_after = "file_stream"  # the first run loses W&B on its way, the second never reaches it
@@ -126,7 +156,7 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(tmp_path):
     server.stop()
 
 
-def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(tmp_path):
+def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(call, tmp_path):
     server = WandbServer()
     env = environment(tmp_path, server.url)
     arguments = ["train.epochs=4", *TINY, "wandb.mode=offline"]
@@ -150,7 +180,7 @@ def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(
     server.stop()
 
 
-def test_without_an_api_key(tmp_path):
+def test_without_an_api_key(call, tmp_path):
     env = environment(tmp_path, "http://127.0.0.1:9")
     del env["WANDB_API_KEY"]
     (tmp_path / "results/runs/a/wandb/offline-run-1").mkdir(parents=True)
@@ -164,7 +194,7 @@ def test_without_an_api_key(tmp_path):
     assert [path.name for path in (tmp_path / "results/runs").iterdir()] == ["a"]
 
 
-def test_the_dashboard_is_made_once_and_updated(mirrored):
+def test_the_dashboard_is_made_once_and_updated(call, mirrored):
     server, env = mirrored
     dry = call({**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}, "dashboard.py", "--dry-run")
     assert dry.returncode == 0, dry.stderr
