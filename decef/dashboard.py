@@ -34,13 +34,13 @@ def workspace(project: str, entity: str) -> Any:
             title=title, x="epoch", y=[metric], groupby=layer, groupby_aggfunc="mean", groupby_rangefunc="stddev"
         )
 
-    results = [
+    results: list[Any] = [
         wr.ScatterPlot(title="Test top-1 (%) against FLOPs", x=flops, y=top1, log_x=True),
         wr.ScatterPlot(title="Test top-1 (%) against parameters", x=params, y=top1, log_x=True),
         wr.BarPlot(title="Test top-1 (%), mean by layer type", metrics=["test_top1"], groupby=layer),
         wr.RunComparer(diff_only="split"),
     ]
-    curves = [
+    curves: list[Any] = [
         curve("test_top1", "Test top-1 (%)"),
         curve("test_loss", "Test loss"),
         curve("train_loss", "Training loss"),

@@ -80,7 +80,7 @@ class Tracker:
             settings=settings,
         )
         if self.mode == "online":
-            with self._going_on("W&B cannot be reached, so this run is mirrored offline"):
+            with self._going_on("W&B does not take this run, so it is mirrored offline"):
                 self._run = start(mode="online", resume="allow")
             if not self._works:
                 self.mode, self._works = "offline", True
@@ -112,6 +112,7 @@ class Tracker:
                 if checkpoint is not None:
                     self._run.log_artifact(checkpoint, name=self._run.name, type="model")
                 self._run.finish(exit_code=int(failed))
+                _check_upload(folder)
         self._run = None
         if self.mode == "online" and self._works:
             return
@@ -133,6 +134,13 @@ class Tracker:
             log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
             with suppress(Exception):
                 wandb.teardown()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
+
+
+def _check_upload(folder: Path) -> None:
+    """Raise ConnectionError when W&B refused a run's data: wandb ends such a run as if nothing were wrong."""
+    written = folder / "logs" / "debug-internal.log"
+    if written.is_file() and "filestream: fatal error" in written.read_text(errors="replace"):
+        raise ConnectionError(f"W&B refused the data, see {os.path.relpath(written)}")
 
 
 def resolve_mode(mode: str) -> str:

@@ -105,6 +105,7 @@ def test_an_online_run_is_its_record(mirrored):
     server, env = mirrored
     assert len(records(env)) == 4
     assert set(server.runs) == set(records(env))
+    assert not offline_runs(Path(env["HOME"], "results"))
     for name in server.runs:
         check_mirror(server, env, name)
         assert server.runs[name]["group"] == name.rsplit("-s0", 1)[0]
@@ -135,7 +136,7 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     assert time.monotonic() - started < 60
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B has not taken all of this run") == 1
-    assert done.stdout.count("W&B cannot be reached, so this run is mirrored offline") == 1
+    assert done.stdout.count("W&B does not take this run, so it is mirrored offline") == 1
     assert [summary["status"] for summary in records(env).values()] == ["finished"] * 2
     server.refuse_after, server.status = None, 401
     refused = call(env, "sync.py")
@@ -156,6 +157,24 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     server.stop()
 
 
+def test_a_run_that_wandb_refuses_on_its_way_is_left_for_sync(call, tmp_path):
+    server = WandbServer()
+    server.refuse_after, server.refuse_with = "file_stream", 401
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"status": "finished"}')
+    script = tmp_path / "track.py"
+    script.write_text(
+        "from decef.tracking import *; import logging; logging.basicConfig(level=logging.INFO)\n"
+        "t = Tracker('online', run_id='a', folder=Path('runs/a'), config={}, group='g', tags=[], project='decef')\n"
+        "t.log({'epoch': 1, 'test_top1': 10.0}); t.finish({'test_top1': 10.0})\n"
+    )
+    done = call(environment(tmp_path, server.url), script)
+    assert done.returncode == 0, done.stderr
+    assert "W&B has not taken all of this run" in done.stderr
+    assert [folder.parents[1].name for folder in offline_runs(tmp_path)] == ["a"]
+    server.stop()
+
+
 def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(call, tmp_path):
     server = WandbServer()
     env = environment(tmp_path, server.url)
@@ -165,6 +184,7 @@ def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(
         for line in run.stdout:
             if line.startswith(b"epoch 2/4"):
                 run.kill()
+                break
     assert not offline_runs(tmp_path / "results")  # its log isn't whole
     done = call(env, "train.py", *arguments)
     assert "goes on after epoch" in done.stdout

@@ -52,6 +52,7 @@ class WandbServer(ThreadingHTTPServer):
         views: the saved views (workspaces), by name.
         asked: the GraphQL operations and other paths that were asked for, in order.
         status: what every request is answered with; but 200, nothing is kept.
+        refuse_after, refuse_with: from this GraphQL operation or end of a path on, status is this.
     """
 
     daemon_threads = True
@@ -61,7 +62,8 @@ class WandbServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.status = 200
-        self.refuse_after: str | None = None  # from this GraphQL operation or path on, status 500
+        self.refuse_after: str | None = None
+        self.refuse_with = 500
         self.runs: dict[str, dict[str, Any]] = {}
         self.artifacts: list[dict[str, Any]] = []
         self.views: dict[str, dict[str, Any]] = {}
@@ -82,7 +84,7 @@ class WandbServer(ThreadingHTTPServer):
         operation = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])[1] if query else path
         self.asked.append(operation)
         if operation == self.refuse_after or (self.refuse_after and path.endswith(self.refuse_after)):
-            self.status = 500
+            self.status = self.refuse_with
         if self.status != 200:
             return self.status, {"errors": [{"message": f"status {self.status}, as the test asked"}]}
         if query:
