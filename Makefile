@@ -73,7 +73,7 @@ bench: setup ## Time every layer type against the dense convolution, into result
 sync: setup ## Upload the runs that W&B hasn't got yet
 	$(RUN) scripts/sync.py --results $(RESULTS)
 
-dashboard: setup ## Make or update a W&B workspace: accuracy against FLOPs, curves by layer type, the best runs
+dashboard: setup ## Make or update a W&B workspace: accuracy against FLOPs, curves by layer type
 	$(RUN) scripts/dashboard.py
 
 clean: ## Remove the environment and caches; results stay

@@ -120,8 +120,8 @@ def test_an_online_run_is_its_record(mirrored):
 def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
     _, env = mirrored
     results = Path(env["HOME"], "results")
-    write_tables(load_records(results), results / "tables")
-    local = {path.name: path.read_bytes() for path in (results / "tables").iterdir()}
+    write_tables(load_records(results), results / "local")
+    local = {path.name: path.read_bytes() for path in (results / "local").iterdir()}
     done = call(env, "tables.py", "--source", "wandb")
     assert done.returncode == 0, done.stderr
     assert len(local) == 4
@@ -134,7 +134,7 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     server.refuse_after = "file_stream"  # the first run loses W&B on its way, the second never reaches it
     started = time.monotonic()
     done = call(env, "train.py", "-m", "seed=0,1", *TINY, "wandb.mode=online")
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B has not taken all of this run") == 1
     assert done.stdout.count("W&B does not take this run, so it is mirrored offline") == 1
