@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims report bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims report bench \
+  sync dashboard clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -72,6 +73,12 @@ report: setup ## Claims, tables, charts and runs on one page, to open in a brows
 
 bench: setup ## Time layers, whole networks and training against Conv2d, into results/bench (DEVICE=cuda)
 	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench
+
+sync: setup ## Upload the runs that W&B hasn't got yet
+	$(RUN) scripts/sync.py --results $(RESULTS)
+
+dashboard: setup ## Make or update a W&B workspace: accuracy against FLOPs, curves by layer type
+	$(RUN) scripts/dashboard.py
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis decef.egg-info

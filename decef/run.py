@@ -288,6 +288,8 @@ def _train_and_record(
         project=config["wandb"]["project"],
         entity=config["wandb"]["entity"],
     )
+    for row in record.metrics():  # of a resumed run
+        tracker.log(row)
     earlier = summary["wall_seconds"]
 
     def on_epoch(metrics: Metrics) -> None:
@@ -332,7 +334,7 @@ def _train_and_record(
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     record.write_summary(summary)
-    tracker.finish(summary)
+    tracker.finish(summary, checkpoint=record.checkpoint if config["wandb"].get("artifacts") else None)
     log.info("%s is finished: test top-1 %.2f %%", record.id, summary["test_top1"])
     return processes.tell(summary)
 

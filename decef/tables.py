@@ -18,6 +18,7 @@ from decef.claims import load_figures, same_setting
 from decef.layers import LAYERS
 from decef.record import CONFIG, SUMMARY
 from decef.statistics import differences, estimate
+from decef.tracking import check_account
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def load_records(results: Path) -> list[Record]:
             log.warning("left out: %s cannot be read (%s)", folder, error)
             continue
         if summary.get("status") == "finished":
-            records.append(Record(config, summary))
+            records.append(Record(_plain(config), summary))
         else:
             log.info("left out: %s is %s after %s epochs", folder.name, summary.get("status"), summary.get("epochs"))
     return records
@@ -97,14 +98,26 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
         ValueError: there is no API key, or W&B cannot be reached or has no such project.
     """
     import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
     path = f"{entity}/{project}" if entity else project
+    check_account()
     try:
-        runs = wandb.Api().runs(path)
-        found = [Record(dict(run.config), dict(run.summary)) for run in runs]
-    except (wandb.errors.Error, ValueError) as error:
+        runs = wandb.Api().runs(path, lazy=False)  # lazy would ask for every run's config and summary one by one
+        found = [Record(_plain(run.config), dict(run.summary)) for run in runs]
+        finished = {r.summary["id"]: r for r in found if r.summary.get("status") == "finished"}
+    except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:
         raise ValueError(f"W&B's project {path} cannot be read: {error}") from error
-    return sorted((r for r in found if r.summary.get("status") == "finished"), key=lambda r: r.summary["id"])
+    return [finished[name] for name in sorted(finished)]
+
+
+def _plain(value: Any) -> Any:
+    """A config as W&B returns it: whole floats are ints, so that a run reads the same from wherever it comes."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -202,7 +215,8 @@ def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
     train, dataset = first.config["train"], first.config["dataset"]
     published = frame.dropna(subset="published_top1")
     hardware = sorted({f"{r.summary['device']} ({r.summary['machine']})" for r in records})
-    commits = sorted({f"{str(r.summary['git_commit'])[:10]}{'+' * bool(r.summary['git_dirty'])}" for r in records})
+    sources = {(str(r.summary.get("git_commit")), bool(r.summary.get("git_dirty"))) for r in records}
+    commits = sorted(f"{commit[:10]}{'+' * dirty}" for commit, dirty in sources)
     lines = [
         f"# {dataset['name']}, schedule `{train['name']}`",
         "",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from decef.record import SUMMARY
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +22,10 @@ MODES = ("auto", "online", "offline", "disabled")
 
 class Tracker:
     """Sends a run's config, metrics and summary to W&B; in mode "disabled" it does nothing and needs no wandb.
+
+    Whatever goes wrong with W&B, the training goes on: a run that W&B doesn't take at its start is mirrored offline,
+    and one that it stops taking is left where `make sync` finds it. W&B has 30 seconds to answer at the start and 60 at
+    the end, or `$WANDB_INIT_TIMEOUT` and `$WANDB_FINISH_TIMEOUT`.
 
     Args:
         mode: "online", "offline", "disabled", or "auto": `$WANDB_MODE` if set, else online with an API key, else
@@ -44,12 +55,20 @@ class Tracker:
     ) -> None:
         self.mode = resolve_mode(mode)
         self._run: Any = None
+        self._works = True
         if self.mode == "disabled":
             return
         import wandb
 
-        self._run = wandb.init(
-            mode=self.mode,  # type: ignore[arg-type]
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),
+            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),
+            finish_timeout_raises=True,
+        )
+        start = partial(
+            wandb.init,
             project=project,
             entity=entity,
             id=run_id,
@@ -58,27 +77,70 @@ class Tracker:
             tags=tags,
             config=dict(config),
             dir=folder,
-            resume="allow" if self.mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=settings,
         )
-        self._run.define_metric("epoch")
-        self._run.define_metric("*", step_metric="epoch")
+        if self.mode == "online":
+            with self._going_on("W&B does not take this run, so it is mirrored offline"):
+                self._run = start(mode="online", resume="allow")
+            if not self._works:
+                self.mode, self._works = "offline", True
+        with self._going_on("W&B cannot be started, so this run has no mirror"):
+            self._run = self._run or start(mode="offline")
+            self._run.define_metric("epoch")
+            self._run.define_metric("*", step_metric="epoch")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch's metrics."""
-        if self._run is not None:
-            self._run.log({key: value for key, value in metrics.items() if value is not None})
+        """An epoch's metrics; what W&B has already is left out."""
+        if self._run is None or not self._works:
+            return
+        with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
+            if metrics["epoch"] >= self._run.step:  # of a resumed run W&B has the first ones
+                known = {key: value for key, value in metrics.items() if value is not None}
+                self._run.log(known, step=metrics["epoch"], commit=True)
 
-    def finish(self, summary: Mapping[str, Any], *, failed: bool = False) -> None:
-        """Add the summary and end the run; say how to upload it when it is offline."""
+    def finish(self, summary: Mapping[str, Any], *, failed: bool = False, checkpoint: Path | None = None) -> None:
+        """Add the summary and a checkpoint (as the run's artifact) and end the run.
+
+        Where W&B hasn't got all of it, it is said how to upload it.
+        """
         if self._run is None:
             return
-        self._run.summary.update({key: value for key, value in summary.items() if value is not None})
         folder = Path(self._run.dir).parent
-        self._run.finish(exit_code=int(failed))
+        if self._works:
+            with self._going_on("W&B has not taken all of this run"):
+                self._run.summary.update({key: value for key, value in summary.items() if value is not None})
+                if checkpoint is not None:
+                    self._run.log_artifact(checkpoint, name=self._run.name, type="model")
+                self._run.finish(exit_code=int(failed))
+                _check_upload(folder)
         self._run = None
-        if self.mode == "offline":
-            log.info("W&B was offline; to upload this run: wandb sync %s", os.path.relpath(folder))
+        if self.mode == "online" and self._works:
+            return
+        if self.mode == "online":
+            # That is how W&B names what is not uploaded yet.
+            with suppress(OSError):
+                folder = folder.rename(folder.with_name(f"offline-{folder.name}"))
+        log.info("to upload this run to W&B: make sync, or wandb sync %s", os.path.relpath(folder))
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Whatever `wandb` raises as a warning; its process may have died."""
+        import wandb
+
+        try:
+            yield
+        except Exception as error:
+            self._works = False
+            log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
+            with suppress(Exception):
+                wandb.teardown()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
+
+
+def _check_upload(folder: Path) -> None:
+    """Raise ConnectionError when W&B refused a run's data: wandb ends such a run as if nothing were wrong."""
+    written = folder / "logs" / "debug-internal.log"
+    if written.is_file() and "filestream: fatal error" in written.read_text(errors="replace"):
+        raise ConnectionError(f"W&B refused the data, see {os.path.relpath(written)}")
 
 
 def resolve_mode(mode: str) -> str:
@@ -94,12 +156,68 @@ def resolve_mode(mode: str) -> str:
     if mode == "disabled":
         return mode
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise ValueError("wandb is not installed: install it, or set wandb.mode=disabled") from None
     if mode == "offline":
         return mode
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
+    has_key = has_api_key()
     if mode == "online" and not has_key:
         raise ValueError("wandb.mode=online needs an API key: run `wandb login`, or set WANDB_API_KEY")
     return "online" if has_key else "offline"
+
+
+def has_api_key() -> bool:
+    """Whether there is an API key in the environment or in W&B's files; W&B is not asked whether it is right."""
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
+
+
+def check_account() -> None:
+    """Ask W&B whether it takes the API key.
+
+    Raises:
+        ValueError: there is no API key, W&B refuses it, or doesn't answer.
+    """
+    import wandb
+
+    if not has_api_key():
+        raise ValueError("there is no W&B API key: run `wandb login`, or set WANDB_API_KEY")
+    try:
+        wandb.login(prompt=False, verify=True)
+    except wandb.errors.Error as error:
+        raise ValueError(f"W&B cannot be reached or does not take the API key: {error}") from error
+
+
+def offline_runs(results: Path) -> list[Path]:
+    """The folders of mirrored runs that W&B hasn't got yet: of each run the last one, which has all its epochs.
+
+    A run that goes on, or that was killed and isn't resumed yet, is not among them: its log isn't whole.
+    """
+    folders = []
+    for run in sorted((results / "runs").glob("*")):
+        last = max(run.glob("wandb/offline-run-*"), default=None)
+        if last and not _is_uploaded(last) and json.loads((run / SUMMARY).read_text())["status"] != "running":
+            folders.append(last)
+    return folders
+
+
+def upload(folders: Sequence[Path]) -> list[Path]:
+    """Upload `offline_runs` by `wandb sync`, which says what it does; returns the folders that W&B has now.
+
+    Raises:
+        ValueError: see `check_account`.
+    """
+    check_account()
+    command = [sys.executable, "-m", "wandb", "sync"]
+    subprocess.run([*command, *map(str, folders)], check=False)
+    # One log that cannot be read keeps W&B from uploading the others; its status is 0 all the same.
+    for folder in folders:
+        if len(folders) > 1 and not _is_uploaded(folder):
+            subprocess.run([*command, str(folder)], check=False)
+    return [folder for folder in folders if _is_uploaded(folder)]
+
+
+def _is_uploaded(folder: Path) -> bool:
+    return any(folder.glob("*.wandb.synced"))

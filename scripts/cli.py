@@ -24,13 +24,19 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def expand_model(arguments: list[str]) -> list[str]:
-    """`model=timm/<name>` as what Hydra understands, `model=timm model.name=timm/<name>`; torchvision likewise."""
+def expand(arguments: list[str]) -> list[str]:
+    """What Hydra doesn't understand as what it does.
+
+    `model=timm/<name>` as `model=timm model.name=timm/<name>`, torchvision likewise; `layer.name=<name>`, as in a W&B
+    sweep, as `layer=<name>`, so that the layer type comes with its own options.
+    """
     expanded = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         library, slash, _ = value.partition("/")
-        if key != "model" or not slash or library not in LIBRARIES:
+        if key == "layer.name":
+            expanded.append(f"layer={value}")
+        elif key != "model" or not slash or library not in LIBRARIES:
             expanded.append(argument)
         elif all(name.startswith(f"{library}/") for name in value.split(",")):
             expanded += [f"model={library}", f"model.name={value}"]

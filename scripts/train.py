@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 import hydra
-from cli import check_arguments, expand_model, fail
+from cli import check_arguments, expand, fail
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -50,7 +50,7 @@ def _failures(results: str) -> Path:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = expand_model(sys.argv[1:])
+    sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:])
     os.environ.setdefault(SWEEP, uuid.uuid4().hex)
     # The jobs of other launchers are processes that must find what this file imports.

@@ -1,0 +1,274 @@
+"""W&B from end to end: the command lines and the real wandb client against a server on the loopback."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from test_cli import ROOT, command
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+from wandb_server import ENTITY, WandbServer
+
+from decef.dashboard import spec
+from decef.tables import load_records, write_tables
+from decef.tracking import offline_runs
+
+TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
+
+
+def environment(folder, url):
+    """What wandb sees: this server, a key that is nobody's, and folders of its own."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    folders = {key: str(folder / key) for key in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR")}
+    times = {"WANDB_INIT_TIMEOUT": "3", "WANDB_FINISH_TIMEOUT": "3", "WANDB_ERROR_REPORTING": "false"}
+    key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": url}
+    return {**clean, **folders, **times, **key, "HOME": str(folder), "NETRC": str(folder / "netrc")}
+
+
+# Every command line is a process of its own, with its own environment and folder; they share the slow imports.
+DRIVER = r"""
+import json, os, runpy, sys
+import decef.dashboard, decef.run, decef.tables, hydra, wandb
+for line in sys.stdin:
+    command, environment, folder = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        for descriptor, path in enumerate((os.devnull, "stdout", "stderr")):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Runs a command line of scripts/ in an environment, in the environment's HOME."""
+    start = [sys.executable, "-c", DRIVER]
+    with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as driver:
+
+        def run(env, script, *arguments):
+            folder = Path(env["HOME"])
+            print(json.dumps([command(script, *arguments)[1:], env, str(folder)]), file=driver.stdin, flush=True)
+            status = int(driver.stdout.readline())
+            return subprocess.CompletedProcess(
+                arguments, status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+            )
+
+        yield run
+
+
+def records(env):
+    folders = sorted(Path(env["HOME"], "results", "runs").iterdir())
+    return {folder.name: json.loads((folder / "summary.json").read_text()) for folder in folders}
+
+
+def check_mirror(server, env, name):
+    """W&B has what the record has."""
+    run, folder = server.runs[name], Path(env["HOME"], "results", "runs", name)
+    config = {key: entry["value"] for key, entry in run["config"].items() if key != "_wandb"}
+    assert config == yaml.safe_load((folder / "config.yaml").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sent = [{key: value for key, value in row.items() if not key.startswith("_")} for row in run["history"]]
+    assert sent == [{key: value for key, value in row.items() if value is not None} for row in rows]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {key: run["summary"][key] for key, value in summary.items() if value is not None} == {
+        key: value for key, value in summary.items() if value is not None
+    }
+    assert run["exit_code"] == 0
+
+
+@pytest.fixture(scope="module")
+def mirrored(call, tmp_path_factory):
+    """Two online runs, of trainings that may not stand in one table."""
+    server, folder = WandbServer(), tmp_path_factory.mktemp("online")
+    env = environment(folder, server.url)
+    online = ["wandb.mode=online", "wandb.artifacts=true"]
+    done = call(env, "train.py", "-m", "layer=decef", "train.clip=1.0,2.5", *TINY, *online)
+    assert done.returncode == 0, done.stderr
+    yield server, env
+    server.stop()
+
+
+def test_an_online_run_is_its_record(mirrored):
+    server, env = mirrored
+    assert len(records(env)) == 2
+    assert set(server.runs) == set(records(env))
+    assert not offline_runs(Path(env["HOME"], "results"))
+    for name in server.runs:
+        check_mirror(server, env, name)
+        assert server.runs[name]["group"] == name.rsplit("-s0", 1)[0]
+        (artifact,) = (a for a in server.artifacts if a["artifactCollectionName"] == name)
+        checkpoint = Path(env["HOME"], "results", "runs", name, "checkpoint.pt")
+        assert artifact["committed"]
+        assert artifact["files"] == {"checkpoint.pt": checkpoint.read_bytes()}
+        assert {"digits", "resnet20", "smoke"} < set(server.runs[name]["tags"])
+
+
+def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
+    _, env = mirrored
+    results = Path(env["HOME"], "results")
+    write_tables(load_records(results), results / "local")
+    local = {path.name: path.read_bytes() for path in (results / "local").iterdir()}
+    done = call(env, "tables.py", "--source", "wandb")
+    assert done.returncode == 0, done.stderr
+    assert len(local) == 4
+    assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == local
+
+
+def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
+    server = WandbServer()
+    env = environment(tmp_path, server.url)
+    server.refuse_after = "file_stream"  # the first run loses W&B on its way, the second never reaches it
+    started = time.monotonic()
+    done = call(env, "train.py", "-m", "seed=0,1", *TINY, "wandb.mode=online")
+    assert time.monotonic() - started < 120
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B has not taken all of this run") == 1
+    assert done.stdout.count("W&B does not take this run, so it is mirrored offline") == 1
+    assert [summary["status"] for summary in records(env).values()] == ["finished"] * 2
+    server.refuse_after, server.status = None, 401
+    refused = call(env, "sync.py")
+    assert refused.returncode == 2
+    assert "W&B cannot be reached" in refused.stderr
+    server.status = 200
+    unreadable = tmp_path / "results" / "runs" / "a" / "wandb" / "offline-run-1" / "run-a.wandb"
+    unreadable.parent.mkdir(parents=True)
+    unreadable.write_bytes(b"")
+    (unreadable.parents[2] / "summary.json").write_text('{"status": "failed"}')
+    done = call(env, "sync.py")
+    assert done.returncode == 1
+    assert done.stdout.count("uploaded digits-") == 2
+    assert "1 of 3 runs could not be uploaded" in done.stderr
+    unreadable.unlink()
+    for name in server.runs:
+        check_mirror(server, env, name)
+    server.stop()
+
+
+def test_a_run_that_wandb_refuses_on_its_way_is_left_for_sync(call, tmp_path):
+    server = WandbServer()
+    server.refuse_after, server.refuse_with = "file_stream", 401
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"status": "finished"}')
+    script = tmp_path / "track.py"
+    script.write_text(
+        "from decef.tracking import *; import logging; logging.basicConfig(level=logging.INFO)\n"
+        "t = Tracker('online', run_id='a', folder=Path('runs/a'), config={}, group='g', tags=[], project='decef')\n"
+        "t.log({'epoch': 1, 'test_top1': 10.0}); t.finish({'test_top1': 10.0})\n"
+    )
+    done = call(environment(tmp_path, server.url), script)
+    assert done.returncode == 0, done.stderr
+    assert "W&B has not taken all of this run" in done.stderr
+    assert [folder.parents[1].name for folder in offline_runs(tmp_path)] == ["a"]
+    server.stop()
+
+
+def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(call, tmp_path):
+    server = WandbServer()
+    env = environment(tmp_path, server.url)
+    arguments = ["train.epochs=4", *TINY, "wandb.mode=offline"]
+    start = command("train.py", *arguments)
+    with subprocess.Popen(start, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
+        for line in run.stdout:
+            if line.startswith(b"epoch 2/4"):
+                run.kill()
+                break
+    assert not offline_runs(tmp_path / "results")  # its log isn't whole
+    done = call(env, "train.py", *arguments)
+    assert "goes on after epoch" in done.stdout
+    assert "make sync" in done.stdout
+    assert not server.asked
+    done = call(env, "sync.py")
+    assert done.returncode == 0, done.stderr
+    assert "uploaded digits-" in done.stdout
+    assert not offline_runs(tmp_path / "results")
+    (name,) = server.runs
+    assert len(server.runs[name]["history"]) == 4
+    check_mirror(server, env, name)
+    server.stop()
+
+
+def test_without_an_api_key(call, tmp_path):
+    env = environment(tmp_path, "http://127.0.0.1:9")
+    del env["WANDB_API_KEY"]
+    (tmp_path / "results/runs/a/wandb/offline-run-1").mkdir(parents=True)
+    (tmp_path / "results/runs/a/summary.json").write_text('{"status": "finished"}')
+    for script, arguments in {"train.py": ["wandb.mode=online", *TINY], "sync.py": []}.items():
+        done = call(env, script, *arguments)
+        assert done.returncode == 2, done.stderr
+        assert "API key" in done.stderr
+        assert "wandb login" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "results/runs").iterdir()] == ["a"]
+
+
+def test_the_dashboard_is_made_once_and_updated(call, mirrored):
+    server, env = mirrored
+    dry = call({**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}, "dashboard.py", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert not server.views
+    first = call(env, "dashboard.py")
+    assert first.returncode == 0, first.stderr
+    (view,) = server.views.values()
+    before, view["spec"] = view["spec"], view["spec"].replace("Training loss", "An old title")
+    again = call(env, "dashboard.py")
+    assert again.returncode == 0, again.stderr
+    assert first.stdout == again.stdout == f"{server.url}/{ENTITY}/decef?nw=decefdashboard\n"
+    (now,) = server.views.values()
+    assert now["id"] == view["id"]
+    assert panels(now["spec"]) == panels(before) == panels(json.dumps(json.loads(dry.stdout)["spec"]))
+
+
+def panels(spec):
+    """Every panel's type and settings."""
+    sections = json.loads(spec)["section"]["panelBankConfig"]["sections"]
+    return [(panel["viewType"], panel["config"]) for section in sections for panel in section["panels"]]
+
+
+def test_wandb_takes_the_sweep_and_its_command_line_composes(mirrored, monkeypatch):
+    server, env = mirrored
+    made = subprocess.run(
+        [sys.executable, "-m", "wandb", "sweep", str(ROOT / "configs" / "wandb-sweep.yaml")],
+        cwd=env["HOME"], env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert "wandb agent someone/decef/sweep" in made.stderr
+    grid = server.sweep["parameters"]
+    keys = set(next(iter(server.runs.values()))["config"])
+    assert not keys & (set(grid) - {"seed"})  # else W&B would put the parameter in the place of the config
+    for layer in grid["layer.name"]["values"]:
+        point = {name: {"value": parameter["values"][-1]} for name, parameter in grid.items()}
+        point["layer.name"] = {"value": layer}
+        words = {**create_sweep_command_args({"args": point}), "env": [], "program": [server.sweep["program"]]}
+        expanded = [[word] if word[0] != "$" else words[word[2:-1]] for word in server.sweep["command"]]
+        python, script, *arguments = itertools.chain(*expanded)
+        assert (python, script) == ("python", "scripts/train.py")
+        monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+        import cli
+
+        arguments = cli.expand(arguments)
+        cli.check_arguments(arguments)
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("train", overrides=arguments)
+        assert (config.layer.name, config.layer.flops) == (layer, 0.667)
+        assert ("train_basis" in config.layer) == (layer == "basisconv")  # it comes with its own options
+        assert config.seed == 2
+
+
+def test_the_dashboard_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    with pytest.raises(ValueError, match=r"pip install 'decef\[dashboard\]'"):
+        spec("decef", "someone")
