@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables figures claims bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -63,6 +63,9 @@ costs: setup ## Parameters and MACs of every architecture and layer type, into r
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+figures: setup ## Draw all figures from the run records and tables, into results/figures
+	$(RUN) scripts/figures.py --results $(RESULTS)
 
 claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
 	$(RUN) scripts/claims.py --results $(RESULTS)

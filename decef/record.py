@@ -109,19 +109,24 @@ class RunRecord:
             os.fsync(file.fileno())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All epochs' metrics in order; a last line that a kill left unfinished is not among them."""
-        path = self.path / METRICS
-        rows = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """All epochs' metrics in order: see `read_metrics`."""
+        return read_metrics(self.path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replace `summary.json`."""
         replace_file(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All epochs' metrics of a run's folder in order; a last line that a kill left unfinished is not among them."""
+    path = folder / METRICS
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

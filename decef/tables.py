@@ -219,22 +219,28 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
 
     Tables of groups that no longer have a run are removed.
     """
-    by_comparison: dict[str, list[Record]] = {}
-    for record in records:
-        by_comparison.setdefault(record.comparison, []).append(record)
-    names = _names(by_comparison)
+    groups = by_comparison(records)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("*.md"), *folder.glob("*.csv")):
-        if old.stem not in names.values():
+        if old.stem not in groups:
             old.unlink()
     written = []
-    for comparison, group in by_comparison.items():
+    for name, group in groups.items():
         frame = summarize(group)
-        path = folder / f"{names[comparison]}.md"
+        path = folder / f"{name}.md"
         replace_file(path.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
         replace_file(path, markdown(frame, group).encode())
         written.append(path)
     return sorted(written)
+
+
+def by_comparison(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The groups of runs that may stand in one table, by the table's name."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.comparison, []).append(record)
+    names = _names(groups)
+    return {names[comparison]: group for comparison, group in groups.items()}
 
 
 def _names(groups: Mapping[str, Sequence[Record]]) -> dict[str, str]:

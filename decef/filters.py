@@ -1,0 +1,116 @@
+"""What is inside trained layers: eigen-filters, and the significance of CP components, as data for figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decef.analysis import kernels
+from decef.checkpoint import replace_file
+from decef.convert import convert
+from decef.layers import CPACConv2d
+from decef.layers.decef import stack_filters
+from decef.models import stem_name
+from decef.ranks import Budget
+from decef.record import environment
+
+SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
+
+
+@dataclass(frozen=True)
+class EigenFilters:
+    """Eigen-filters of some input channels of one kernel, most important first.
+
+    Args:
+        channels: which input channels, counted from 0.
+        filters: `(channels, rank, kh, kw)`, each of norm 1, its largest element positive.
+        values: `(channels, rank)`, singular values.
+    """
+
+    channels: list[int]
+    filters: list[list[list[list[float]]]]
+    values: list[list[float]]
+
+
+def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, channels: int = 6) -> EigenFilters:
+    """The eigen-filters that a DeCEF layer of this kernel has.
+
+    Args:
+        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`; of a layer, `layer.weight`.
+        groups: of the convolution.
+        rank: how many of them; default all.
+        channels: how many input channels, at even distances.
+    """
+    stacked = stack_filters(weight, groups)  # (in, kh kw, out/g)
+    chosen = torch.linspace(0, len(stacked) - 1, min(channels, len(stacked))).round().long()
+    u, s, _ = torch.linalg.svd(stacked[chosen], full_matrices=False)
+    filters = u[..., :rank].transpose(1, 2)  # (channels, rank, kh kw)
+    # A singular vector's sign means nothing; fixed, equal filters look equal.
+    largest = filters.gather(2, filters.abs().argmax(2, keepdim=True))
+    filters = (filters * largest.sign()).unflatten(2, weight.shape[2:])
+    return EigenFilters(chosen.tolist(), filters.tolist(), s[:, :rank].tolist())
+
+
+def significance(model: nn.Module, input_size: Sequence[int], kind: str = "product") -> dict[str, list[float]]:
+    """Significance of every CP component by layer, largest first: see `CPACConv2d.significance`.
+
+    Args:
+        model: a network with CPAC layers, or a dense one, which is decomposed at 2/3 of its FLOPs first.
+        input_size: shape of one input without the batch.
+        kind: "product" or "channels". Right after decomposition the channel vectors have norm 1, and "channels"
+            says nothing.
+    """
+    if not any(isinstance(module, CPACConv2d) for module in model.modules()):
+        model = convert(model, "cpac", rank=Budget(flops=SHARE), exclude=stem_name(model), input_size=input_size)
+    return {
+        name: module.significance(kind).sort(descending=True).values.tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, CPACConv2d)
+    }
+
+
+def write_filters(
+    model: nn.Module, out: Path, *, made_from: dict[str, Any], input_size: Sequence[int], layer: str | None = None
+) -> None:
+    """Write one layer's eigen-filters and all layers' significance as <out>.json, with what they were made from.
+
+    Args:
+        model: a trained network.
+        out: path without ending.
+        made_from: what to say of the network and its weights.
+        input_size: shape of one input without the batch.
+        layer: name of the convolution whose eigen-filters are wanted; default the one in the middle of the network.
+
+    Raises:
+        ValueError: the network has no such convolution.
+    """
+    all_kernels = {name: (weight, groups) for name, weight, groups in kernels(model)}
+    if layer is None:
+        layer = list(all_kernels)[len(all_kernels) // 2]
+    if layer not in all_kernels:
+        raise ValueError(f"the network has no convolution '{layer}' wider than 1x1; there are {', '.join(all_kernels)}")
+    weight, groups = all_kernels[layer]
+    data = {
+        **made_from,
+        **environment("cpu", torch.get_num_threads()),
+        "layer": layer,
+        "eigenfilters": asdict(eigenfilters(weight, groups=groups)),
+        "significance": significance(model, input_size),
+        "decomposed_to_flops": None if any(isinstance(m, CPACConv2d) for m in model.modules()) else round(SHARE, 3),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out.with_suffix(".json"), (json.dumps(_rounded(data)) + "\n").encode())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
