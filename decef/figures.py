@@ -5,7 +5,7 @@ Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.galle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from decef.filters import EigenFilters
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
     "lines.linewidth": 1.1,
-    "lines.markersize": 4,
+    "lines.markersize": 4.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -82,13 +82,13 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
             interval = None if row.n < 2 else [[row.top1 - row.top1_low], [row.top1_high - row.top1]]
             panel.errorbar(
                 [row[cost] / 1e6], [row.top1], yerr=interval, capsize=2, elinewidth=0.9, label=text,
-                **{**look, "linestyle": "none"},
+                **{**look, "linestyle": "none", "markersize": 6},
             )  # fmt: skip
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
-        panel.margins(y=0.1)
+        panel.margins(0.12)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_ylabel("test top-1 / %")
-    _legend_below(figure, axes[0], columns=3 if len(curves) < 6 else 2)
+    _legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -105,15 +105,20 @@ def plot_untuned(frame: pd.DataFrame) -> Figure:
     axes = figure.add_subplot()
     dense = frame[frame.layer == "conv2d"].iloc[0]
     axes.axhline(dense.top1, color="0.6", linewidth=1, zorder=1)
-    axes.plot([1], [dense.top1], label="conv2d (dense)", **_look("conv2d"))
+    axes.plot([1], [dense.top1], label="conv2d (dense)", **{**_look("conv2d"), "linestyle": "none"})
     for spread, variant in (("energy", 0), ("uniform", 1)):
         for layer, rows in frame[frame.spread == spread].groupby("layer", sort=False):
             rows = rows.sort_values("flops_ratio")
-            axes.plot(rows.flops_ratio, rows.top1, label=f"{layer}, {spread}", **_look(str(layer), variant))
+            label = str(layer) if spread == "energy" else f"_{layer}, {spread}"
+            axes.plot(rows.flops_ratio, rows.top1, label=label, **_look(str(layer), variant))
     axes.set_xlabel("FLOPs, share of dense")
     axes.set_ylabel("test top-1 / %, no fine-tuning")
     axes.set_ylim(bottom=0)
-    _legend_below(figure, axes, columns=3)
+    handles, labels = axes.get_legend_handles_labels()
+    for label, variant in (("ranks by energy", 0), ("ranks uniform", 1)):
+        handles.append(Line2D([], [], **{**_look("conv2d", variant), "color": "0.5", "marker": "o"}))
+        labels.append(label)
+    _legend_below(figure, handles, labels)
     return figure
 
 
@@ -122,22 +127,24 @@ def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float) -> Figure:
     """Effective rank ("threshold") against depth, a line a network, beside random kernels of the same shapes.
 
     Args:
-        tables: `rank_table`'s frames by label, of networks of one architecture.
+        tables: `rank_table`'s frames by label, of networks of one architecture. Of more than eight, eight are drawn,
+            at even distances.
         threshold: with which they were made, for the axis.
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
-    first = next(iter(tables.values()))
+    shown = [list(tables)[i] for i in np.unique(np.linspace(0, len(tables) - 1, 8).round().astype(int))]
+    first = tables[shown[0]]
     depth = range(1, len(first) + 1)
     axes.plot(depth, first["threshold_init"], linestyle="--", color="0.5", label="random kernels of the same shapes")
-    for i, (label, table) in enumerate(tables.items()):
-        color = mpl.colormaps["viridis"](i / max(1, len(tables) - 1) * 0.9)
-        axes.plot(depth, table["threshold"], marker="o", markersize=3, color=color, label=label)
+    for i, label in enumerate(shown):
+        color = mpl.colormaps["viridis"](i / max(1, len(shown) - 1) * 0.9)
+        axes.plot(depth, tables[label]["threshold"], marker="o", markersize=3, color=color, label=label)
     axes.set_xlabel("convolution, from input to output")
-    axes.set_ylabel(f"effective rank (values ≥ {threshold:g} of largest)", fontsize=7)
+    axes.set_ylabel(f"effective rank (≥ {threshold:g} of largest)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend_below(figure, axes, columns=min(4, 1 + len(tables)))
+    _legend_below(figure, *axes.get_legend_handles_labels())
     return figure
 
 
@@ -161,7 +168,7 @@ def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(2, len(names))), _truncated("viridis", 0.95))
     figure.colorbar(scale, ax=axes, label="convolution, from input to output").outline.set_visible(False)
     axes.set_xlabel("epoch")
-    axes.set_ylabel(f"effective rank (values ≥ {threshold:g} of largest)", fontsize=7)
+    axes.set_ylabel(f"effective rank (≥ {threshold:g} of largest)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
@@ -177,15 +184,15 @@ def plot_training(frame: pd.DataFrame) -> Figure:
             `test_top1`.
     """
     figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     runs = frame.groupby(["layer", "setting"], sort=False).agg(n=("seed", "nunique")).reset_index()
-    for row, text, look in _looks(runs):
+    for i, (row, text, look) in enumerate(_looks(runs)):
         rows = frame[(frame.layer == row.layer) & (frame.setting == row.setting)]
         for panel, column in zip(axes, ("train_loss", "test_top1"), strict=True):
             over_seeds = rows.groupby("epoch")[column]
             mean = over_seeds.mean()
             every = max(1, len(mean) // 5)
-            panel.plot(mean.index, mean, label=text, markevery=(every - 1, every), **{**look, "linewidth": 1})
+            panel.plot(mean.index, mean, label=text, markevery=(i % every, every), **{**look, "linewidth": 1})
             if row.n > 1:
                 panel.fill_between(
                     mean.index, over_seeds.min(), over_seeds.max(), color=look["color"], alpha=0.2, linewidth=0
@@ -195,7 +202,7 @@ def plot_training(frame: pd.DataFrame) -> Figure:
         panel.set_ylabel(label)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         panel.set_ylim(bottom=0)
-    _legend_below(figure, axes[0], columns=3 if len(runs) < 6 else 2)
+    _legend_below(figure, *axes[0].get_legend_handles_labels())
     return figure
 
 
@@ -203,7 +210,7 @@ def plot_training(frame: pd.DataFrame) -> Figure:
 def plot_eigenfilters(found: EigenFilters) -> Figure:
     """Eigen-filters as images, a row an input channel, with their singular values (`decef.filters.eigenfilters`)."""
     rows, columns = len(found.channels), len(found.values[0])
-    figure = Figure(figsize=(WIDTH, WIDTH / columns * rows * 1.22 + 0.3), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.7 / columns * rows * 1.33 + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for channel, filters, values, panels in zip(found.channels, found.filters, found.values, grid, strict=True):
         for panel, image, value in zip(panels, filters, values, strict=True):
@@ -215,7 +222,7 @@ def plot_eigenfilters(found: EigenFilters) -> Figure:
         panels[0].set_ylabel(f"{channel}", rotation=0, ha="right", va="center")
     figure.supylabel("input channel", fontsize=8)
     figure.supxlabel("eigen-filter, with its singular value above", fontsize=8)
-    bar = figure.colorbar(shown, ax=grid, aspect=40, pad=0.02, ticks=[-1, 0, 1])
+    bar = figure.colorbar(shown, ax=grid, shrink=0.5, pad=0.02, ticks=[-1, 0, 1])
     bar.outline.set_visible(False)
     return figure
 
@@ -249,7 +256,7 @@ def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
     Args:
         plans: `Plan.to_frame()` by layer type, of one network and made with its input size.
     """
-    figure = Figure(figsize=(WIDTH, 0.7 + 0.85 * len(plans)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(2, 0.7 + 0.8 * len(plans))), layout="constrained")
     panels = figure.subplots(len(plans), sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, (layer, frame) in zip(panels, plans.items(), strict=True):
         x = np.arange(1, len(frame) + 1)
@@ -259,6 +266,7 @@ def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
         panel.set_title(f"{layer}: {after.sum() / before.sum():.3f} of the dense convolutions' MACs", loc="left", pad=3)
         panel.grid(visible=False, axis="x")
     panels[-1].set_xlabel("convolution, from input to output")
+    panels[-1].set_xlim(0.3, len(frame) + 0.7)
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supylabel("million MACs per image", fontsize=8)
     return figure
@@ -280,22 +288,28 @@ def _look(layer: str, variant: int = 0) -> dict[str, Any]:
         "linestyle": LINES[variant % len(LINES)],
         "fillstyle": FILLS[variant % len(FILLS)],
         "markerfacecoloralt": "white",
+        "markeredgecolor": color if variant else "white",  # so that points on top of each other stay apart
+        "markeredgewidth": 0.9 if variant else 0.5,
     }
 
 
-def _looks(frame: pd.DataFrame) -> Any:
-    """Rows that have `layer`, `setting` and `n`, each with a legend text and a look."""
-    variants: dict[str, int] = {}
-    for row in frame.itertuples():
-        variant = variants.setdefault(row.layer, -1) + 1
-        variants[row.layer] = variant
-        several = (frame.layer == row.layer).sum() > 1
-        text = f"{row.layer}, {row.setting}" if several else row.layer
-        yield frame.loc[row.Index], f"{text} (n={row.n})", _look(row.layer, variant)
+def _looks(frame: pd.DataFrame) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Rows that have `layer`, `setting` and `n`, each with a legend text and a look.
+
+    Of a setting the text has what not all settings of the layer type have.
+    """
+    for layer, rows in frame.groupby("layer", sort=False):
+        settings = [setting.split(", ") for setting in rows.setting]
+        for variant, ((_, row), words) in enumerate(zip(rows.iterrows(), settings, strict=True)):
+            special = [word for word in words if not all(word in other for other in settings)]
+            yield row, f"{', '.join([str(layer), *special])} (n={row.n})", _look(str(layer), variant)
 
 
-def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    longest = 0.5 + 0.05 * max(map(len, labels))  # inches
+    columns = min(4, len(labels), max(1, int(figure.get_figwidth() / longest)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * (rows - 2))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.2)
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from decef.analysis import kernels
 from decef.checkpoint import replace_file
 from decef.convert import convert
+from decef.data import dataset
 from decef.layers import CPACConv2d
 from decef.layers.decef import stack_filters
 from decef.models import stem_name
 from decef.ranks import Budget
-from decef.record import environment
+from decef.record import CONFIG, environment
 
 SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
 
@@ -66,13 +68,20 @@ def significance(model: nn.Module, input_size: Sequence[int], kind: str = "produ
         kind: "product" or "channels". Right after decomposition the channel vectors have norm 1, and "channels"
             says nothing.
     """
-    if not any(isinstance(module, CPACConv2d) for module in model.modules()):
+    if not _has_cpac(model):
         model = convert(model, "cpac", rank=Budget(flops=SHARE), exclude=stem_name(model), input_size=input_size)
     return {
         name: module.significance(kind).sort(descending=True).values.tolist()
         for name, module in model.named_modules()
         if isinstance(module, CPACConv2d)
     }
+
+
+def input_size_of(network: str) -> tuple[int, ...]:
+    """Shape of one input of a network as `decef.analysis.load_networks` takes it: a run's folder, or a name."""
+    if Path(network).is_dir():
+        return dataset(yaml.safe_load((Path(network) / CONFIG).read_text())["dataset"]).input_size
+    return (3, 224, 224) if "/" in network else (3, 32, 32)
 
 
 def write_filters(
@@ -96,16 +105,21 @@ def write_filters(
     if layer not in all_kernels:
         raise ValueError(f"the network has no convolution '{layer}' wider than 1x1; there are {', '.join(all_kernels)}")
     weight, groups = all_kernels[layer]
+    kinds = ("product", "channels") if _has_cpac(model) else ("product",)
     data = {
         **made_from,
         **environment("cpu", torch.get_num_threads()),
         "layer": layer,
         "eigenfilters": asdict(eigenfilters(weight, groups=groups)),
-        "significance": significance(model, input_size),
-        "decomposed_to_flops": None if any(isinstance(m, CPACConv2d) for m in model.modules()) else round(SHARE, 3),
+        "significance": {kind: significance(model, input_size, kind) for kind in kinds},
+        "decomposed_to_flops": None if _has_cpac(model) else round(SHARE, 3),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out.with_suffix(".json"), (json.dumps(_rounded(data)) + "\n").encode())
+
+
+def _has_cpac(model: nn.Module) -> bool:
+    return any(isinstance(module, CPACConv2d) for module in model.modules())
 
 
 def _rounded(value: Any) -> Any:

@@ -25,6 +25,11 @@ from decef.tables import Record, by_comparison, load_records, summarize
 
 log = logging.getLogger(__name__)
 
+SIGNIFICANCE = {
+    "product": "norm of the component, the product of its four vectors' norms",
+    "channels": "norm of its channel vector, the paper's magnitude",
+}
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -147,11 +152,13 @@ def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         yield Drawing(f"eigenfilters-{path.stem}", figure, shows, source)
         share = data["decomposed_to_flops"]
         how = f"decomposed to {share:g} of the FLOPs, not trained further" if share else "as trained"
-        shows = (
-            f"{path.stem}, CPAC layers {how}: norms of the CP components of every layer, sorted, over the largest "
-            f"(the feature maps' significance, in its scale-free form); {weights}."
-        )
-        yield Drawing(f"significance-{path.stem}", figures.plot_significance(data["significance"]), shows, source)
+        for kind, layers in data["significance"].items():
+            shows = (
+                f"{path.stem}, CPAC layers {how}: significance of every layer's components, and of the feature maps "
+                f"that they make, sorted, over the largest: {SIGNIFICANCE[kind]}; {weights}."
+            )
+            name = f"significance-{kind}-{path.stem}"
+            yield Drawing(name, figures.plot_significance(layers), shows, source)
 
 
 #: What may be drawn, the command that makes its data, and what draws it.

@@ -18,14 +18,13 @@ def main() -> None:
     parser.add_argument("--network", help="write <results>/filters first, of this model or run")
     parser.add_argument("--weights", type=Path, help="file with the model's trained weights")
     parser.add_argument("--layer", help="the convolution whose eigen-filters are drawn; default: the middle one")
-    parser.add_argument("--input-size", type=int, nargs=3, default=[3, 32, 32], help="channels, height and width")
     arguments = parser.parse_args()
     if not arguments.network and (arguments.weights or arguments.layer):
         fail("--weights and --layer say what of a network is wanted: name it with --network")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.analysis import load_networks
-    from decef.filters import write_filters
+    from decef.filters import input_size_of, write_filters
     from decef.gallery import draw
     from decef.models.weights import describe_file
 
@@ -33,15 +32,14 @@ def main() -> None:
         if arguments.network:
             (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
             name = Path(arguments.network).name
-            made_from = {
-                "network": name,
-                "weights": describe_file(arguments.weights) if arguments.weights else None,
-            }
             write_filters(
                 model,
                 arguments.results / "filters" / name,
-                made_from=made_from,
-                input_size=arguments.input_size,
+                made_from={
+                    "network": name,
+                    "weights": describe_file(arguments.weights) if arguments.weights else None,
+                },
+                input_size=input_size_of(arguments.network),
                 layer=arguments.layer,
             )
         for path in draw(arguments.results):
