@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables figures claims bench clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables figures notebooks claims bench clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -66,6 +66,9 @@ tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from
 
 figures: setup ## Draw all figures from the run records and tables, into results/figures
 	$(RUN) scripts/figures.py --results $(RESULTS)
+
+notebooks: setup ## Execute the notebooks from top to bottom, into outputs/notebooks (a minute)
+	$(RUN) scripts/notebooks.py
 
 claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
 	$(RUN) scripts/claims.py --results $(RESULTS)
