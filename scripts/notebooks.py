@@ -5,6 +5,7 @@ python scripts/notebooks.py notebooks/1_what_is_a_decef_layer.ipynb --out FOLDER
 """
 
 import argparse
+import re
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from cli import fail
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of IPython's tracebacks
 
 
 def main() -> None:
@@ -37,11 +39,11 @@ def main() -> None:
                 specs = KernelSpecManager(kernel_dirs=[])
                 kernel = AsyncKernelManager(kernel_spec_manager=specs, transport="ipc", ip=f"{sockets}/kernel")
                 where = {"metadata": {"path": str(path.resolve().parent)}}
-                NotebookClient(notebook, km=kernel, timeout=arguments.timeout, resources=where).execute()
+                NotebookClient(notebook, km=kernel, timeout=arguments.timeout, resources=where).execute(cleanup_kc=True)
         except FileNotFoundError:
             fail(f"there is no notebook {path}")
         except (CellExecutionError, CellTimeoutError) as error:
-            fail(f"{path} stops:\n{error}")
+            fail(f"{path} stops:\n{COLOURS.sub('', str(error))}")
         nbformat.write(notebook, arguments.out / path.name)
         print(f"{path.name}: {time.perf_counter() - started:.0f} s, written to {arguments.out}", flush=True)
 
