@@ -16,7 +16,7 @@ from decef.analysis import kernels
 from decef.checkpoint import replace_file
 from decef.convert import convert
 from decef.data import dataset
-from decef.layers import CPACConv2d
+from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.decef import stack_filters
 from decef.models import stem_name
 from decef.ranks import Budget
@@ -46,12 +46,14 @@ def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, ch
     Args:
         weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`; of a layer, `layer.weight`.
         groups: of the convolution.
-        rank: how many of them; default all.
+        rank: how many of them; default all that have a singular value above 0.
         channels: how many input channels, at even distances.
     """
     stacked = stack_filters(weight, groups)  # (in, kh kw, out/g)
     chosen = torch.linspace(0, len(stacked) - 1, min(channels, len(stacked))).round().long()
     u, s, _ = torch.linalg.svd(stacked[chosen], full_matrices=False)
+    there = int((s > 1e-6 * s.max()).any(0).sum())  # a low-rank kernel has no more
+    rank = there if rank is None else min(rank, there)
     filters = u[..., :rank].transpose(1, 2)  # (channels, rank, kh kw)
     # A singular vector's sign means nothing; fixed, equal filters look equal.
     largest = filters.gather(2, filters.abs().argmax(2, keepdim=True))
@@ -65,8 +67,7 @@ def significance(model: nn.Module, input_size: Sequence[int], kind: str = "produ
     Args:
         model: a network with CPAC layers, or a dense one, which is decomposed at 2/3 of its FLOPs first.
         input_size: shape of one input without the batch.
-        kind: "product" or "channels". Right after decomposition the channel vectors have norm 1, and "channels"
-            says nothing.
+        kind: "product" or "channels".
     """
     if not _has_cpac(model):
         model = convert(model, "cpac", rank=Budget(flops=SHARE), exclude=stem_name(model), input_size=input_size)
@@ -87,7 +88,7 @@ def input_size_of(network: str) -> tuple[int, ...]:
 def write_filters(
     model: nn.Module, out: Path, *, made_from: dict[str, Any], input_size: Sequence[int], layer: str | None = None
 ) -> None:
-    """Write one layer's eigen-filters and all layers' significance as <out>.json, with what they were made from.
+    """Write one layer's eigen-filters, and the significance in all layers, as <out>.json, with what they are made from.
 
     Args:
         model: a trained network.
@@ -105,7 +106,9 @@ def write_filters(
     if layer not in all_kernels:
         raise ValueError(f"the network has no convolution '{layer}' wider than 1x1; there are {', '.join(all_kernels)}")
     weight, groups = all_kernels[layer]
-    kinds = ("product", "channels") if _has_cpac(model) else ("product",)
+    # Right after decomposition the channel vectors have norm 1, and of other low-rank layers there is nothing to say.
+    factorized = any(isinstance(module, FactorizedConv2d) for module in model.modules())
+    kinds = ("product", "channels") if _has_cpac(model) else () if factorized else ("product",)
     data = {
         **made_from,
         **environment("cpu", torch.get_num_threads()),
@@ -115,7 +118,7 @@ def write_filters(
         "decomposed_to_flops": None if _has_cpac(model) else round(SHARE, 3),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_suffix(".json"), (json.dumps(_rounded(data)) + "\n").encode())
+    replace_file(Path(f"{out}.json"), (json.dumps(_rounded(data)) + "\n").encode())
 
 
 def _has_cpac(model: nn.Module) -> bool:

@@ -42,13 +42,13 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         whole = [table.assign(network=label) for label, table in tables.items()]
         save(plot_ranks(tables, arguments.threshold), arguments.out)
-        pd.concat(whole).round(6).to_csv(arguments.out.with_suffix(".csv"), index=False)
+        pd.concat(whole).round(6).to_csv(f"{arguments.out}.csv", index=False)
         source = (
             describe_file(arguments.weights) if arguments.weights else "downloaded" if arguments.pretrained else None
         )
         made = {"network": arguments.network, "weights": source, "threshold": arguments.threshold}
         made |= environment("cpu", torch.get_num_threads())
-        arguments.out.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
+        Path(f"{arguments.out}.json").write_text(json.dumps(made, indent=2) + "\n")
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 
 

@@ -13,11 +13,10 @@ from matplotlib.colors import to_hex
 from test_run import config
 from torch import nn
 
-from decef import CPACConv2d, DeCEFConv2d, figures
+from decef import CPACConv2d, DeCEFConv2d, figures, gallery
 from decef.analysis import load_networks, rank_table
 from decef.convert import convert
 from decef.filters import eigenfilters, significance, write_filters
-from decef.gallery import KINDS, draw
 from decef.models import PlainNet
 from decef.record import read_metrics
 from decef.run import run
@@ -104,7 +103,7 @@ def test_untuned_curves_are_the_csv():
 def test_eigenfilters_are_those_of_the_layer():
     torch.manual_seed(0)
     layer = DeCEFConv2d(8, 16, 3, rank=2)
-    found = eigenfilters(layer.weight, rank=2, channels=4)
+    found = eigenfilters(layer.weight, channels=4)
     assert found.channels == [0, 2, 5, 7]
     images = [a.get_images()[0].get_array() for a in figures.plot_eigenfilters(found).axes if a.get_images()]
     assert np.array(images).reshape(4, 2, 3, 3) == pytest.approx(np.array(found.filters))
@@ -135,7 +134,7 @@ def drawn(tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     model = {"name": "plain", "width": 0.25, "relu": True, "dense_stem": True}
     run(config(results, model=model, layer={"name": "conv2d"}, threads=1))
-    run(config(results, model=model, layer={"name": "cpac", "rank": 2}, keep_checkpoints=True, threads=1))
+    run(config(results, model=model, layer={"name": "cpac", "flops": 0.25}, keep_checkpoints=True, threads=1))
     folder = next((results / "runs").glob("*cpac*"))
     networks = load_networks(str(folder))
     (results / "ranks").mkdir()
@@ -159,6 +158,8 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
     kinds = ("accuracy-", "training-", "costs-", "untuned-", "ranks-training", "ranks-by-epoch-", "eigenfilters-")
     for kind in (*kinds, "significance-product-", "significance-channels-"):
         assert sum(name.startswith(kind) for name in written) == 1, kind
+    (run_id,) = (path.name for path in (results / "runs").glob("*cpac*"))
+    assert f"eigenfilters-{run_id}" in written
     captions = (results / "figures" / "README.md").read_text()
     for name in written:
         assert f"![{name}]({name}.png)" in captions
@@ -173,7 +174,7 @@ def test_deleted_and_drawn_again_figures_are_the_same_files(drawn):
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "ranks-gone.png").write_bytes(b"of data that are no longer there")
-    draw(results)
+    gallery.draw(results)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -188,10 +189,8 @@ def test_ranks_in_training_are_the_checkpoints_tables(drawn):
 
 
 def test_cost_bars_are_the_ranks_that_ran(records):
-    from decef.gallery import costs
-
     group = [r for r in records["cifar10-quick"] if r.model == "resnet20" and r.asked in ("dense", "0.667 of FLOPs")]
-    (drawing,) = costs(ROOT / "results", group)
+    (drawing,) = gallery.costs(ROOT / "results", group)
     macs = {r.config["layer"]["name"]: r.summary["macs"] for r in group}
     linear = 64 * 10
     for panel in drawing.figure.axes:
@@ -205,8 +204,18 @@ def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(tmp_path):
     done = figures_script("--results", tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
-    assert said == [f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in KINDS]
+    assert said == [
+        f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in gallery.KINDS
+    ]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["README.md"]
+
+
+def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):
+    model = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), "decef", rank=3)
+    write_filters(model, tmp_path / "filters" / "x", made_from={"weights": None}, input_size=(4, 8, 8))
+    (drawing,) = gallery.filters(tmp_path, [])
+    assert drawing.name == "eigenfilters-x"
+    assert len(json.loads((tmp_path / "filters" / "x.json").read_text())["eigenfilters"]["filters"][0]) == 3
 
 
 def test_what_the_script_cannot_do(tmp_path):
