@@ -80,10 +80,12 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
         panel.plot(front[cost] / 1e6, front.top1, color="0.6", linewidth=1, zorder=1, label="Pareto front")
         for row, text, look in curves:
             interval = None if row.n < 2 else [[row.top1 - row.top1_low], [row.top1_high - row.top1]]
-            panel.errorbar(
+            bars = panel.errorbar(
                 [row[cost] / 1e6], [row.top1], yerr=interval, capsize=2, elinewidth=0.9, label=text,
                 **{**look, "linestyle": "none", "markersize": 6},
             )  # fmt: skip
+            for cap in bars.lines[1]:
+                cap.set_markeredgecolor(look["color"])
         panel.set_xlabel(label)
         panel.margins(0.12)
         panel.xaxis.set_major_locator(MaxNLocator(4))
