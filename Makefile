@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims report bench \
-  sync dashboard clean
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims figures report \
+  notebooks bench sync dashboard clean
 
 PYTHON ?= python3
 TRAIN ?= quick
@@ -64,6 +64,12 @@ costs: setup ## Parameters and MACs of every architecture and layer type, into r
 
 tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+
+figures: setup ## Draw all figures from the run records and tables, into results/figures
+	$(RUN) scripts/figures.py --results $(RESULTS)
+
+notebooks: setup ## Execute the notebooks from top to bottom, into outputs/notebooks (a minute)
+	$(RUN) scripts/notebooks.py
 
 claims: setup ## Judge the papers' claims by the run records: rebuild results/CLAIMS.md
 	$(RUN) scripts/claims.py --results $(RESULTS)

@@ -1,54 +1,319 @@
-"""Figures: readable at column width, told apart without colour, as PNG and SVG."""
+"""Figures: readable at column width, told apart without colour, as PNG and SVG.
+
+Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.gallery` draws all of a results folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from decef.filters import EigenFilters
+
+#: Colour (Okabe and Ito's palette) and marker of every layer type, in all figures.
+LOOK = {
+    "conv2d": ("#000000", "o"),
+    "decef": ("#0072B2", "s"),
+    "basisconv": ("#E69F00", "^"),
+    "cpac": ("#009E73", "D"),
+    "rank1": ("#D55E00", "v"),
+}
+LINES: Sequence[Any] = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)))
+FILLS = ("full", "none", "top", "left", "bottom", "right")
 
 STYLE: dict[Any, Any] = {
-    "font.size": 9,
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.5,
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "svg.hashsalt": "decef",  # equal figures are equal files
 }
+WIDTH = 4.5  # inches
 
 
-def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float, out: Path) -> None:
+def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    @wraps(plot)
+    def in_style(*args: Any, **kwargs: Any) -> Figure:
+        with mpl.rc_context({**mpl.rcParamsDefault, "backend": mpl.get_backend(), **STYLE}):
+            return plot(*args, **kwargs)
+
+    return in_style
+
+
+@_styled
+def plot_tradeoff(frame: pd.DataFrame) -> Figure:
+    """Top-1 against FLOPs and against parameters, with the Pareto front.
+
+    Args:
+        frame: `decef.tables.summarize`'s rows of one network. Bars are the 95 % interval of the mean.
+    """
+    figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    curves = list(_looks(frame))
+    for panel, (cost, label) in zip(
+        axes, (("flops", "MFLOPs per image"), ("params", "parameters / million")), strict=True
+    ):
+        front = pareto(frame, cost)
+        panel.plot(front[cost] / 1e6, front.top1, color="0.6", linewidth=1, zorder=1, label="Pareto front")
+        for row, text, look in curves:
+            interval = None if row.n < 2 else [[row.top1 - row.top1_low], [row.top1_high - row.top1]]
+            bars = panel.errorbar(
+                [row[cost] / 1e6], [row.top1], yerr=interval, capsize=2, elinewidth=0.9, label=text,
+                **{**look, "linestyle": "none", "markersize": 6},
+            )  # fmt: skip
+            for cap in bars.lines[1]:
+                cap.set_markeredgecolor(look["color"])
+        panel.set_xlabel(label)
+        panel.margins(0.12)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].set_ylabel("test top-1 / %")
+    _legend_below(figure, *axes[0].get_legend_handles_labels())
+    return figure
+
+
+def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """The rows that no other row beats: none costs at most as much and is at least as accurate."""
+    ordered = frame.sort_values([cost, "top1"], ascending=[True, False])
+    return ordered[ordered.top1 > ordered.top1.cummax().shift(fill_value=-np.inf)]
+
+
+@_styled
+def plot_untuned(frame: pd.DataFrame) -> Figure:
+    """Top-1 right after decomposition against the share of FLOPs; `decef.analysis.untuned`'s rows."""
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    axes = figure.add_subplot()
+    dense = frame[frame.layer == "conv2d"].iloc[0]
+    axes.axhline(dense.top1, color="0.6", linewidth=1, zorder=1)
+    axes.plot([1], [dense.top1], label="conv2d (dense)", **{**_look("conv2d"), "linestyle": "none"})
+    for spread, variant in (("energy", 0), ("uniform", 1)):
+        for layer, rows in frame[frame.spread == spread].groupby("layer", sort=False):
+            rows = rows.sort_values("flops_ratio")
+            label = str(layer) if spread == "energy" else f"_{layer}, {spread}"
+            axes.plot(rows.flops_ratio, rows.top1, label=label, **_look(str(layer), variant))
+    axes.set_xlabel("FLOPs, share of dense")
+    axes.set_ylabel("test top-1 / %, no fine-tuning")
+    axes.set_ylim(bottom=0)
+    handles, labels = axes.get_legend_handles_labels()
+    for label, variant in (("ranks by energy", 0), ("ranks uniform", 1)):
+        handles.append(Line2D([], [], **{**_look("conv2d", variant), "color": "0.5", "marker": "o"}))
+        labels.append(label)
+    _legend_below(figure, handles, labels)
+    return figure
+
+
+@_styled
+def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float) -> Figure:
     """Effective rank ("threshold") against depth, a line a network, beside random kernels of the same shapes.
 
     Args:
-        tables: `rank_table`'s frames by label, of networks of one architecture.
+        tables: `rank_table`'s frames by label, of networks of one architecture. Of more than eight, eight are drawn,
+            at even distances.
         threshold: with which they were made, for the axis.
-        out: path without ending; .png and .svg are written.
     """
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.5, 3), layout="constrained")
-        axes = figure.add_subplot()
-        colors = mpl.colormaps["viridis"]
-        for i, (label, table) in enumerate(tables.items()):
-            depth = range(1, len(table) + 1)
-            color = colors(i / max(1, len(tables) - 1) * 0.9)
-            axes.plot(depth, table["threshold"], marker="o", markersize=3, color=color, label=label)
-        first = next(iter(tables.values()))
-        axes.plot(
-            range(1, len(first) + 1), first["threshold_init"], linestyle="--", color="0.5", label="random, same shape"
-        )
-        axes.set_xlabel("convolution, from input to output")
-        axes.set_ylabel(f"effective rank (values ≥ {threshold:g} of largest)")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7, ncols=1 + len(tables) // 8)
-        save(figure, out)
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [list(tables)[i] for i in np.unique(np.linspace(0, len(tables) - 1, 8).round().astype(int))]
+    first = tables[shown[0]]
+    depth = range(1, len(first) + 1)
+    axes.plot(depth, first["threshold_init"], linestyle="--", color="0.5", label="random kernels of the same shapes")
+    for i, label in enumerate(shown):
+        color = mpl.colormaps["viridis"](i / max(1, len(shown) - 1) * 0.9)
+        axes.plot(depth, tables[label]["threshold"], marker="o", markersize=3, color=color, label=label)
+    axes.set_xlabel("convolution, from input to output")
+    axes.set_ylabel(f"effective rank (≥ {threshold:g} of largest)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+@_styled
+def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
+    """Effective rank ("threshold") against the epoch, a line a convolution, dark near the input, and their mean.
+
+    Args:
+        frame: `rank_table`'s rows with a column `epoch`.
+        threshold: with which they were made, for the axis.
+    """
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(frame["name"]))
+    for i, name in enumerate(names):
+        rows = frame[frame["name"] == name].sort_values("epoch")
+        color = mpl.colormaps["viridis"](i / max(1, len(names) - 1) * 0.95)
+        axes.plot(rows.epoch, rows.threshold, color=color, linewidth=0.7, label=f"_{name}")
+    mean = frame.groupby("epoch").threshold.mean()
+    axes.plot(mean.index, mean, color="black", linewidth=2, marker="o", label="mean over convolutions")
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(2, len(names))), _truncated("viridis", 0.95))
+    figure.colorbar(scale, ax=axes, label="convolution, from input to output").outline.set_visible(False)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"effective rank (≥ {threshold:g} of largest)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
+@_styled
+def plot_training(frame: pd.DataFrame) -> Figure:
+    """Training loss and test top-1 against the epoch: the mean over seeds, and a band from the least to the greatest.
+
+    Args:
+        frame: a row per epoch and run, of one network, with `layer`, `setting`, `seed`, `epoch`, `train_loss` and
+            `test_top1`.
+    """
+    figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+    axes = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
+    runs = frame.groupby(["layer", "setting"], sort=False).agg(n=("seed", "nunique")).reset_index()
+    for i, (row, text, look) in enumerate(_looks(runs)):
+        rows = frame[(frame.layer == row.layer) & (frame.setting == row.setting)]
+        for panel, column in zip(axes, ("train_loss", "test_top1"), strict=True):
+            over_seeds = rows.groupby("epoch")[column]
+            mean = over_seeds.mean()
+            every = max(1, len(mean) // 5)
+            panel.plot(mean.index, mean, label=text, markevery=(i % every, every), **{**look, "linewidth": 1})
+            if row.n > 1:
+                panel.fill_between(
+                    mean.index, over_seeds.min(), over_seeds.max(), color=look["color"], alpha=0.2, linewidth=0
+                )
+    for panel, label in zip(axes, ("training loss", "test top-1 / %"), strict=True):
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(label)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        panel.set_ylim(bottom=0)
+    _legend_below(figure, *axes[0].get_legend_handles_labels())
+    return figure
+
+
+@_styled
+def plot_eigenfilters(found: EigenFilters) -> Figure:
+    """Eigen-filters as images, a row an input channel, with their singular values (`decef.filters.eigenfilters`)."""
+    rows, columns = len(found.channels), len(found.values[0])
+    figure = Figure(figsize=(WIDTH, 3.7 / columns * rows * 1.33 + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for channel, filters, values, panels in zip(found.channels, found.filters, found.values, grid, strict=True):
+        for panel, image, value in zip(panels, filters, values, strict=True):
+            shown = panel.imshow(image, cmap="PuOr_r", vmin=-1, vmax=1)
+            panel.set(xticks=[], yticks=[])
+            panel.grid(visible=False)
+            panel.spines[:].set(visible=True, color="0.6", linewidth=0.5)
+            panel.set_title(f"{value:.2f}", fontsize=6, pad=2)
+        panels[0].set_ylabel(f"{channel}", rotation=0, ha="right", va="center")
+    figure.supylabel("input channel", fontsize=8)
+    figure.supxlabel("eigen-filter, with its singular value above", fontsize=8)
+    bar = figure.colorbar(shown, ax=grid, shrink=0.5, pad=0.02, ticks=[-1, 0, 1])
+    bar.outline.set_visible(False)
+    return figure
+
+
+@_styled
+def plot_significance(layers: Mapping[str, Sequence[float]]) -> Figure:
+    """Sorted significance of CP components, a line a layer, dark near the input.
+
+    Args:
+        layers: by layer in the network's order, largest first (`decef.filters.significance`).
+    """
+    figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (name, values) in enumerate(layers.items()):
+        share = (np.arange(len(values)) + 1) / len(values)
+        color = mpl.colormaps["viridis"](i / max(1, len(layers) - 1) * 0.95)
+        axes.plot(share, np.array(values) / values[0], color=color, linewidth=0.9, label=f"_{name}")
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(2, len(layers))), _truncated("viridis", 0.95))
+    figure.colorbar(scale, ax=axes, label="CPAC layer, from input to output").outline.set_visible(False)
+    axes.set_xlabel("share of the layer's components, most significant first")
+    axes.set_ylabel("significance / largest")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlim(0, 1)
+    return figure
+
+
+@_styled
+def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
+    """MACs of every convolution, dense as grey bars and factorised as coloured ones before them, a panel a layer type.
+
+    Args:
+        plans: `Plan.to_frame()` by layer type, of one network and made with its input size.
+    """
+    figure = Figure(figsize=(WIDTH, max(2, 0.7 + 0.8 * len(plans))), layout="constrained")
+    panels = figure.subplots(len(plans), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for panel, (layer, frame) in zip(panels, plans.items(), strict=True):
+        x = np.arange(1, len(frame) + 1)
+        before, after = (frame[key].astype(float) / 1e6 for key in ("macs_before", "macs_after"))
+        panel.bar(x, before, width=0.85, color="0.82", label="dense")
+        panel.bar(x, after, width=0.5, color=LOOK[layer][0], label=layer)
+        panel.set_title(f"{layer}: {after.sum() / before.sum():.3f} of the dense convolutions' MACs", loc="left", pad=3)
+        panel.grid(visible=False, axis="x")
+    panels[-1].set_xlabel("convolution, from input to output")
+    panels[-1].set_xlim(0.3, len(frame) + 0.7)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supylabel("million MACs per image", fontsize=8)
+    return figure
 
 
 def save(figure: Figure, out: Path) -> None:
     """Write `out`.png and `out`.svg, the same bytes for the same figure."""
-    figure.savefig(out.with_suffix(".png"), dpi=200, metadata={"Software": None})
-    figure.savefig(out.with_suffix(".svg"), metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure.savefig(f"{out}.png", dpi=200, metadata={"Software": None})
+        figure.savefig(f"{out}.svg", metadata={"Date": None})
+
+
+def _look(layer: str, variant: int = 0) -> dict[str, Any]:
+    """How a layer type's points and lines look; the settings of one type differ by line and by the marker's filling."""
+    color, marker = LOOK[layer]
+    return {
+        "color": color,
+        "marker": marker,
+        "linestyle": LINES[variant % len(LINES)],
+        "fillstyle": FILLS[variant % len(FILLS)],
+        "markerfacecoloralt": "white",
+        "markeredgecolor": color if variant else "white",  # so that points on top of each other stay apart
+        "markeredgewidth": 0.9 if variant else 0.5,
+    }
+
+
+def _looks(frame: pd.DataFrame) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+    """Rows that have `layer`, `setting` and `n`, each with a legend text and a look.
+
+    Of a setting the text has what not all settings of the layer type have.
+    """
+    for layer, rows in frame.groupby("layer", sort=False):
+        settings = [setting.split(", ") for setting in rows.setting]
+        for variant, ((_, row), words) in enumerate(zip(rows.iterrows(), settings, strict=True)):
+            special = [word for word in words if not all(word in other for other in settings)]
+            yield row, f"{', '.join([str(layer), *special])} (n={row.n})", _look(str(layer), variant)
+
+
+def _legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    longest = 0.5 + 0.05 * max(map(len, labels))  # inches
+    columns = min(4, len(labels), max(1, int(figure.get_figwidth() / longest)))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.15 * (rows - 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.2)
+
+
+def _truncated(name: str, end: float) -> mpl.colors.Colormap:
+    return mpl.colors.ListedColormap(mpl.colormaps[name](np.linspace(0, end, 256)))

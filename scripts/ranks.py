@@ -1,6 +1,7 @@
 """Effective rank against depth of any network.
 
 python scripts/ranks.py results/runs/<run id>                       # a run: its last checkpoint, or all it kept
+                                                                    # (train with keep_checkpoints=true)
 python scripts/ranks.py resnet20 --weights resnet20.th --out results/ranks/resnet20
 python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretrained]
 """
@@ -25,7 +26,7 @@ def main() -> None:
     import torch
 
     from decef.analysis import load_networks, rank_table
-    from decef.figures import plot_ranks
+    from decef.figures import plot_ranks, save
     from decef.models.weights import describe_file
     from decef.record import environment
 
@@ -40,14 +41,14 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         whole = [table.assign(network=label) for label, table in tables.items()]
-        plot_ranks(tables, arguments.threshold, arguments.out)
-        pd.concat(whole).round(6).to_csv(arguments.out.with_suffix(".csv"), index=False)
+        save(plot_ranks(tables, arguments.threshold), arguments.out)
+        pd.concat(whole).round(6).to_csv(f"{arguments.out}.csv", index=False)
         source = (
             describe_file(arguments.weights) if arguments.weights else "downloaded" if arguments.pretrained else None
         )
         made = {"network": arguments.network, "weights": source, "threshold": arguments.threshold}
         made |= environment("cpu", torch.get_num_threads())
-        arguments.out.with_suffix(".json").write_text(json.dumps(made, indent=2) + "\n")
+        Path(f"{arguments.out}.json").write_text(json.dumps(made, indent=2) + "\n")
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 
 

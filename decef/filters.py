@@ -1,0 +1,133 @@
+"""What is inside trained layers: eigen-filters, and the significance of CP components, as data for figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from decef.analysis import kernels
+from decef.checkpoint import replace_file
+from decef.convert import convert
+from decef.data import dataset
+from decef.layers import CPACConv2d, FactorizedConv2d
+from decef.layers.decef import stack_filters
+from decef.models import stem_name
+from decef.ranks import Budget
+from decef.record import CONFIG, environment
+
+SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
+
+
+@dataclass(frozen=True)
+class EigenFilters:
+    """Eigen-filters of some input channels of one kernel, most important first.
+
+    Args:
+        channels: which input channels, counted from 0.
+        filters: `(channels, rank, kh, kw)`, each of norm 1, its largest element positive.
+        values: `(channels, rank)`, singular values.
+    """
+
+    channels: list[int]
+    filters: list[list[list[list[float]]]]
+    values: list[list[float]]
+
+
+def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, channels: int = 6) -> EigenFilters:
+    """The eigen-filters that a DeCEF layer of this kernel has.
+
+    Args:
+        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`; of a layer, `layer.weight`.
+        groups: of the convolution.
+        rank: how many of them; default all that have a singular value above 0.
+        channels: how many input channels, at even distances.
+    """
+    stacked = stack_filters(weight, groups)  # (in, kh kw, out/g)
+    chosen = torch.linspace(0, len(stacked) - 1, min(channels, len(stacked))).round().long()
+    u, s, _ = torch.linalg.svd(stacked[chosen], full_matrices=False)
+    there = int((s > 1e-6 * s.max()).any(0).sum())  # a low-rank kernel has no more
+    rank = there if rank is None else min(rank, there)
+    filters = u[..., :rank].transpose(1, 2)  # (channels, rank, kh kw)
+    # A singular vector's sign means nothing; fixed, equal filters look equal.
+    largest = filters.gather(2, filters.abs().argmax(2, keepdim=True))
+    filters = (filters * largest.sign()).unflatten(2, weight.shape[2:])
+    return EigenFilters(chosen.tolist(), filters.tolist(), s[:, :rank].tolist())
+
+
+def significance(model: nn.Module, input_size: Sequence[int], kind: str = "product") -> dict[str, list[float]]:
+    """Significance of every CP component by layer, largest first: see `CPACConv2d.significance`.
+
+    Args:
+        model: a network with CPAC layers, or a dense one, which is decomposed at 2/3 of its FLOPs first.
+        input_size: shape of one input without the batch.
+        kind: "product" or "channels".
+    """
+    if not _has_cpac(model):
+        model = convert(model, "cpac", rank=Budget(flops=SHARE), exclude=stem_name(model), input_size=input_size)
+    return {
+        name: module.significance(kind).sort(descending=True).values.tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, CPACConv2d)
+    }
+
+
+def input_size_of(network: str) -> tuple[int, ...]:
+    """Shape of one input of a network as `decef.analysis.load_networks` takes it: a run's folder, or a name."""
+    if Path(network).is_dir():
+        return dataset(yaml.safe_load((Path(network) / CONFIG).read_text())["dataset"]).input_size
+    return (3, 224, 224) if "/" in network else (3, 32, 32)
+
+
+def write_filters(
+    model: nn.Module, out: Path, *, made_from: dict[str, Any], input_size: Sequence[int], layer: str | None = None
+) -> None:
+    """Write one layer's eigen-filters, and the significance in all layers, as <out>.json, with what they are made from.
+
+    Args:
+        model: a trained network.
+        out: path without ending.
+        made_from: what to say of the network and its weights.
+        input_size: shape of one input without the batch.
+        layer: name of the convolution whose eigen-filters are wanted; default the one in the middle of the network.
+
+    Raises:
+        ValueError: the network has no such convolution.
+    """
+    all_kernels = {name: (weight, groups) for name, weight, groups in kernels(model)}
+    if layer is None:
+        layer = list(all_kernels)[len(all_kernels) // 2]
+    if layer not in all_kernels:
+        raise ValueError(f"the network has no convolution '{layer}' wider than 1x1; there are {', '.join(all_kernels)}")
+    weight, groups = all_kernels[layer]
+    # Right after decomposition the channel vectors have norm 1, and of other low-rank layers there is nothing to say.
+    factorized = any(isinstance(module, FactorizedConv2d) for module in model.modules())
+    kinds = ("product", "channels") if _has_cpac(model) else () if factorized else ("product",)
+    data = {
+        **made_from,
+        **environment("cpu", torch.get_num_threads()),
+        "layer": layer,
+        "eigenfilters": asdict(eigenfilters(weight, groups=groups)),
+        "significance": {kind: significance(model, input_size, kind) for kind in kinds},
+        "decomposed_to_flops": None if _has_cpac(model) else round(SHARE, 3),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(Path(f"{out}.json"), (json.dumps(_rounded(data)) + "\n").encode())
+
+
+def _has_cpac(model: nn.Module) -> bool:
+    return any(isinstance(module, CPACConv2d) for module in model.modules())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4)
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value

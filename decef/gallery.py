@@ -1,0 +1,244 @@
+"""All figures of a results folder, drawn from its records and tables alone, each with a caption and its sources."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from decef import figures
+from decef.checkpoint import replace_file
+from decef.convert import plan
+from decef.data import dataset
+from decef.filters import EigenFilters
+from decef.record import METRICS, read_metrics
+from decef.run import dense_network
+from decef.tables import Record, comparison_groups, load_records, summarize
+
+log = logging.getLogger(__name__)
+
+SIGNIFICANCE = {
+    "product": "norm of the component, the product of its four vectors' norms",
+    "channels": "norm of its channel vector, the paper's magnitude",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure, its file's name, a caption, and the files (below the results folder) that it is made from."""
+
+    name: str
+    figure: Figure
+    shows: str
+    sources: Sequence[str]
+
+
+def draw(results: Path) -> list[Path]:
+    """Draw all figures of a results folder into its `figures`, with a README.md of captions; returns the PNG files.
+
+    What there is no data for is skipped, and logged with the command that makes the data. Figures of data that are no
+    longer there are removed.
+    """
+    records = load_records(results)
+    folder = results / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings: list[Drawing] = []
+    for kind, command, drawn in KINDS:
+        found = list(drawn(results, records))
+        if not found:
+            log.info("skipped: there is no data for %s; make it with %s", kind, command)
+        for drawing in found:
+            figures.save(drawing.figure, folder / drawing.name)
+        drawings += found
+    names = {drawing.name for drawing in drawings}
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        if old.stem not in names:
+            old.unlink()
+    replace_file(folder / "README.md", _captions(drawings).encode())
+    return [folder / f"{drawing.name}.png" for drawing in drawings]
+
+
+def tradeoffs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Accuracy against costs, for every network that two layer types or more ran with."""
+    for name, title, group in _networks(records):
+        frame = summarize(group)
+        if frame.layer.nunique() > 1:
+            shows = (
+                f"{title}: test top-1 of the last epoch against FLOPs and parameters. Mean over n seeds; bars: 95 % "
+                "interval of the mean, where n > 1. Grey: the Pareto front."
+            )
+            yield Drawing(f"accuracy-{name}", figures.plot_tradeoff(frame), shows, _folders(group))
+
+
+def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Training curves of every network."""
+    for name, title, group in _networks(records):
+        frame = _metrics(results, group)
+        if frame.empty:
+            continue
+        shows = (
+            f"{title}: training loss and test top-1 after every epoch. Mean over n seeds; band: from the least to the "
+            "greatest, where n > 1."
+        )
+        sources = [f"{folder}/{METRICS}" for folder in _folders(group)]
+        yield Drawing(f"training-{name}", figures.plot_training(frame), shows, sources)
+
+
+def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """MACs of every convolution at the ranks that ran, of every network that a low-rank layer type ran with."""
+    for name, title, group in _networks(records):
+        ran = {record.config["layer"]["name"]: record for record in reversed(group) if record.summary.get("ranks")}
+        if len({record.config["layer"]["name"] for record in group}) < 2 or not ran:
+            continue
+        order = [layer for layer in figures.LOOK if layer in ran]
+        settings = "; ".join(f"{layer}: {ran[layer].asked}" for layer in order)
+        shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
+        plans = {layer: _plan(ran[layer]) for layer in order}
+        yield Drawing(f"costs-{name}", figures.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
+
+
+def untuned(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Accuracy right after decomposition."""
+    for path in sorted((results / "untuned").glob("*.csv")):
+        shows = (
+            f"{path.stem}: test top-1 right after decomposition, without fine-tuning, against the share of the dense "
+            "network's FLOPs. Filled, solid: ranks by the energy they keep for their FLOPs; open, dashed: the same "
+            "share of every layer's FLOPs. Grey line: the dense network."
+        )
+        yield Drawing(f"untuned-{path.stem}", figures.plot_untuned(pd.read_csv(path)), shows, [f"untuned/{path.name}"])
+
+
+def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Effective rank against depth."""
+    for name, tables, threshold in _rank_tables(results):
+        shows = (
+            f"{name}: effective rank of every kernel wider than 1x1, mean over input channels (singular values of at "
+            f"least {threshold:g} of the largest); dashed: random kernels of the same shapes."
+        )
+        figure = figures.plot_ranks(tables, threshold)
+        yield Drawing(f"ranks-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
+
+
+def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Effective rank against the epoch, of runs that kept their checkpoints."""
+    for name, tables, threshold in _rank_tables(results):
+        epochs = {label: re.fullmatch(r"epoch (\d+)", label) for label in tables}
+        if len(tables) > 1 and all(epochs.values()):
+            frame = pd.concat(t.assign(epoch=int(label.split()[1])) for label, t in tables.items())
+            shows = f"{name}: effective rank after every epoch, a line a convolution; black: mean over convolutions."
+            figure = figures.plot_ranks_in_training(frame, threshold)
+            yield Drawing(f"ranks-by-epoch-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
+
+
+def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Eigen-filters, and the significance of CP components."""
+    for path in sorted((results / "filters").glob("*.json")):
+        data = json.loads(path.read_text())
+        source = [f"filters/{path.name}"]
+        weights = f"weights: {data['weights']}" if data["weights"] else "a run's weights"
+        shows = (
+            f"{path.stem}, {data['layer']}: eigen-filters (left singular vectors, norm 1, sign chosen) of input "
+            f"channels at even distances, with their singular values; {weights}."
+        )
+        figure = figures.plot_eigenfilters(EigenFilters(**data["eigenfilters"]))
+        yield Drawing(f"eigenfilters-{path.stem}", figure, shows, source)
+        share = data["decomposed_to_flops"]
+        how = f"decomposed to {share:g} of the FLOPs, not trained further" if share else "as trained"
+        for kind, layers in data["significance"].items():
+            shows = (
+                f"{path.stem}, CPAC layers {how}: significance of every layer's components, and of the feature maps "
+                f"that they make, sorted, over the largest: {SIGNIFICANCE[kind]}; {weights}."
+            )
+            name = f"significance-{kind}-{path.stem}"
+            yield Drawing(name, figures.plot_significance(layers), shows, source)
+
+
+#: What may be drawn, the command that makes its data, and what draws it.
+KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing]]], ...] = (
+    ("accuracy against costs", "python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1", tradeoffs),
+    (
+        "accuracy without fine-tuning",
+        "python scripts/untuned.py NETWORK --weights FILE --out results/untuned/NAME",
+        untuned,
+    ),
+    ("training curves", "python scripts/train.py layer=decef", training),
+    ("costs of every convolution", "python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1", costs),
+    ("effective ranks", "python scripts/ranks.py NETWORK --weights FILE --out results/ranks/NAME", ranks),
+    (
+        "effective ranks in training",
+        "python scripts/train.py keep_checkpoints=true, then python scripts/ranks.py results/runs/RUN --out "
+        "results/ranks/NAME",
+        ranks_in_training,
+    ),
+    ("eigen-filters and significance", "python scripts/figures.py --network resnet20 --weights FILE", filters),
+)
+
+
+def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:
+    """Runs that may be compared and have one network, with a name and a title."""
+    for name, group in comparison_groups(records).items():
+        for model, runs in groupby(sorted(group, key=lambda r: r.model), key=lambda r: r.model):
+            data, train = (group[0].config[key]["name"] for key in ("dataset", "train"))
+            slug = re.sub(r"[^\w.-]+", "-", model)
+            yield f"{name}-{slug}", f"{model} on {data}, schedule `{train}`", list(runs)
+
+
+def _metrics(results: Path, records: Sequence[Record]) -> pd.DataFrame:
+    rows = []
+    for record in records:
+        what = {"layer": record.config["layer"]["name"], "setting": record.setting, "seed": record.config["seed"]}
+        rows += [{**what, **row} for row in read_metrics(results / "runs" / record.summary["id"])]
+    frame = pd.DataFrame(rows)
+    return (
+        frame
+        if frame.empty
+        else frame.sort_values(
+            ["layer", "setting", "seed", "epoch"],
+            key=lambda c: c.map(list(figures.LOOK).index) if c.name == "layer" else c,
+        )
+    )
+
+
+def _plan(record: Record) -> pd.DataFrame:
+    """The run's plan again, from the ranks that its record names."""
+    data = dataset(record.config["dataset"])
+    with torch.device("meta"):
+        model = dense_network(record.config, data)
+    ranks = record.summary["ranks"]
+    return plan(
+        model, record.config["layer"]["name"], rank=ranks, include=list(ranks), input_size=data.input_size
+    ).to_frame()
+
+
+def _rank_tables(results: Path) -> Iterator[tuple[str, dict[str, pd.DataFrame], float]]:
+    for path in sorted((results / "ranks").glob("*.csv")):
+        threshold = json.loads(path.with_suffix(".json").read_text())["threshold"]
+        frame = pd.read_csv(path)
+        yield path.stem, {str(label): table for label, table in frame.groupby("network", sort=False)}, threshold
+
+
+def _folders(records: Sequence[Record]) -> list[str]:
+    return [f"runs/{record.summary['id']}" for record in records]
+
+
+def _captions(drawings: Sequence[Drawing]) -> str:
+    lines = [
+        "# Figures",
+        "",
+        "Made by `make figures` from the files that each names. Every layer type has one colour and one marker in all",
+        "figures; its settings differ by line and by the marker's filling.",
+        "",
+    ]
+    for drawing in drawings:
+        made_from = ", ".join(f"[{source}](../{source})" for source in drawing.sources)
+        lines += [f"## {drawing.name}", "", f"![{drawing.name}]({drawing.name}.png)", "", drawing.shows, ""]
+        lines += [f"From {made_from}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""Draw all figures of a results folder, from its run records and tables, into <results>/figures.
+
+python scripts/figures.py
+python scripts/figures.py --network resnet20 --weights resnet20.th       # a trained network's filters too
+python scripts/figures.py --network results/runs/<run id> --layer layer2.0.conv1
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/; figures/ goes there")
+    parser.add_argument("--network", help="write <results>/filters first, of this model or run")
+    parser.add_argument("--weights", type=Path, help="file with the model's trained weights")
+    parser.add_argument("--layer", help="the convolution whose eigen-filters are drawn; default: the middle one")
+    arguments = parser.parse_args()
+    if not arguments.network and (arguments.weights or arguments.layer):
+        fail("--weights and --layer say what of a network is wanted: name it with --network")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from decef.analysis import load_networks
+    from decef.filters import input_size_of, write_filters
+    from decef.gallery import draw
+    from decef.models.weights import describe_file
+
+    try:
+        if arguments.network:
+            (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
+            name = Path(arguments.network).name
+            write_filters(
+                model,
+                arguments.results / "filters" / name,
+                made_from={
+                    "network": name,
+                    "weights": describe_file(arguments.weights) if arguments.weights else None,
+                },
+                input_size=input_size_of(arguments.network),
+                layer=arguments.layer,
+            )
+        for path in draw(arguments.results):
+            print(f"wrote {path} and {path.with_suffix('.svg').name}")
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

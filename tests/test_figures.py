@@ -1,0 +1,234 @@
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from test_run import config
+from torch import nn
+
+from decef import CPACConv2d, DeCEFConv2d, figures, gallery
+from decef.analysis import load_networks, rank_table
+from decef.convert import convert
+from decef.filters import eigenfilters, significance, write_filters
+from decef.models import PlainNet
+from decef.record import read_metrics
+from decef.run import run
+from decef.tables import comparison_groups, load_records, summarize
+
+ROOT = Path(__file__).parents[1]
+
+
+def figures_script(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "figures.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def records():
+    return comparison_groups(load_records(ROOT / "results"))
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_points_are_the_tables_rows(records):
+    frame = summarize(records["cifar10-quick"])
+    frame = frame[frame.model == "resnet20"]
+    for panel, cost in zip(figures.plot_tradeoff(frame).axes, ("flops", "params"), strict=True):
+        points = {c.get_label(): c.lines[0] for c in panel.containers}
+        assert len(points) == len(frame)
+        for row, (label, point) in zip(frame.itertuples(), points.items(), strict=True):
+            assert label.startswith(row.layer)
+            assert label.endswith(f"(n={row.n})")
+            assert point.get_xydata().tolist() == [[getattr(row, cost) / 1e6, row.top1]]
+            assert (to_hex(point.get_color()).upper(), point.get_marker()) == figures.LOOK[row.layer]
+        front = figures.pareto(frame, cost)
+        assert lines(panel)["Pareto front"].get_xydata().tolist() == (
+            np.column_stack([front[cost] / 1e6, front.top1]).tolist()
+        )
+        beaten = frame.drop(front.index)
+        assert all(((front[cost] <= r[cost]) & (front.top1 >= r.top1)).any() for _, r in beaten.iterrows())
+        assert all(a < b for a, b in pairwise(front.top1))
+
+
+def test_intervals_are_drawn_where_there_are_seeds(records):
+    frame = summarize(records["digits-atcd"])
+    (left, _) = figures.plot_tradeoff(frame).axes
+    for row, container in zip(frame.itertuples(), left.containers, strict=True):
+        ((_, low), (_, high)) = container.lines[2][0].get_segments()[0]
+        assert (low, high) == pytest.approx((row.top1_low, row.top1_high))
+
+
+def test_curves_are_the_metrics_mean_and_range(records):
+    group = [r for r in records["digits-atcd"] if r.setting == "rank 1"]
+    rows = [read_metrics(ROOT / "results" / "runs" / r.summary["id"]) for r in group]
+    frame = pd.DataFrame(
+        {"layer": "rank1", "setting": "rank 1", "seed": r.config["seed"], **row}
+        for r, metrics in zip(group, rows, strict=True)
+        for row in metrics
+    )
+    _, right = figures.plot_training(frame).axes
+    seeds = np.array([[row["test_top1"] for row in metrics] for metrics in rows])
+    assert lines(right)["rank1 (n=3)"].get_ydata() == pytest.approx(seeds.mean(0))
+    band = right.collections[0].get_paths()[0].vertices
+    for epoch in range(1, seeds.shape[1] + 1):
+        edge = band[band[:, 0] == epoch, 1]
+        assert (edge.min(), edge.max()) == pytest.approx((seeds[:, epoch - 1].min(), seeds[:, epoch - 1].max()))
+
+
+def test_untuned_curves_are_the_csv():
+    frame = pd.read_csv(ROOT / "results" / "untuned" / "resnet20.csv")
+    drawn = lines(figures.plot_untuned(frame).axes[0])
+    for spread, prefix in (("energy", "{}"), ("uniform", "_{}, uniform")):
+        for layer in ("decef", "basisconv", "cpac", "rank1"):
+            rows = frame[(frame.layer == layer) & (frame.spread == spread)]
+            line = drawn[prefix.format(layer)]
+            assert (
+                line.get_xydata().tolist() == rows[["flops_ratio", "top1"]].sort_values("flops_ratio").values.tolist()
+            )
+
+
+def test_eigenfilters_are_those_of_the_layer():
+    torch.manual_seed(0)
+    layer = DeCEFConv2d(8, 16, 3, rank=2)
+    found = eigenfilters(layer.weight, channels=4)
+    assert found.channels == [0, 2, 5, 7]
+    images = [a.get_images()[0].get_array() for a in figures.plot_eigenfilters(found).axes if a.get_images()]
+    assert np.array(images).reshape(4, 2, 3, 3) == pytest.approx(np.array(found.filters))
+    basis = torch.tensor(found.filters, dtype=torch.float32).flatten(2)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(2).expand(4, 2, 2))
+    # They span the layer's own eigen-filters: projected on them, its kernel stays as it is, with these norms.
+    kernel = layer.weight.detach()[:, found.channels].flatten(2).transpose(0, 1)
+    coefficients = kernel @ basis.mT
+    torch.testing.assert_close(coefficients @ basis, kernel)
+    torch.testing.assert_close(coefficients.norm(dim=1), torch.tensor(found.values, dtype=torch.float32))
+
+
+def test_significance_is_sorted_and_complete():
+    torch.manual_seed(0)
+    model = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), "cpac", rank=4)
+    found = significance(model, (4, 8, 8))
+    drawn = lines(figures.plot_significance(found).axes[0])
+    for name, module in model.named_modules():
+        if isinstance(module, CPACConv2d):
+            expected = np.sort(module.significance().numpy())[::-1]
+            assert found[name] == pytest.approx(expected)
+            assert drawn[f"_{name}"].get_ydata() == pytest.approx(expected / expected[0])
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A results folder with everything there is a figure of, and its figures."""
+    results = tmp_path_factory.mktemp("results")
+    model = {"name": "plain", "width": 0.25, "relu": True, "dense_stem": True}
+    run(config(results, model=model, layer={"name": "conv2d"}, threads=1))
+    run(config(results, model=model, layer={"name": "cpac", "flops": 0.25}, keep_checkpoints=True, threads=1))
+    folder = next((results / "runs").glob("*cpac*"))
+    networks = load_networks(str(folder))
+    (results / "ranks").mkdir()
+    tables = [
+        rank_table(model, definitions=("threshold",), threshold=0.3).assign(network=label) for label, model in networks
+    ]
+    pd.concat(tables).to_csv(results / "ranks" / "training.csv", index=False)
+    (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
+    (results / "untuned").mkdir()
+    shutil.copy(ROOT / "results" / "untuned" / "resnet20.csv", results / "untuned")
+    done = figures_script("--results", results, "--network", folder)
+    assert done.returncode == 0, done.stderr
+    return results, done, tables
+
+
+def test_the_script_draws_every_kind_and_says_from_what(drawn):
+    results, done, _ = drawn
+    assert "skipped" not in done.stderr
+    written = {path.stem for path in (results / "figures").glob("*.png")}
+    assert written == {path.stem for path in (results / "figures").glob("*.svg")}
+    kinds = ("accuracy-", "training-", "costs-", "untuned-", "ranks-training", "ranks-by-epoch-", "eigenfilters-")
+    for kind in (*kinds, "significance-product-", "significance-channels-"):
+        assert sum(name.startswith(kind) for name in written) == 1, kind
+    (run_id,) = (path.name for path in (results / "runs").glob("*cpac*"))
+    assert f"eigenfilters-{run_id}" in written
+    captions = (results / "figures" / "README.md").read_text()
+    for name in written:
+        assert f"![{name}]({name}.png)" in captions
+    for source in captions.split("](../")[1:]:
+        assert (results / source.split(")")[0]).exists()
+
+
+def test_deleted_and_drawn_again_figures_are_the_same_files(drawn):
+    results, _, _ = drawn
+    folder = results / "figures"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "ranks-gone.png").write_bytes(b"of data that are no longer there")
+    gallery.draw(results)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_ranks_in_training_are_the_checkpoints_tables(drawn):
+    _, _, tables = drawn
+    frame = pd.concat(table.assign(epoch=i + 1) for i, table in enumerate(tables))
+    axes = figures.plot_ranks_in_training(frame, 0.3).axes[0]
+    mean = lines(axes)["mean over convolutions"]
+    assert mean.get_xydata().tolist() == [[i + 1, pytest.approx(t.threshold.mean())] for i, t in enumerate(tables)]
+    for name in tables[0]["name"]:
+        assert lines(axes)[f"_{name}"].get_ydata().tolist() == frame[frame.name == name].threshold.tolist()
+
+
+def test_cost_bars_are_the_ranks_that_ran(records):
+    group = [r for r in records["cifar10-quick"] if r.model == "resnet20" and r.asked in ("dense", "0.667 of FLOPs")]
+    (drawing,) = gallery.costs(ROOT / "results", group)
+    macs = {r.config["layer"]["name"]: r.summary["macs"] for r in group}
+    linear = 64 * 10
+    for panel in drawing.figure.axes:
+        dense, layer = panel.containers
+        total = {c.get_label(): sum(bar.get_height() for bar in c) * 1e6 for c in (dense, layer)}
+        assert total["dense"] + linear == pytest.approx(macs["conv2d"])
+        assert total[layer.get_label()] + linear == pytest.approx(macs[layer.get_label()])
+
+
+def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(tmp_path):
+    done = figures_script("--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert said == [
+        f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in gallery.KINDS
+    ]
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["README.md"]
+
+
+def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):
+    model = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), "decef", rank=3)
+    write_filters(model, tmp_path / "filters" / "x", made_from={"weights": None}, input_size=(4, 8, 8))
+    (drawing,) = gallery.filters(tmp_path, [])
+    assert drawing.name == "eigenfilters-x"
+    assert len(json.loads((tmp_path / "filters" / "x.json").read_text())["eigenfilters"]["filters"][0]) == 3
+
+
+def test_what_the_script_cannot_do(tmp_path):
+    done = figures_script("--results", tmp_path, "--weights", "w.th")
+    assert done.returncode == 2
+    assert "name it with --network" in done.stderr
+    with pytest.raises(ValueError, match="no convolution 'conv9'"):
+        write_filters(PlainNet(num_classes=10), tmp_path / "x", made_from={}, input_size=(3, 32, 32), layer="conv9")
+
+
+def test_the_committed_figures_name_files_that_are_there():
+    captions = (ROOT / "results" / "figures" / "README.md").read_text()
+    sources = [part.split(")")[0] for part in captions.split("](../")[1:]]
+    assert sources
+    for source in sources:
+        assert (ROOT / "results" / source).exists(), source
