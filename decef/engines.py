@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 ENGINES = ("eager", "compile", "onnxruntime", "openvino")
 ON_CPU_ONLY = ("onnxruntime", "openvino")
 
-Runner = Callable[[Tensor], Tensor]
-
 
 def available(device: torch.device) -> list[str]:
     """The engines that are installed and run on `device`."""
@@ -66,8 +64,7 @@ def load_all(engine: str, networks: Sequence[tuple[nn.Module, Tensor]]) -> list[
     if engine == "compile":
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
         return [_ChannelsLast(model, lambda m: torch.compile(m, mode=mode, dynamic=False)) for model, _ in networks]
-    runtime = _OnnxRuntime if engine == "onnxruntime" else _OpenVINO
-    return [runtime(proto, x) for proto, (_, x) in zip(_to_onnx_all(networks), networks, strict=True)]
+    return [onnx_runner(engine, proto, x) for proto, (_, x) in zip(_to_onnx_all(networks), networks, strict=True)]
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
@@ -85,8 +82,8 @@ def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = Fa
     return _export(model, (example_input,), ["input"], ["output"], free)
 
 
-def onnx_runner(engine: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
-    """What runs an ONNX network by ONNX Runtime or OpenVINO: to check a file after it was written."""
+def onnx_runner(engine: str, proto: onnx.ModelProto, example_input: Tensor) -> nn.Module:
+    """An ONNX network as a module that ONNX Runtime or OpenVINO runs, for inputs of the example's shape."""
     return (_OnnxRuntime if engine == "onnxruntime" else _OpenVINO)(proto, example_input)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 ROUNDS = 5
 ROUND_SECONDS = 0.02  # about how long one variant runs in a round
+SETTLE = 0.005  # seconds until the threads that the last variant left spinning are asleep
 SLOW = 0.5  # seconds a call from which on two rounds are enough
 
 
@@ -46,6 +48,7 @@ def interleaved(
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, timer in timers.items():
+            time.sleep(SETTLE)
             times[name].append(timer.timeit(numbers[name]).mean)
     return {name: reduce(values) for name, values in times.items()}
 
