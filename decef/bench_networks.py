@@ -38,7 +38,7 @@ class Case:
     size: int
     batch: int
     layers: tuple[str, ...] = tuple(LAYERS)
-    engines: tuple[str, ...] = ("eager", "onnxruntime", "openvino")
+    engines: tuple[str, ...] = ("eager", "onnxruntime")
 
     def dense(self) -> nn.Module:
         """The network, freshly initialised: a time does not depend on the weights."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decef.convert import replace_modules
-from decef.engines import ON_CPU_ONLY, available, check_engine, check_equal, load, load_all, onnx_runner, to_onnx
+from decef.engines import available, check_engine, check_equal, load, load_all
 from decef.layers import FactorizedConv2d
 from decef.timing import interleaved
 
@@ -78,19 +78,12 @@ def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | 
     measured: dict[str, dict[str, str]] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
     chosen: dict[tuple[str, str], Mapping[str, str]] = {}
-    exported: dict[tuple[tuple[str, str], ...], Any] = {}
     for engine in engines:
         by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
         try:
             measured[by] = measured.get(by) or _fastest_forms(by, layers, seen)
             for name, forms in _candidates(engine, layers, measured[by]).items():
-                key = tuple(forms.items())
-                if engine in ON_CPU_ONLY and key not in exported:  # once for both engines: it takes seconds
-                    exported[key] = to_onnx(_arranged(model, layers, forms), example_input)
-                if engine in ON_CPU_ONLY:
-                    network = onnx_runner(engine, exported[key], example_input)
-                else:
-                    network = load(engine, _arranged(model, layers, forms), example_input)
+                network = load(engine, _arranged(model, layers, forms), example_input)
                 check_equal(network(example_input), expected)
                 networks[engine, name], chosen[engine, name] = network, forms
         except Exception as error:  # an engine may fail in any way, and then is no candidate

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decef.deploy import FORMS, deploy, plain
-from decef.engines import ON_CPU_ONLY, available, check_equal, onnx_runner, to_onnx
+from decef.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
 from decef.timing import interleaved
 
 
@@ -70,7 +70,7 @@ def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dic
 
     onnx.save_model(to_onnx(network, x, dynamic_batch=dynamic_batch), path)
     written = onnx.load_model(path)
-    return {name: onnx_runner(name, written, x) for name in ON_CPU_ONLY if name in available(x.device)}
+    return {name: onnx_runner(name, written, x) for name in onnx_readers()}
 
 
 def _program(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
