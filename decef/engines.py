@@ -138,6 +138,8 @@ class _OnnxRuntime(_Fixed):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Else its threads go on spinning for milliseconds after a call, and whatever runs next lacks their cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
