@@ -62,6 +62,7 @@ INFERENCE = (
 )
 TRAINING = (Case("resnet20", 32, 128), Case("vgg16_bn", 32, 128), Case("torchvision/resnet18", 64, 32))
 CIFAR10 = DATASETS["cifar10"]
+NETWORK_ROUNDS = 15  # equal networks must come out equal
 STEP = TrainConfig("bench", epochs=1, batch_size=128, lr=0.01)
 
 
@@ -92,7 +93,7 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         deployed = {layer: deploy(network, x, engines=engines) for layer, network in found.items()}
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {(layer, "deployed"): _inference(network, x) for layer, network in deployed.items()}
-        seconds = interleaved(steps)
+        seconds = interleaved(steps, NETWORK_ROUNDS)
         bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
         for layer, network in found.items():
