@@ -98,7 +98,7 @@ def layer_times(
     Returns:
         `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds),
         `auto`, which of the two it takes, `bound`, the least that the chain can take over the least that the dense
-        layer can (`Roofline.seconds`), and `memory`, the chain's peak over the dense layer's; None where the layer
+        layer can (`Roofline.seconds`; inference alone), and `memory`, the chain's peak over the dense layer's; None where the layer
         type has nothing to offer for this shape.
     """
     conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -127,7 +127,8 @@ def layer_times(
         "flops_ratio": row.macs_after / row.macs_before,
         **times,
         "auto": "factorized" if prefers_chain else "reconstructed",
-        "bound": roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
+        # torch counts the backward pass of grouped convolutions as if they weren't, so there is no bound for training.
+        "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
         "memory": memory["factorized"] / memory["dense"],
     }
 
