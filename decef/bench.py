@@ -98,8 +98,8 @@ def layer_times(
     Returns:
         `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds),
         `auto`, which of the two it takes, `bound`, the least that the chain can take over the least that the dense
-        layer can (`Roofline.seconds`; inference alone), and `memory`, the chain's peak over the dense layer's; None where the layer
-        type has nothing to offer for this shape.
+        layer can (`Roofline.seconds`; inference alone), and `memory`, the chain's peak over the dense layer's. None
+        where the layer type has nothing to offer for this shape.
     """
     conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = nn.Sequential(conv)
