@@ -129,7 +129,7 @@ def layer_times(
         "auto": "factorized" if prefers_chain else "reconstructed",
         # torch counts the backward pass of grouped convolutions as if they weren't, so there is no bound for training.
         "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
-        "memory": memory["factorized"] / memory["dense"],
+        "memory": memory["factorized"] / memory["dense"] if memory["dense"] else None,
     }
 
 
