@@ -257,7 +257,7 @@ def _fastest_forms(
     fastest = {}
     for name in first.values():
         steps = {form: _call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
-        seconds = interleaved(steps, reduce=min)
+        seconds = interleaved(steps, rounds=3, reduce=min)
         fastest[name] = min(seconds, key=lambda form: seconds[form])
     return {name: fastest[same[name]] if name in same else "dense" for name in layers}
 
