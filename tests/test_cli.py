@@ -135,6 +135,13 @@ assert "torch" not in sys.modules, "torch was imported"
     assert "layer: basisconv, conv2d, cpac, decef, rank1" in done.stdout
 
 
+def test_importing_the_package_imports_nothing_heavy_but_torch():
+    heavy = ["torchvision", "timm", "pandas", "matplotlib", "wandb", "hydra", "onnx", "onnxruntime", "sklearn", "scipy"]
+    code = f"import decef, sys; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_tables_without_runs_say_what_to_do(tmp_path):
     done = call("tables.py", cwd=tmp_path)
     assert done.returncode == 2

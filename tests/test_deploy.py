@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import decef
 from decef.deploy import FORMS, forms_of, plain
 from decef.engines import ENGINES, available, load, to_onnx
+from decef.export import export as write
 from decef.layers import LAYERS
 from decef.models import create_model
 from decef.ranks import Budget
@@ -132,7 +133,7 @@ def test_every_engine_computes_the_network(layer, engine):
 def test_deploy_takes_the_fastest(monkeypatch):
     slow = {"dense": 3.0, "chain": 1.0, "branches": 2.0, "measured": 4.0}
 
-    def pretend(steps, reduce):
+    def pretend(steps, **how):
         return {key: slow[key[1] if isinstance(key, tuple) else key] for key in steps}
 
     monkeypatch.setattr(sys.modules["decef.deploy"], "interleaved", pretend)  # decef.deploy is the function
@@ -184,14 +185,13 @@ def export(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_export_as_typed(tmp_path, suffix):
+def test_export_as_typed(tmp_path):
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=10)
     plan = decef.plan(model, "basisconv", rank=Budget(flops=0.5), exclude="conv1", input_size=(3, 32, 32))
     plan.save(tmp_path / "plan.yaml")
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    out = tmp_path / f"network{suffix}"
+    out = tmp_path / "network.onnx"
     code, said = export(
         "resnet20", "--weights", tmp_path / "weights.pt", "--plan", tmp_path / "plan.yaml", "--form", "chain",
         "--out", out,
@@ -199,11 +199,17 @@ def test_export_as_typed(tmp_path, suffix):
     assert code == 0, said
     assert "equal to the original in " in said
     assert "of torch" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"network{suffix}", "plan.yaml", "weights.pt"]
-    if suffix == ".pt2":
-        x = torch.randn(1, 3, 32, 32)
-        network = decef.convert(model, decef.Plan.load(tmp_path / "plan.yaml")).eval()
-        assert_close(torch.export.load(out).module()(x), network(x), rtol=1e-3, atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["network.onnx", "plan.yaml", "weights.pt"]
+
+
+def test_a_torch_program_is_the_network(tmp_path):
+    model, x = small("cpac"), torch.randn(2, 3, 9, 9)
+    said = list(write(model, tmp_path / "network.pt2", x.shape, form="branches"))
+    assert "equal to the original in torch.export" in said[0]
+    assert_close(torch.export.load(tmp_path / "network.pt2").module()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="must end in"):
+        list(write(model, tmp_path / "network.tflite", x.shape))
+    assert [path.name for path in tmp_path.iterdir()] == ["network.pt2"]
 
 
 @pytest.mark.parametrize(
