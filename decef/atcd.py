@@ -39,7 +39,8 @@ class ATCD:
             copy too; `model` gets its values whenever the kernels are projected.
 
     Raises:
-        ValueError: `model` has no factorised layer, or `every` is neither "epoch" nor a whole number from 1 on.
+        ValueError: `model` has no factorised layer or one without a kernel in training, or `every` is neither "epoch"
+            nor a whole number from 1 on.
     """
 
     def __init__(self, model: nn.Module, every: int | str = 1) -> None:
@@ -51,6 +52,11 @@ class ATCD:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, FactorizedConv2d)}
         if not layers:
             raise ValueError("the network has no factorised layer to return to: convert it first")
+        without = next((name for name, layer in layers.items() if not layer.composes_in_training), None)
+        if without is not None:
+            raise ValueError(
+                f"layer '{without}' ({type(layers[without]).__name__}) has no kernel in training to project"
+            )
         self._pairs = [(layer, self.dense.get_submodule(name)) for name, layer in layers.items()]
         self._steps = 0
 
@@ -60,12 +66,18 @@ class ATCD:
         if self.every != "epoch" and self._steps % int(self.every) == 0:
             self.project()
 
-    def after_epoch(self) -> None:
-        """Call after every epoch: projects, so that what is measured and saved is in the low-rank set."""
-        if self.every == "epoch" or self._steps % int(self.every):
+    def after_epoch(self) -> bool:
+        """Call after every epoch: projects, so that what is measured and saved is in the low-rank set.
+
+        Returns:
+            Whether that moved the kernels; batch norm's running statistics are then those of other kernels.
+        """
+        moved = self.every == "epoch" or self._steps % int(self.every) > 0
+        if moved:
             self.project()
         self._steps = 0  # an epoch is a new start, so that a resumed run projects after the same steps
         self._copy_rest()
+        return moved
 
     @torch.no_grad()
     def project(self) -> float:

@@ -180,7 +180,8 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
         model: the network that was planned for, or one with the same module names and shapes.
         how: a plan, each of whose rows then gets its layer's relative Frobenius error as `error`; or a layer type,
             which is planned first.
-        from_scratch: draw new factors instead of decomposing the weights.
+        from_scratch: draw new factors instead of decomposing the weights, at the scale of the weights that they
+            replace, so that the network starts as its dense twin does whatever that one's initialisation is.
         **arguments: those of `plan`, where `how` is a layer type.
 
     Raises:
@@ -209,7 +210,9 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
                 sharing, row.error = by_weight[id(conv.weight)]
                 for name, factor in sharing.factors().items():
                     setattr(layer, name, factor)
-            elif not from_scratch:
+            elif from_scratch:
+                layer.reset_parameters(conv.weight.square().mean().sqrt().item())
+            else:
                 row.error = layer.decompose_(conv.weight)
         except ValueError as error:
             raise ValueError(f"layer '{row.name}': {error}") from error
@@ -284,8 +287,10 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d | FactorizedConv2d]:
 
 
 def _factor_count(module: nn.Module) -> int:
-    """Parameters in a factorised layer's factors, 0 for another module."""
-    return sum(p.numel() for p in module.factors().values()) if isinstance(module, FactorizedConv2d) else 0
+    """Parameters of a factorised layer without its bias, 0 for another module."""
+    if not isinstance(module, FactorizedConv2d):
+        return 0
+    return sum(p.numel() for name, p in module.named_parameters() if name != "bias")
 
 
 def _mac_counter(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> Callable[[str, nn.Module], int]:

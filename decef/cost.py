@@ -141,5 +141,6 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, *input_size, device="meta", dtype=dtype))
-    except (RuntimeError, AssertionError) as error:  # timm's vision transformers assert their size
+    # timm's vision transformers assert their image's size, and unpack a shape that may be too short.
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(f"the network does not run on an input of size {tuple(input_size)}: {error}") from error

@@ -96,10 +96,15 @@ class Candidate:
         return rank * self.params_per_rank < self.params
 
     def kept_energy(self) -> Tensor:
-        """Share of the kernel's squared norm that each rank adds, `(max_rank,)`, falling; see `spectrum`."""
+        """Share of the kernel's squared norm that each rank adds, `(max_rank,)`, falling; see `spectrum`.
+
+        Rank 1 keeps all of a kernel that is zero.
+        """
         spectrum = self.layer.spectrum(self.weight, groups=self.groups)
         total = spectrum.sum()
-        return spectrum / total if total > 0 else torch.zeros_like(spectrum)
+        if total == 0:
+            return torch.eye(1, len(spectrum), dtype=spectrum.dtype, device=spectrum.device)[0]
+        return spectrum / total
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The record that a run leaves on disk, from which tables and figures are made.
 
-`results/runs/<run id>/` holds `config.yaml` (all that determines the result), `metrics.jsonl` (a line an epoch),
-`summary.json` (status, costs, final accuracy, where and with what it ran) and, untracked, `checkpoint.pt`.
+`results/runs/<run id>/` holds `config.yaml` (the complete config but for paths and what only says where and how to
+log), `metrics.jsonl` (a line an epoch), `summary.json` (status, costs, final accuracy, where and with what it ran) and,
+untracked, `checkpoint.pt`. Config and summary together are what `replay` needs to do the run again.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,38 @@ import yaml
 from decef.checkpoint import replace_file
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT, LOCK = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", ".lock"
+TIMES = ("images_per_second", "seconds")  # in metrics: what no two runs have in common
+FORMAT = 2  # of config.yaml; 1 left out what was off
 #: Config keys that say where and how a run happens, not what comes out of it.
-NOT_IDENTITY = ("results", "device", "threads", "wandb", "progress", "experiment", "keep_checkpoints")
+NOT_RECORDED = ("results", "device", "threads", "wandb", "progress", "experiment", "keep_checkpoints")
+
+
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.yaml` holds of a resolved config."""
+    kept = {key: value for key, value in config.items() if key not in (*NOT_RECORDED, "format")}
+    kept["dataset"] = {k: value for k, value in config["dataset"].items() if k not in ("root", "workers")}
+    if config["model"].get("weights"):
+        kept["model"] = {**config["model"], "weights": Path(config["model"]["weights"]).name}
+    return {"format": FORMAT, **plain(kept)}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that determines the result: without paths, device, logging and options that are off.
+    """The part of a config, resolved or recorded, that determines the result: what runs that are the same share.
 
-    Since an option that is off (null, false, 0, empty) does not count, a new option leaves old run ids alone.
+    Left out is what another run may do otherwise and still be the same experiment, to rounding: how a layer is computed
+    and how memory is laid out; and options that the others switch off. An option that is off (null, false, 0, empty)
+    does not count, so that a new option leaves the ids of old runs alone.
     """
-    kept = {key: value for key, value in config.items() if key not in NOT_IDENTITY}
-    kept["dataset"] = {k: value for k, value in config["dataset"].items() if k not in ("root", "workers")}
-    kept["model"] = {key: value for key, value in config["model"].items() if key != "weights"}
+    kept = recorded(config)
+    del kept["format"]
+    kept["model"].pop("weights", None)  # its content counts, weights_md5
+    kept["layer"].pop("implementation", None)
+    train = kept["train"]
+    idle = ["channels_last"]
+    idle += ["warmup"] if train["schedule"] == "step" else ["milestones", "gamma"]
+    idle += ["momentum", "nesterov"] if train["adam"] else []
+    for key in idle:
+        train.pop(key, None)
     return _without_off(kept)
 
 
@@ -50,6 +72,29 @@ def run_id(config: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def replay(folder: Path) -> tuple[dict[str, Any], str]:
+    """The config and the precision with which `decef.run.run` does a recorded run again.
+
+    Returns:
+        The config, to which the caller adds where to do it (`results`, `device`, `wandb`, `progress`,
+        `keep_checkpoints`, `dataset.root`), and the precision that "auto" meant.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: it is of another format, or not of a finished run.
+    """
+    for name in (CONFIG, SUMMARY):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no run's record: it has no {name}")
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    summary = json.loads((folder / SUMMARY).read_text())
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {config.get('format', 1)}, not {FORMAT}: it can't be done again exactly")
+    if summary.get("status") != "finished":
+        raise ValueError(f"{folder} is {summary.get('status')}, not finished: the command that began it resumes it")
+    return {**config, "threads": summary["threads"]}, summary["precision"]
+
+
 class RunRecord:
     """One run's folder. Every file in it is replaced whole or grows by whole lines.
 
@@ -61,7 +106,7 @@ class RunRecord:
     def __init__(self, results: Path, config: Mapping[str, Any]) -> None:
         self.id = run_id(config)
         self.path = results / "runs" / self.id
-        self.config = identity(config)
+        self.config = recorded(config)
 
     @property
     def checkpoint(self) -> Path:
@@ -92,8 +137,12 @@ class RunRecord:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is at this run: {self.path}") from None
-            if yaml.safe_load(config.read_text()) != self.config:
-                raise ValueError(f"{config} is the config of another run: move {self.path} away to start anew")
+            if (there := yaml.safe_load(config.read_text())) != self.config:
+                differing = ", ".join(differences(there, self.config))
+                raise ValueError(
+                    f"{config} is of the same run done otherwise ({differing}): go on as it says, or move {self.path} "
+                    "away to start anew"
+                )
             yield
 
     def keep_epochs(self, epochs: int) -> None:
@@ -127,6 +176,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def first_difference(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first epoch whose metrics differ between two runs, but for times; None where all are equal."""
+    timeless = [[{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (one, other)]
+    pairs = zip_longest(*timeless, fillvalue=None)
+    return next((epoch for epoch, (a, b) in enumerate(pairs, start=1) if a != b), None)
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
@@ -171,8 +227,27 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two configs."""
+    found = []
+    for key in (*one, *(k for k in other if k not in one)):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Mappings as dicts and tuples as lists, all copied: what YAML and JSON write and read back the same."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
 def _without_off(value: Any) -> Any:
     if isinstance(value, Mapping):
         kept = {key: _without_off(v) for key, v in value.items()}
         return {key: v for key, v in kept.items() if key == "seed" or not (v is None or v is False or v in (0, [], {}))}
-    return list(value) if isinstance(value, tuple) else value
+    return value

@@ -9,24 +9,25 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import harmonic_mean
 from typing import Any
 
 import torch
 from torch import nn
 
 from decef.checkpoint import load_checkpoint, save_checkpoint
-from decef.convert import Plan, convert, plan
+from decef.convert import Plan, convert, layer_type, plan
 from decef.cost import total_cost
 from decef.data import Data, Dataset, Images, count_classes, dataset
+from decef.data.search import stratified_subset
 from decef.distributed import Processes, joined, launched
-from decef.layers import LAYERS
 from decef.models import create_model, stem_name
-from decef.models.weights import load_weights, md5_of
+from decef.models.weights import find_weights, load_weights, md5_of
 from decef.ranks import Budget, Energy, Fixed, Rule
-from decef.record import RunRecord, environment
+from decef.record import RunRecord, environment, plain
 from decef.tracking import Tracker, resolve_mode
 from decef.train import Metrics, State, check_possible, fit, resolve_precision
 from decef.trainconfig import TrainConfig
@@ -34,6 +35,9 @@ from decef.trainconfig import TrainConfig
 log = logging.getLogger(__name__)
 
 DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", when a layer is given neither rank nor budget
+DEFAULT_DECAY = "factors"
+#: Model options that say which layers are replaced, and mean nothing for a dense network.
+OF_REPLACEMENT = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
 
 
 class InputError(ValueError):
@@ -41,46 +45,99 @@ class InputError(ValueError):
 
 
 def resolve(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with defaults filled in and what does not apply taken out, so that equal runs have equal configs.
+    """The complete config: defaults filled in, and what cannot have an effect taken out or refused.
+
+    Equal runs have equal configs, whatever the command line said.
 
     Raises:
-        InputError: a value of the wrong type, or rank and budget both given.
+        InputError: a value of the wrong type, rank and budget both given, or an option that would do nothing.
     """
     resolved = copy.deepcopy(dict(config))
-    layer, data = resolved["layer"], resolved["dataset"]
-    if data["name"] == "imagefolder" and data.get("num_classes") is None:
-        with _input_errors():
-            data["num_classes"] = count_classes(Path(data["root"]) if data["root"] else None)
+    with _input_errors():
+        _resolve_dataset(resolved["dataset"])
+        _resolve_model(resolved["model"])
+        _resolve_layer(resolved)
+        train = plain(asdict(_train_config(resolved)))
+        resolved["train"] = {key: value for key, value in train.items() if key != "orthogonality"}
+        _resolve_decay(resolved)
     whole = {
         "seed": resolved["seed"],
         "threads": resolved["threads"],
-        "layer.rank": layer.get("rank"),
-        "dataset.train_size": data["train_size"],
-        "dataset.crop_padding": data.get("crop_padding"),
+        "layer.rank": resolved["layer"].get("rank"),
+        "dataset.train_size": resolved["dataset"].get("train_size"),
+        "dataset.crop_padding": resolved["dataset"].get("crop_padding"),
     }
     for key, value in whole.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise InputError(f"{key}={value!r} must be a whole number, 0 or more")
-    if layer.get("flops") is not None and not isinstance(layer["flops"], (int, float)):
-        raise InputError(f"layer.flops={layer['flops']!r} must be a share of the dense network's FLOPs, such as 0.667")
-    if layer["name"] == "conv2d":
-        resolved["layer"] = {"name": "conv2d"}
-        resolved["train"].pop("atcd", None)
-    else:
-        given = [f"layer.{key}={layer[key]}" for key in ("rank", "flops", "energy") if layer.get(key) is not None]
-        if len(given) > 1:
-            raise InputError(f"{' and '.join(given)} are both given: give one")
-        if not given:
-            layer["flops"] = DEFAULT_FLOPS
-        if layer.get("energy") is not None and not resolved["model"].get("weights"):
-            raise InputError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
-    if resolved["model"].get("weights"):
-        with _input_errors():
-            # The file's content belongs to the run, its place doesn't.
-            resolved["model"]["weights_md5"] = md5_of(Path(resolved["model"]["weights"]))
-    if not hasattr(LAYERS.get(layer["name"]), "orthogonality"):
-        resolved["train"].pop("orthogonality", None)
     return resolved
+
+
+def _resolve_dataset(settings: dict[str, Any]) -> None:
+    if settings["name"] == "imagefolder" and settings.get("num_classes") is None:
+        settings["num_classes"] = count_classes(Path(settings["root"]) if settings["root"] else None)
+    known = dataset(settings)
+    settings["mean"], settings["std"] = list(known.mean), list(known.std)
+
+
+def _resolve_model(settings: dict[str, Any]) -> None:
+    if settings.get("weights"):
+        # The file's content belongs to the run, its place doesn't.
+        settings["weights"] = str(find_weights(settings["weights"]))
+        settings["weights_md5"] = md5_of(Path(settings["weights"]))
+
+
+def _resolve_layer(config: dict[str, Any]) -> None:
+    layer, model, train = config["layer"], config["model"], config["train"]
+    if layer["name"] == "conv2d":
+        # Sweeps over layer types have these for all; the dense network is the same run whatever they say.
+        config["layer"] = {"name": "conv2d"}
+        train.update(atcd=None, decay=None)
+        for key in OF_REPLACEMENT:
+            model.pop(key, None)
+        return
+    if layer.get("flops") is not None and not isinstance(layer["flops"], (int, float)):
+        raise ValueError(f"layer.flops={layer['flops']!r} must be a share of the dense network's FLOPs, such as 0.667")
+    given = [f"layer.{key}={layer[key]}" for key in ("rank", "flops", "energy") if layer.get(key) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are both given: give one")
+    if not given:
+        layer["flops"] = DEFAULT_FLOPS
+    if layer.get("energy") is not None and not model.get("weights"):
+        raise ValueError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
+    if layer.get("orthogonality") and not hasattr(layer_type(layer["name"]), "orthogonality"):
+        raise ValueError(
+            f"layer.orthogonality={layer['orthogonality']} would do nothing: {layer['name']} has no penalty"
+        )
+
+
+def _resolve_decay(config: dict[str, Any]) -> None:
+    """Which decay the run has: none where nothing decays or no factor is trained, else "factors" or "kernel"."""
+    layer, train = config["layer"], config["train"]
+    asked = train.get("decay")
+    idle = None
+    if layer["name"] == "conv2d":
+        return
+    if train.get("atcd") is not None:
+        idle = "train.atcd decays dense kernels"
+    elif not train["weight_decay"]:
+        idle = "train.weight_decay is 0"
+    if idle:
+        if asked is not None:
+            raise ValueError(f"train.decay={asked} would do nothing: {idle}")
+        return
+    cls, reason = layer_type(layer["name"]), None
+    if not getattr(cls, "composes_in_training", True):
+        reason = "it has no kernel in training"
+    elif layer.get("train_basis") is False:
+        reason = "its basis is frozen and orthonormal, so that both decays are the same"
+    if asked == "kernel" and reason:
+        raise ValueError(f"train.decay=kernel is not possible with layer={layer['name']}: {reason}")
+    train["decay"] = asked or ("factors" if reason else DEFAULT_DECAY)
+
+
+def _train_config(config: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig(**_tuples(config["train"]), orthogonality=config["layer"].get("orthogonality") or 0.0)
 
 
 def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan, dict[str, int]]:
@@ -88,7 +145,7 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
 
     It is freshly initialised, or with `model.weights` decomposed from trained ones.
 
-    The config is a resolved one, or a record's, in which options that are off are missing.
+    The config is a resolved one, or a record's.
 
     Raises:
         ValueError: an unknown model or layer type, or a rank or budget that is not possible.
@@ -99,6 +156,7 @@ def build(config: Mapping[str, Any], dataset: Dataset) -> tuple[nn.Module, Plan,
     if weights:
         load_weights(dense, Path(weights))
     name = layer.pop("name")
+    layer.pop("orthogonality", None)  # of the training
     rank, flops, energy = (layer.pop(key, None) for key in ("rank", "flops", "energy"))
     rule: Rule
     if rank is not None:
@@ -139,9 +197,9 @@ def dense_network(config: Mapping[str, Any], dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: there is no such network, or it doesn't take these options.
     """
-    replacing = ("dense_stem", "include", "exclude", "min_kernel_size", "weights", "weights_md5")
-    options = {key: value for key, value in config["model"].items() if key not in replacing}
-    if options.pop("factorize_classifier", False):
+    left_out = (*OF_REPLACEMENT, "weights", "weights_md5")
+    options = {key: value for key, value in config["model"].items() if key not in left_out}
+    if config["model"].get("factorize_classifier"):
         options["conv_classifier"] = True
     channels, size, _ = dataset.input_size
     return create_model(num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options)
@@ -162,11 +220,12 @@ class _Job:
     dense_cost: dict[str, int]
 
 
-def run(config: Mapping[str, Any]) -> dict[str, Any]:
+def run(config: Mapping[str, Any], precision: str | None = None) -> dict[str, Any]:
     """Train what `config` says, unless that has been done, and return the record's summary.
 
     Args:
-        config: what `configs/train.yaml` composes to, as plain data.
+        config: what `configs/train.yaml` composes to, or `decef.record.replay` returns, as plain data.
+        precision: what `train.precision` "auto" is to mean; None is what is best on this device.
 
     Raises:
         InputError: before any long work, when something in the config cannot be used.
@@ -175,11 +234,15 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     with _input_errors():
         job = _prepare(config)
+        if precision is not None:
+            job.train_config = replace(job.train_config, precision=precision)
+            check_possible(job.train_config, job.device, launched())
     with ExitStack() as held:
         processes = held.enter_context(joined(job.device))
         summary = processes.tell(job.record.summary())
         if summary.get("status") == "finished":
-            log.info("%s is finished already (top-1 %.2f %%)", job.record.id, summary["test_top1"])
+            words = job.record.id, summary["test_top1"], summary["precision"]
+            log.info("%s is finished already (top-1 %.2f %%, in %s)", *words)
             return summary
         error, checkpoint, data = None, None, None
         if processes.is_first:
@@ -193,6 +256,8 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
         error, checkpoint = processes.tell((error, checkpoint))
         if error:
             raise InputError(error)
+        if checkpoint is not None:  # a run is of one precision, on whatever machine it goes on
+            job.train_config = replace(job.train_config, precision=checkpoint["precision"])
         train, test = data or _load_data(job)
         if processes.is_first:
             return _train_and_record(job, checkpoint, train, test, started, processes)
@@ -203,7 +268,7 @@ def run(config: Mapping[str, Any]) -> dict[str, Any]:
 def _prepare(config: Mapping[str, Any]) -> _Job:
     config = resolve(config)
     the_dataset = dataset(config["dataset"])
-    train_config = TrainConfig(**_tuples(config["train"]))
+    train_config = _train_config(config)
     device = _device(config["device"])
     check_possible(train_config, device, launched())
     wandb_mode = resolve_mode(config["wandb"]["mode"])
@@ -228,7 +293,7 @@ def _load_data(job: _Job) -> tuple[Data, Data]:
     settings = job.config["dataset"]
     train, test = job.dataset.load(Path(settings["root"]) if settings["root"] else None)
     if settings["train_size"]:
-        train = train.subset(slice(0, settings["train_size"]))
+        train = stratified_subset(train, settings["train_size"])
     if isinstance(train, Images):
         train = replace(train, crop_padding=settings.get("crop_padding") or 0, flip=settings["flip"])
     return train.to(job.device), test.to(job.device)
@@ -248,7 +313,6 @@ def _fit(
         state=state,
         on_epoch=on_epoch,
         processes=processes,
-        num_classes=job.dataset.num_classes,
         progress=job.config["progress"],
     )
 
@@ -300,16 +364,15 @@ def _train_and_record(
             metrics["epoch"], train_config.epochs, metrics["train_loss"], metrics["test_top1"],
             metrics["images_per_second"],
         )  # fmt: skip
-        rows = record.metrics()
-        images = sum(row["images_per_second"] * row["seconds"] for row in rows)
+        rates = [row["images_per_second"] for row in record.metrics()]
         summary.update(
             epochs=metrics["epoch"],
             wall_seconds=round(earlier + time.perf_counter() - started, 1),
-            images_per_second=round(images / sum(row["seconds"] for row in rows), 1),
+            images_per_second=round(harmonic_mean(rates), 1),  # every epoch has as many images
         )
         record.write_summary(summary)
 
-    state = _CheckpointState(record, checkpoint, job.plan, config["keep_checkpoints"])
+    state = _CheckpointState(job, checkpoint)
     try:
         _fit(job, train, test, state, on_epoch, processes)
     except (Exception, KeyboardInterrupt) as error:
@@ -352,7 +415,6 @@ def _first_summary(job: _Job, done: int, processes: Processes) -> dict[str, Any]
         "dense": job.dense_cost,
         "ranks": job.plan.ranks,
         "precision": resolve_precision(job.device, job.train_config.precision),
-        "implementation": job.config["layer"].get("implementation"),
         "processes": processes.count,
         "epochs": done,
         "wall_seconds": previous.get("wall_seconds", 0.0),
@@ -392,14 +454,15 @@ class _Memory:
 class _CheckpointState(_Memory):
     """The checkpoint file as `fit` sees it: what it saves, with the config and the plan that it belongs to."""
 
-    def __init__(self, record: RunRecord, checkpoint: dict[str, Any] | None, the_plan: Plan, keep: bool) -> None:
+    def __init__(self, job: _Job, checkpoint: dict[str, Any] | None) -> None:
         super().__init__(checkpoint)
-        self._record, self._plan, self._keep = record, the_plan, keep
+        self._record, self._plan, self._keep = job.record, job.plan, job.config["keep_checkpoints"]
+        self._precision = resolve_precision(job.device, job.train_config.precision)
 
     def save(self, state: dict[str, Any]) -> None:
-        extra = {"config": self._record.config, "plan": self._plan.to_dict()}
+        extra = {"config": self._record.config, "plan": self._plan.to_dict(), "precision": self._precision}
         if self._keep:
-            model = {"epoch": state["epoch"], "model": state.get("ema", state["model"]), **extra}
+            model = {"epoch": state["epoch"], "model": state["model"], **extra}
             save_checkpoint(self._record.path / f"checkpoint-{state['epoch']:04d}.pt", model)
         save_checkpoint(self._record.checkpoint, {**state, **extra})
 

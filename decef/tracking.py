@@ -101,7 +101,7 @@ class Tracker:
     def finish(self, summary: Mapping[str, Any], *, failed: bool = False, checkpoint: Path | None = None) -> None:
         """Add the summary and a checkpoint (as the run's artifact) and end the run.
 
-        Where W&B hasn't got all of it, it is said how to upload it.
+        Where W&B hasn't got all of it, it is on disk then, and it is said how to upload it.
         """
         if self._run is None:
             return
@@ -113,6 +113,8 @@ class Tracker:
                     self._run.log_artifact(checkpoint, name=self._run.name, type="model")
                 self._run.finish(exit_code=int(failed))
                 _check_upload(folder)
+                if self.mode == "offline":
+                    _end_process()  # finish() doesn't wait until the log is on disk
         self._run = None
         if self.mode == "online" and self._works:
             return
@@ -125,15 +127,27 @@ class Tracker:
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
         """Whatever `wandb` raises as a warning; its process may have died."""
-        import wandb
-
         try:
             yield
         except Exception as error:
             self._works = False
             log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
             with suppress(Exception):
-                wandb.teardown()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
+                _end_process()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
+
+
+def _end_process() -> None:
+    """End W&B's process and wait for it, which writes what it still has; the next run starts a new one.
+
+    Raises:
+        ChildProcessError: it did not end well.
+    """
+    import wandb
+
+    try:
+        wandb.teardown()
+    except SystemExit as error:
+        raise ChildProcessError(f"its process ended with status {error.code}") from None
 
 
 def _check_upload(folder: Path) -> None:

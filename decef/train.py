@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from itertools import islice
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from decef.atcd import ATCD
 from decef.data import Data, normalize
 from decef.distributed import Processes
-from decef.layers import BasisConv2d, DeCEFConv2d
-from decef.torchvision_cpu import import_torchvision
+from decef.layers import Basis2021Conv2d, DeCEFConv2d, FactorizedConv2d
 from decef.trainconfig import TrainConfig
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
+RECALIBRATION = 50  # batches from which batch norm's statistics are measured anew
 ALONE = Processes()
 
 
@@ -66,15 +66,13 @@ def fit(
     state: State,
     on_epoch: Callable[[Metrics], None],
     processes: Processes = ALONE,
-    num_classes: int | None = None,
     progress: bool = False,
 ) -> None:
     """Train `model` in place, from where `state` left off, to the last epoch.
 
     Everything random in an epoch follows from the seed and the epoch's number, so a run that was interrupted goes on
     as if it had not been: on the same CPU with the same number of threads, bit for bit. Several processes share every
-    batch equally; but for batch norm, which sees a process's part (train.sync_bn: all of it, on GPUs), and dropout,
-    they do what one does, to rounding.
+    batch equally; but for batch norm, which sees a process's part, and dropout, they do what one does, to rounding.
 
     Args:
         model: on the device of the images; every process has the same.
@@ -84,7 +82,6 @@ def fit(
         state: loaded before the first epoch and, by the first process, saved after every one.
         on_epoch: called by the first process after every epoch, before the state is saved.
         processes: that train together.
-        num_classes: of the labels, for mixup and cutmix.
         progress: show a bar.
 
     Raises:
@@ -94,10 +91,11 @@ def fit(
     check_possible(config, train.device, processes)
     train, validation = _split(train, config.validation)
     batch_size = _batch_size(config, len(train), processes)
+    normal: dict[str, Any] = {"mean": mean, "std": std, "channels_last": config.channels_last}
     steps = len(train) // batch_size
     saved = state.load()
     first = saved["epoch"] if saved else 0
-    training = Training(model, config, train.device, processes, saved, num_classes)
+    training = Training(model, config, train.device, processes, saved)
     part = (processes.rank, processes.count)
     bar = tqdm(
         total=steps * config.epochs,
@@ -113,21 +111,16 @@ def fit(
             training.start_epoch()
             for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
                 lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                training.step(network_input(images, mean, std, config.channels_last, scale), labels, lr, step)
+                training.step(network_input(images, scale=scale, **normal), labels, lr, step)
                 bar.update()
             train_loss, train_top1 = training.finish_epoch()
+            if training.moved:
+                again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
+                training.recalibrate(network_input(images, **normal) for images, _ in again)
             seconds = time.perf_counter() - started
-            measure = partial(
-                evaluate,
-                training.measured,
-                mean=mean,
-                std=std,
-                channels_last=config.channels_last,
-                autocast=training.autocast,
-                processes=processes,
-            )
-            test_loss, test_top1 = measure(test)
-            val_loss, val_top1 = measure(validation) if validation is not None else (None, None)
+            measured = {"autocast": training.autocast, "processes": processes, **normal}
+            test_loss, test_top1 = evaluate(model, test, **measured)
+            val_loss, val_top1 = evaluate(model, validation, **measured) if validation is not None else (None, None)
             bar.set_postfix(epoch=epoch + 1, loss=f"{train_loss:.3f}", top1=f"{test_top1:.2f}")
             if processes.is_first:
                 on_epoch(
@@ -157,10 +150,9 @@ class Training:
         device: where the batches are.
         processes: see `fit`.
         saved: what `state_dict` returned, to go on from there.
-        num_classes: see `fit`.
 
     Attributes:
-        measured: the network whose accuracy counts: `model`, or the moving average of its weights.
+        moved: whether the end of the epoch moved the kernels, so that batch norm's statistics are of others.
     """
 
     def __init__(
@@ -170,7 +162,6 @@ class Training:
         device: torch.device,
         processes: Processes = ALONE,
         saved: Mapping[str, Any] | None = None,
-        num_classes: int | None = None,
     ) -> None:
         precision = resolve_precision(device, config.precision)
         self.model, self.config, self._processes = model, config, processes
@@ -182,47 +173,26 @@ class Training:
         # With ATCD the dense twin is trained; at the end of an epoch it is the same function as `model`.
         self.atcd = ATCD(model, config.atcd) if config.atcd is not None else None
         trained = model if self.atcd is None else self.atcd.dense
-        if config.sync_bn and processes.count > 1:
-            trained = nn.SyncBatchNorm.convert_sync_batchnorm(trained)
         self._trained = trained
+        self.moved = False
         self.optimizer = make_optimizer(trained, config)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.measured: nn.Module = model
-        self._average: AveragedModel | None = None
-        if config.ema:
-            average = get_ema_multi_avg_fn(config.ema)
-            self._average = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-            self.measured = self._average.module
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
-            self._scaler.load_state_dict(saved.get("scaler", {}))
-            if self._average is not None:
-                self.measured.load_state_dict(saved["ema"])
-                self._average.n_averaged.fill_(1)  # not the first: that one would replace the average
+            self._scaler.load_state_dict(saved["scaler"])
         self._shared: DistributedDataParallel | None = None
         if processes.count > 1:
             self._shared = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
-        forward: Callable[[Tensor], Tensor] = self._shared or trained
-        self._forward = torch.compile(forward) if config.compile else forward
-        self._parameters = [p for p in trained.parameters() if p.requires_grad]
+        self._forward: Callable[[Tensor], Tensor] = self._shared or trained
         self._zero = torch.zeros((), device=device)
-        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-        if config.mixup or config.cutmix:
-            import_torchvision()
-            from timm.data.mixup import Mixup
-
-            assert num_classes is not None
-            smoothing = config.label_smoothing
-            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later `Training` needs to go on."""
-        state = {
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
-        return state if self._average is None else {**state, "ema": self.measured.state_dict()}
 
     def start_epoch(self) -> None:
         """Begin counting."""
@@ -239,22 +209,17 @@ class Training:
             lr: the learning rate.
             step: counted over the whole training, for messages.
         """
-        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        passes = config.accumulate or 1
-        for i, (images, hard) in enumerate(zip(x.chunk(passes), labels.chunk(passes), strict=True)):
-            loss, correct = self._forward_backward(images, hard, passes, last=i + 1 == passes)
-            self._loss += loss.detach() / passes
-            self._correct += correct
-        if config.clip:
-            self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, config.clip)
+        with self.autocast():
+            logits = self._forward(x)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        self._scaler.scale(loss + penalties(self._trained, self.config)).backward()
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        if self._average is not None:
-            self._average.update_parameters(self._trained)
+        self._loss += loss.detach()
+        self._correct += (logits.argmax(1) == labels).sum()
         self._images += len(labels)
         self._steps += 1
         fine = self._loss.isfinite() | (self._bad_step > 0)
@@ -275,27 +240,17 @@ class Training:
         """
         self._check(self.optimizer.param_groups[0]["lr"])
         if self.atcd is not None:
-            self.atcd.after_epoch()
-        self._processes.share_buffers(self.measured)  # batch norm's statistics
+            self.moved = self.atcd.after_epoch()
+        self._processes.share_buffers(self.model)  # batch norm's statistics
         loss, correct = self._processes.total(self._loss, self._correct)
         count = self._processes.count
         return loss.item() / (self._steps * count), 100 * correct.item() / (self._images * count)
 
-    def _forward_backward(self, x: Tensor, hard: Tensor, passes: int, *, last: bool) -> tuple[Tensor, Tensor]:
-        config, labels = self.config, hard
-        if self._mix is not None:
-            x, labels = self._mix(x, hard)
-        # Gradients are added up between the processes once a step, in the last pass.
-        with self._shared.no_sync() if self._shared and not last else nullcontext():
-            with self.autocast():
-                logits = self._forward(x)
-            smoothing = config.label_smoothing if labels is hard else 0.0
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-            total = loss
-            if config.orthogonality:
-                total = loss + config.orthogonality * orthogonality(self._trained)
-            self._scaler.scale(total / passes if passes > 1 else total).backward()
-        return loss, (logits.argmax(1) == hard).sum()
+    def recalibrate(self, inputs: Iterable[Tensor]) -> None:
+        """Measure batch norm's statistics anew, after ATCD moved the kernels that they were of."""
+        with self.autocast():
+            update_bn(inputs, self.model)
+        self._processes.share_buffers(self.model)
 
     def _check(self, lr: float) -> None:
         (bad,) = self._processes.total(self._bad_step)
@@ -306,7 +261,7 @@ class Training:
 def _diverged(step: int, lr: float) -> FloatingPointError:
     return FloatingPointError(
         f"the loss is not finite any more from step {step} on (learning rate {lr:g}): try a smaller train.lr, a longer "
-        "train.warmup, train.clip=1 or train.precision=fp32"
+        "train.warmup or train.precision=fp32"
     )
 
 
@@ -327,7 +282,7 @@ def evaluate(
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
     for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
         with autocast():
-            logits = model(network_input(images, mean, std, channels_last, 1.0))
+            logits = model(network_input(images, mean, std, channels_last))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -336,11 +291,17 @@ def evaluate(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, or Adam, over what is trainable; filters that a penalty holds orthonormal get no weight decay."""
+    """SGD, or Adam, over what is trainable.
+
+    The optimizer's weight decay leaves out eigen-filters that a penalty holds orthonormal and, with decay "kernel", all
+    factors: `penalties` decays their composed kernel instead.
+    """
     free: set[nn.Parameter] = set()
-    if config.orthogonality:
-        free = {m.eigenfilters for m in model.modules() if isinstance(m, DeCEFConv2d)}
-        free |= {m.basis for m in model.modules() if isinstance(m, BasisConv2d)}
+    for module in model.modules():
+        if isinstance(module, FactorizedConv2d) and config.decay == "kernel":
+            free |= set(module.factors().values())
+        elif isinstance(module, DeCEFConv2d) and config.orthogonality:
+            free.add(module.eigenfilters)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p not in free], "weight_decay": config.weight_decay},
@@ -351,6 +312,23 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.SGD(
         [g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
     )
+
+
+def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
+    """What is added to the loss: the layers' orthogonality penalties, and with decay "kernel" their Frobenius decay.
+
+    The latter is `weight_decay / 2 * ||W||^2` of the composed kernels (Khodak, Tenenholtz, Mackey, Fusi:
+    "Initialization and regularization of factorized neural layers", ICLR 2021): the gradient that the dense kernel
+    would get from the same `weight_decay`. In Adam, as weight decay there, it goes through the moments.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
+    terms = []
+    if config.decay == "kernel" and config.weight_decay:
+        terms += [config.weight_decay / 2 * layer.squared_norm() for layer in layers]
+    if config.orthogonality:
+        penalised = [layer for layer in layers if isinstance(layer, (DeCEFConv2d, Basis2021Conv2d))]
+        terms += [config.orthogonality * layer.orthogonality() for layer in penalised]
+    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
 
 
 def lr_at(config: TrainConfig, done: float) -> float:
@@ -365,16 +343,6 @@ def lr_at(config: TrainConfig, done: float) -> float:
         return config.lr * done / config.warmup
     left = (1 - done) / (1 - config.warmup)
     return config.lr * (left if config.schedule == "onecycle" else (1 - math.cos(math.pi * left)) / 2)
-
-
-def orthogonality(model: nn.Module) -> Tensor:
-    """Sum of the layers' orthogonality penalties; layers without one, or whose filters are frozen, add nothing."""
-    terms = [
-        m.orthogonality()
-        for m in model.modules()
-        if isinstance(m, DeCEFConv2d) or (isinstance(m, BasisConv2d) and m.basis.requires_grad)
-    ]
-    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
@@ -400,7 +368,7 @@ def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractC
 
 
 def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
-    """Seed the global generators (dropout, mixup) for an epoch and a process, and return the data's own."""
+    """Seed the global generators (dropout) for an epoch and a process, and return the data's own."""
     own = (seed * 1_000_003 + epoch) * 2 + 1 + (rank << 40)
     torch.manual_seed(own)
     np.random.seed((own ^ own >> 32) % 2**32)
@@ -422,31 +390,20 @@ def check_possible(config: TrainConfig, device: torch.device, processes: Process
     Raises:
         ValueError: it can't; the message says why and what to change.
     """
-    if device.type != "cuda":
-        if config.precision == "fp16":
-            raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
-        if config.sync_bn:
-            raise ValueError(f"train.sync_bn=true needs GPUs, and this runs on {device.type}")
-    unit = _unit(config, processes)
-    if config.batch_size % unit:
-        pairs = ", pairs for mixup" if config.mixup or config.cutmix else ""
+    if device.type != "cuda" and config.precision == "fp16":
+        raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
+    if config.batch_size % processes.count:
         raise ValueError(
-            f"train.batch_size={config.batch_size} can't be shared equally: it must be a multiple of {unit} "
-            f"({processes.count} processes, {config.accumulate or 1} passes{pairs})"
+            f"train.batch_size={config.batch_size} can't be shared equally by {processes.count} processes: it must be "
+            "a multiple of their number"
         )
 
 
-def _unit(config: TrainConfig, processes: Processes) -> int:
-    """What the images in a step are a multiple of: processes x passes, times 2 for mixup, which pairs images."""
-    return processes.count * (config.accumulate or 1) * (2 if config.mixup or config.cutmix else 1)
-
-
 def _batch_size(config: TrainConfig, images: int, processes: Processes) -> int:
-    """Images in a step over all processes and passes: what was asked for, or fewer where there are fewer."""
-    unit = _unit(config, processes)
-    batch_size = min(config.batch_size, images // unit * unit)
+    """Images in a step over all processes: what was asked for, or fewer where there are fewer."""
+    batch_size = min(config.batch_size, images // processes.count * processes.count)
     if not batch_size:
-        raise ValueError(f"{images} training images are too few for {unit} parts of a batch")
+        raise ValueError(f"{images} training images are too few for {processes.count} processes")
     return batch_size
 
 
@@ -454,7 +411,7 @@ def _scale_at(config: TrainConfig, epoch: int) -> float:
     return next((scale for until, scale in config.scales if (epoch + 0.5) / config.epochs < until), 1.0)
 
 
-def network_input(images: Tensor, mean: Tensor, std: Tensor, channels_last: bool, scale: float) -> Tensor:
+def network_input(images: Tensor, mean: Tensor, std: Tensor, channels_last: bool = True, scale: float = 1.0) -> Tensor:
     """uint8 images `(B, C, H, W)` as a network takes them: normalised, resized by `scale`, in the layout asked for."""
     x = normalize(images, mean, std)
     if scale != 1:

@@ -8,11 +8,12 @@ from typing import Any
 
 SCHEDULES = ("onecycle", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DECAYS = ("factors", "kernel")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `configs/train/*.yaml` says what each setting is.
+    """How to train. `configs/train/*.yaml` says what each setting is; `orthogonality` is the layer's, in configs/layer.
 
     Raises:
         ValueError: a setting that makes no sense; the message says what it must be.
@@ -25,6 +26,7 @@ class TrainConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    decay: str | None = None
     label_smoothing: float = 0.0
     schedule: str = "onecycle"
     warmup: float = 0.2
@@ -36,13 +38,6 @@ class TrainConfig:
     validation: float = 0.0
     precision: str = "auto"
     channels_last: bool = True
-    compile: bool = False
-    accumulate: int | None = None
-    clip: float = 0.0
-    ema: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    sync_bn: bool = False
     adam: bool = False
 
     def __post_init__(self) -> None:
@@ -56,8 +51,8 @@ class TrainConfig:
                 raise ValueError(f"train.{key}={value!r} must be {must}")
         if self.nesterov and not self.momentum:
             raise ValueError("train.nesterov=True must be false when momentum is 0")
-        if self.ema and self.atcd is not None:
-            raise ValueError("train.ema and train.atcd can't be combined: an average of low-rank kernels isn't one")
+        if self.atcd is not None and self.orthogonality:
+            raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
 
 
 def _whole(value: Any) -> bool:
@@ -78,6 +73,7 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (_share, "a number in [0, 1)"),
     "nesterov": _FLAG,
     "weight_decay": _NOT_NEGATIVE,
+    "decay": (lambda v: v is None or v in DECAYS, f"null or one of {', '.join(DECAYS)}"),
     "label_smoothing": (_share, "a number in [0, 1)"),
     "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
     "warmup": (_share, "a share of the training, in [0, 1)"),
@@ -92,12 +88,5 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "validation": (_share, "a share of the training images, in [0, 1)"),
     "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
     "channels_last": _FLAG,
-    "compile": _FLAG,
-    "accumulate": (lambda v: v is None or (_whole(v) and v >= 1), "null or a number of forward passes, at least 1"),
-    "clip": _NOT_NEGATIVE,
-    "ema": (_share, "a decay in [0, 1)"),
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "sync_bn": _FLAG,
     "adam": _FLAG,
 }

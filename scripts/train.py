@@ -4,6 +4,10 @@ python scripts/train.py dataset=cifar10 model=resnet20 layer=decef layer.rank=4 
 python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1 layer.flops=0.667 seed=0,1,2
 
 Run again, the same command skips what is finished and resumes what is not. configs/ says what there is to choose.
+
+python scripts/train.py --from results/runs/<run id> [results=replayed] [device=cpu] [dataset.root=FOLDER]
+
+does a recorded run exactly again, elsewhere, and says whether the same came out.
 """
 
 import logging
@@ -18,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+PLACES = ("results", "device", "dataset.root", "model.weights")  # what a run that is done again may be given
 SWEEP = "DECEF_SWEEP"  # names the sweep to all of its jobs, which may be other processes
 
 
@@ -49,7 +54,41 @@ def _failures(results: str) -> Path:
     return Path(results) / ".sweeps" / f"{os.environ[SWEEP]}.failed"
 
 
+def train_again(arguments: list[str]) -> None:
+    """`--from FOLDER`, then where to do it, as overrides."""
+    from decef.record import first_difference, read_metrics, replay
+    from decef.run import InputError, run
+
+    if len(arguments) < 2:
+        fail("--from needs a run's folder: --from results/runs/<run id>")
+    source, places = Path(arguments[1]), dict.fromkeys(PLACES)
+    for argument in arguments[2:]:
+        key, equals, value = argument.partition("=")
+        if key not in PLACES or not equals:
+            fail(f"{argument}: with --from only the place can be said, by {'=, '.join(PLACES)}=")
+        places[key] = value
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    try:
+        config, precision = replay(source)
+        config["dataset"] |= {"root": places["dataset.root"], "workers": 0}
+        if places["model.weights"]:
+            config["model"]["weights"] = places["model.weights"]
+        results = places["results"] or "replayed"
+        wandb = {"mode": "disabled", "project": None, "entity": None, "group": None, "artifacts": False}
+        here = {"results": results, "device": places["device"] or "auto", "wandb": wandb}
+        summary = run({**config, **here, "progress": True, "keep_checkpoints": False}, precision)
+    except (InputError, ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    epoch = first_difference(read_metrics(source), read_metrics(Path(results) / "runs" / summary["id"]))
+    if epoch is not None:
+        sys.exit(f"not the same from epoch {epoch} on: another machine or other versions? {source} says what it ran on")
+    print(f"the same in all {summary['epochs']} epochs")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--from"]:
+        train_again(sys.argv[1:])
+        sys.exit()
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:])
     os.environ.setdefault(SWEEP, uuid.uuid4().hex)

@@ -15,28 +15,39 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file with trained weights")
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs")
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
-    parser.add_argument("--mean", type=float, nargs=3, default=[0.485, 0.456, 0.406], help="that the network expects")
-    parser.add_argument("--std", type=float, nargs=3, default=[0.229, 0.224, 0.225], help="that the network expects")
+    expected = "that the network expects; default: what a run was trained with, ImageNet's for other weights"
+    parser.add_argument("--mean", type=float, nargs=3, help=expected)
+    parser.add_argument("--std", type=float, nargs=3, help=expected)
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
 
     import torch
 
-    from decef.analysis import load_networks, untuned, write_untuned
+    from decef.analysis import dataset_of, load_networks, untuned, write_untuned
+    from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD
     from decef.data.cifar import load_cifar10
     from decef.models import stem_name
     from decef.models.weights import describe_file
 
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     try:
+        if (run := Path(arguments.network)).is_dir():
+            if arguments.weights is not None:
+                raise ValueError(f"the run {run} has weights of its own: leave out --weights")
+            trained_on = dataset_of(run)
+            if trained_on.load is not DATASETS["cifar10"].load:
+                raise ValueError(f"the run {run} was not trained on CIFAR-10, whose test images are measured here")
+            mean, std = trained_on.mean, trained_on.std
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
         _, test = load_cifar10(arguments.data)
         rows = []
         for row in untuned(
             model,
             test,
-            mean=torch.tensor(arguments.mean),
-            std=torch.tensor(arguments.std),
+            mean=torch.tensor(arguments.mean or mean),
+            std=torch.tensor(arguments.std or std),
             layers=arguments.layers,
             shares=arguments.shares,
             exclude=stem_name(model),

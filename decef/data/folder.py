@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,7 +42,6 @@ class ImageFolder:
         labels: `(N,)`.
         size: of a square image, in pixels.
         flip: whether images are mirrored.
-        randaugment: timm's description of a RandAugment policy, such as "rand-m9-mstd0.5"; None is none.
         workers: processes that read; 0 reads in this one.
     """
 
@@ -51,7 +49,6 @@ class ImageFolder:
     labels: Tensor
     size: int = 224
     flip: bool = True
-    randaugment: str | None = None
     workers: int = 4
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     skipped: dict[Path, str] = field(default_factory=dict)
@@ -147,12 +144,6 @@ class _Crops(_Files):
     def __init__(self, images: ImageFolder, base: int) -> None:
         super().__init__(images)
         self.base = base
-        self._policy: Any = None
-        if images.randaugment:
-            import_torchvision()
-            from timm.data.auto_augment import rand_augment_transform
-
-            self._policy = rand_augment_transform(images.randaugment, {})
 
     def view(self, image: Any, i: int) -> Tensor:
         transforms = import_torchvision().transforms
@@ -162,24 +153,15 @@ class _Crops(_Files):
             image = transforms.functional.resized_crop(image, *crop, size=size)
             if self.images.flip and torch.rand(()) < 0.5:
                 image = transforms.functional.hflip(image)
-            if self._policy is not None:
-                image = self._policy(image)
         return transforms.functional.pil_to_tensor(image)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """All of the global generators seeded, and afterwards as they were."""
-    states = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    """torch's global generator seeded, and afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _collate(items: list[Any]) -> tuple[Tensor, Tensor, Tensor, list[tuple[Path, str]]]:
@@ -192,7 +174,7 @@ def load_folder(settings: dict[str, Any], root: Path) -> tuple[ImageFolder, Imag
     """`train/<class>/*` and `val/<class>/*` (or `test/`), or ImageNet's flat `val/` with the devkit's ground truth.
 
     Args:
-        settings: `num_classes` and `size`, and `flip`, `randaugment`, `workers` of `ImageFolder` where they are on.
+        settings: `num_classes` and `size`, and `flip`, `workers` of `ImageFolder` where they are on.
         root: the folder in which they are.
 
     Raises:
@@ -211,7 +193,6 @@ def load_folder(settings: dict[str, Any], root: Path) -> tuple[ImageFolder, Imag
     options: dict[str, Any] = {
         "size": settings["size"],
         "flip": bool(settings.get("flip")),
-        "randaugment": settings.get("randaugment"),
         "workers": min(settings.get("workers") or 0, os.cpu_count() or 1),  # more would only get in each other's way
     }
     train = ImageFolder(*_by_class(root / "train", classes), **options)

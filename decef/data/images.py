@@ -23,6 +23,10 @@ class Data(Protocol):
     def device(self) -> torch.device:
         """Where the batches are."""
 
+    @property
+    def labels(self) -> Tensor:
+        """int64, `(N,)`."""
+
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> Self:

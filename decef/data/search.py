@@ -1,4 +1,4 @@
-"""Where datasets are looked for, how they are downloaded, how one part is split in two."""
+"""Where datasets are looked for, how they are downloaded, how one part is split in two or made smaller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from decef.data.images import Images
+from decef.data.images import Data, Images
 
 
 def search_path(root: Path | None) -> list[Path]:
@@ -52,3 +52,29 @@ def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
         range(len(data)), test_size=test_images, random_state=0, stratify=data.labels.tolist()
     )
     return data.subset(torch.tensor(train)), data.subset(torch.tensor(test))
+
+
+def stratified_subset(data: Data, size: int, seed: int = 0) -> Data:
+    """A random part of `size` images, always the same, in their order and with the classes in proportion.
+
+    Raises:
+        ValueError: `size` is larger than there are images, or smaller than there are classes.
+    """
+    labels = data.labels.cpu()
+    counts = labels.bincount()
+    classes = int((counts > 0).sum())
+    if not classes <= size <= len(data):
+        raise ValueError(
+            f"{size} of {len(data)} images can't be drawn with {classes} classes in proportion: take from {classes} to "
+            f"{len(data)}"
+        )
+    if size == len(data):
+        return data
+    # Not by scikit-learn as above: it wants two images of every class, and one of each left over.
+    share, remainder = counts * size // len(data), counts * size % len(data)
+    largest = remainder.argsort(descending=True, stable=True)
+    share[largest[: size - int(share.sum())]] += 1
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    by_class = order[labels[order].argsort(stable=True)].split(counts.tolist())
+    drawn = [images[:n] for images, n in zip(by_class, share.tolist(), strict=True)]
+    return data.subset(torch.cat(drawn).sort().values)

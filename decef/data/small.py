@@ -19,7 +19,7 @@ from decef.data.images import Images
 from decef.data.search import download, search_path, stratified_split
 from decef.torchvision_cpu import import_torchvision
 
-SPLIT_TEST_IMAGES = 1_500  # of the 10,000, where MNIST's test part is all there is
+SPLIT_TEST_IMAGES = 1_500  # of the 10,000 in MNIST's test part
 
 
 def load_cifar100(root: Path | None = None) -> tuple[Images, Images]:
@@ -47,8 +47,8 @@ def load_mnist(root: Path | None = None, split_test: bool = False) -> tuple[Imag
 
     Args:
         root: folder to look in first.
-        split_test: where the training images can't be had, split the 10,000 test images: 8,500 to train on, 1,500 to
-            test on, always the same ones.
+        split_test: leave the training images alone, for where they can't be had, and split the 10,000 test images:
+            8,500 to train on, 1,500 to test on, always the same ones.
 
     Raises:
         FileNotFoundError: it is nowhere and cannot be downloaded.
@@ -127,21 +127,16 @@ def _load_idx(name: str, class_name: str, root: Path | None, split_test: bool) -
         getattr(datasets, class_name)(str(folder), download=True)
 
     folders = search_path(root)
-    whole = next((f for f in folders if find(f, "train") and find(f, "t10k")), None)
-    half = next((f for f in folders if find(f, "t10k")), None)
-    if whole is None and split_test and half is not None:
-        test_files = find(half, "t10k")
-        assert test_files is not None
-        return stratified_split(_read_pair(*test_files), SPLIT_TEST_IMAGES)
-    if whole is None:
+    parts = ("t10k",) if split_test else ("train", "t10k")
+    folder = next((f for f in folders if all(find(f, part) for part in parts)), None)
+    if folder is None:
         hint = ""
-        if half is not None and name == "MNIST":
+        if name == "MNIST" and any(find(f, "t10k") for f in folders):
             hint = " Its test part alone is there: dataset.split_test=true trains and tests on parts of that."
-        whole = download(name, f"{class_name}/raw/train-images-idx3-ubyte", root, fetch, hint)
-    files = find(whole, "train"), find(whole, "t10k")
-    assert files[0] is not None
-    assert files[1] is not None
-    return _read_pair(*files[0]), _read_pair(*files[1])
+        folder = download(name, f"{class_name}/raw/{parts[0]}-images-idx3-ubyte", root, fetch, hint)
+    files = [find(folder, part) for part in parts]
+    data = [_read_pair(*pair) for pair in files if pair is not None]
+    return stratified_split(data[0], SPLIT_TEST_IMAGES) if split_test else (data[0], data[1])
 
 
 def _read_pair(images: Path, labels: Path) -> Images:

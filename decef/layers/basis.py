@@ -1,19 +1,18 @@
 """BasisConv: all filters of a layer as combinations of a few basis filters.
 
 Tayyab, Mahalanobis: "BasisConv: a method for compressed representation and learning in CNNs", arXiv 1906.04509
-(2019): basis fixed. Tayyab, Khan, Mahalanobis: arXiv 2105.10436 (ICIP 2021): basis trained too.
+(2019). basis2021.py has the layer of the later paper.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, plain_conv
 
 
 class BasisConv2d(FactorizedConv2d):
@@ -26,8 +25,8 @@ class BasisConv2d(FactorizedConv2d):
     bias on the second. Arguments and errors: `FactorizedConv2d`.
 
     Args:
-        train_basis: whether the basis filters are trained. False, the default, is the 2019 paper: from scratch they
-            are random, orthonormal, and never change; only the coefficients learn.
+        train_basis: whether the basis filters are trained. False, the default, is the paper: from scratch they are
+            random, orthonormal, and never change; only the coefficients learn.
 
     Factors:
         basis: `(groups * rank, in_channels // groups, kh, kw)`
@@ -35,12 +34,33 @@ class BasisConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "basis filters (per group)"
+    scale_factor = "coefficients"
 
     basis: nn.Parameter
     coefficients: nn.Parameter
 
-    def __init__(self, *args: Any, train_basis: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        implementation: str = "auto",
+        train_basis: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, rank=rank, implementation=implementation,
+        )  # fmt: skip
         self.basis.requires_grad_(train_basis)
 
     @classmethod
@@ -52,9 +72,18 @@ class BasisConv2d(FactorizedConv2d):
         return {"basis": (self.groups * self.rank, per_group, kh, kw), "coefficients": (out, self.rank)}
 
     def compose(self) -> Tensor:
+        return self._combine(self.basis)
+
+    def _combine(self, basis: Tensor) -> Tensor:
+        """The dense kernel of a basis `(groups * rank, in_channels // groups, kh, kw)` and the layer's coefficients."""
         g, shape = self.groups, self.weight_shape
-        weight = self.coefficients.reshape(g, shape[0] // g, self.rank) @ self.basis.reshape(g, self.rank, -1)
+        weight = self.coefficients.reshape(g, shape[0] // g, self.rank) @ basis.reshape(g, self.rank, -1)
         return weight.reshape(shape)
+
+    def squared_norm(self) -> Tensor:
+        basis = self.basis.reshape(self.groups, self.rank, -1)
+        coefficients = self.coefficients.reshape(self.groups, -1, self.rank)
+        return ((basis @ basis.mT) * (coefficients.mT @ coefficients)).sum()  # (groups, rank, rank) each
 
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
@@ -85,16 +114,8 @@ class BasisConv2d(FactorizedConv2d):
             "coefficients": coefficients.reshape(self.coefficients.shape),
         }
 
-    def _init_factors(self, std: float) -> None:
+    def _init_factors(self) -> None:
         dim = math.prod(self.weight_shape[1:])
         gaussian = torch.randn(self.groups, dim, self.rank, dtype=torch.float64, device=self.basis.device)
         self.basis.copy_(torch.linalg.qr(gaussian).Q.transpose(1, 2).reshape(self.basis.shape))
-        # E ||W[n]||^2 = rank * var(coefficients), which a dense filter spreads over `dim` weights.
-        self.coefficients.normal_(std=std * math.sqrt(dim / self.rank))
-
-    def orthogonality(self) -> Tensor:
-        """`sum ||B B^T - I||_F^2` over groups, zero where the basis is orthonormal (the 2021 paper's constraint).
-
-        Unlike in the authors' code, whose term is detached from the graph, it has a gradient.
-        """
-        return orthonormality_penalty(self.basis.reshape(self.groups, self.rank, -1))
+        self.coefficients.normal_()

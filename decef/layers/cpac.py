@@ -32,6 +32,7 @@ class CPACConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "CP components (per group)"
+    scale_factor = "filters"
 
     filters: nn.Parameter
     channels: nn.Parameter
@@ -59,6 +60,14 @@ class CPACConv2d(FactorizedConv2d):
         parts = parts.unsqueeze(3) * self.horizontal[:, None, None, :]  # (g rank, in/g, kh, kw)
         weight = self.filters.reshape(g, shape[0] // g, self.rank) @ parts.reshape(g, self.rank, -1)
         return weight.reshape(shape)
+
+    def squared_norm(self) -> Tensor:
+        filters = self.filters.reshape(self.groups, -1, self.rank)
+        gram = filters.mT @ filters  # (groups, rank, rank), and so are all
+        for factor in (self.channels, self.vertical, self.horizontal):
+            rows = factor.reshape(self.groups, self.rank, -1)
+            gram = gram * (rows @ rows.mT)
+        return gram.sum()
 
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         components = self.groups * self.rank
@@ -111,12 +120,12 @@ class CPACConv2d(FactorizedConv2d):
             "horizontal": horizontal.transpose(1, 2).reshape(-1, kw),
         }
 
-    def _init_factors(self, std: float) -> None:
+    def _init_factors(self) -> None:
         # Three factors have columns of norm 1 and random directions; the scale is the last one's.
         for factor in (self.channels, self.vertical, self.horizontal):
             factor.normal_()
             factor.div_(factor.norm(dim=1, keepdim=True))
-        self.filters.normal_(std=std * math.sqrt(math.prod(self.weight_shape[1:]) / self.rank))
+        self.filters.normal_()
 
     @torch.no_grad()
     def significance(self, kind: str = "product") -> Tensor:

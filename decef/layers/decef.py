@@ -6,8 +6,6 @@ networks", Neurocomputing 609 (2024) 128461; arXiv 1910.09359.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +23,8 @@ class DeCEFConv2d(FactorizedConv2d):
     The two convolutions have nothing between them; stride, padding and dilation are on the first, the bias on the
     second. Arguments and errors: `FactorizedConv2d`; a 1x1 kernel is refused, its subspace is the whole space.
 
-    From scratch the factors are those of a He-initialised dense kernel, rescaled to its norm per channel; the
-    paper's own initialisation is not known to us.
+    From scratch the factors are those of a random dense kernel, rescaled to its norm; the paper's own initialisation
+    is not known to us.
 
     Factors:
         eigenfilters: `(in_channels, rank, kh, kw)`
@@ -34,6 +32,7 @@ class DeCEFConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "eigen-filters per input channel"
+    scale_factor = "coefficients"
 
     eigenfilters: nn.Parameter
     coefficients: nn.Parameter
@@ -57,6 +56,12 @@ class DeCEFConv2d(FactorizedConv2d):
         coefficients = self.coefficients.reshape(g, out // g, per_group, self.rank)
         weight = coefficients.transpose(1, 2) @ filters  # (g, in/g, out/g, kh kw)
         return weight.transpose(1, 2).reshape(out, per_group, kh, kw)
+
+    def squared_norm(self) -> Tensor:
+        g, (out, per_group, _, _) = self.groups, self.weight_shape
+        filters = self.eigenfilters.flatten(2)  # (in, rank, kh kw)
+        coefficients = self.coefficients.reshape(g, out // g, per_group, self.rank).permute(0, 2, 3, 1).flatten(0, 1)
+        return ((filters @ filters.mT) * (coefficients @ coefficients.mT)).sum()  # (in, rank, rank) each
 
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         filters = self.eigenfilters.flatten(0, 1).unsqueeze(1)  # (in rank, 1, kh, kw)
@@ -93,13 +98,9 @@ class DeCEFConv2d(FactorizedConv2d):
             .reshape(out, per_group, self.rank),
         }
 
-    def _init_factors(self, std: float) -> None:
-        weight = torch.randn(self.weight_shape, dtype=torch.float64, device=self.eigenfilters.device) * std
-        factors = self._factorize(weight)
-        # The eigen-filters are orthonormal, so the coefficients alone carry the kernel's norm.
-        kept = factors["coefficients"].norm() / math.sqrt(weight.numel())
-        factors["coefficients"] *= std / kept
-        for name, value in factors.items():
+    def _init_factors(self) -> None:
+        weight = torch.randn(self.weight_shape, dtype=torch.float64, device=self.eigenfilters.device)
+        for name, value in self._factorize(weight).items():
             getattr(self, name).copy_(value)
 
     def orthogonality(self) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -40,6 +42,10 @@ class FactorizedConv2d(nn.Module):
     """
 
     rank_meaning: ClassVar[str]
+    #: The factor that carries the composed kernel's scale at the start.
+    scale_factor: ClassVar[str]
+    #: Whether a dense kernel stands for the layer in training mode too.
+    composes_in_training: ClassVar[bool] = True
     bias: nn.Parameter | None
 
     def __init__(
@@ -87,12 +93,15 @@ class FactorizedConv2d(nn.Module):
         self.rank = rank
         self.implementation = implementation
 
-        for name, factor_shape in self.factor_shapes().items():
-            self.register_parameter(name, nn.Parameter(torch.empty(factor_shape, device=device, dtype=dtype)))
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype)) if bias else None
-        )
+        self._register(bias, device, dtype)
         self.reset_parameters()
+
+    def _register(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Make the parameters, without values."""
+        for name, shape in self.factor_shapes().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        values = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", values)
 
     # What a layer type says of itself -------------------------------------------------------------------------
 
@@ -149,9 +158,14 @@ class FactorizedConv2d(nn.Module):
         """Factors of the kernel nearest to `weight`, a float64 tensor of `weight_shape`; see `decompose_`."""
         raise NotImplementedError
 
-    def _init_factors(self, std: float) -> None:
-        """Draw the factors so that the composed kernel has standard deviation `std`."""
+    def _init_factors(self) -> None:
+        """Draw the factors; `scale_factor` is then scaled."""
         raise NotImplementedError
+
+    def squared_norm(self) -> Tensor:
+        """`||compose()||^2` in the Frobenius norm, differentiable; subclasses have it from their factors' Gram
+        matrices, without the kernel."""
+        return self.compose().square().sum()
 
     # What all share -------------------------------------------------------------------------------------------
 
@@ -174,6 +188,10 @@ class FactorizedConv2d(nn.Module):
         """Shape of the dense kernel `(out_channels, in_channels // groups, kh, kw)`."""
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
+    def compose_bias(self) -> Tensor | None:
+        """What the layer adds to every output channel, `(out_channels,)`, beside the convolution with `compose()`."""
+        return self.bias
+
     @property
     def weight(self) -> Tensor:
         """The composed kernel, for code that reads `conv.weight`; composed anew at every read, not to be written."""
@@ -184,14 +202,19 @@ class FactorizedConv2d(nn.Module):
         return {name: getattr(self, name) for name in self.factor_shapes()}
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw new factors; the composed kernel gets He's variance, `2 / fan_in` (He et al. 2015, eq. 10).
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw new factors, and the bias as `torch.nn.Conv2d` draws it.
 
-        The bias is drawn as `torch.nn.Conv2d` draws it.
+        Args:
+            std: root mean square of the composed kernel's weights; by default He's, `sqrt(2 / fan_in)` (He et al. 2015,
+                eq. 10).
         """
         fan_in = math.prod(self.weight_shape[1:])
-        if next(iter(self.factors().values())).device.type != "meta":
-            self._init_factors(math.sqrt(2 / fan_in))
+        if getattr(self, self.scale_factor).device.type != "meta":
+            self._init_factors()
+            with evaluating(self):
+                drawn = math.sqrt(self.squared_norm().item() / math.prod(self.weight_shape))
+            getattr(self, self.scale_factor).mul_((math.sqrt(2 / fan_in) if std is None else std) / drawn)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
@@ -200,7 +223,8 @@ class FactorizedConv2d(nn.Module):
             x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_chain(x)):
             return self.chain(x, self._padding)
-        return F.conv2d(x, self.compose(), self.bias, self.stride, self._padding, self.dilation, self.groups)
+        kernel, bias = self.compose(), self.compose_bias()
+        return F.conv2d(x, kernel, bias, self.stride, self._padding, self.dilation, self.groups)
 
     def prefers_chain(self, x: Tensor) -> bool:
         """Whether the chain is faster than composing the kernel and convolving once, for inputs like `x`.
@@ -278,7 +302,8 @@ class FactorizedConv2d(nn.Module):
         for name, value in self._factorize(weight, warm_start).items():
             getattr(self, name).copy_(value)
         norm = weight.norm().item()
-        return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
+        with evaluating(self):
+            return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
 
     @classmethod
     def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
@@ -303,10 +328,10 @@ class FactorizedConv2d(nn.Module):
             rank=rank,
             **kwargs,
         )
-        for parameter in layer.factors().values():
-            parameter.requires_grad_(parameter.requires_grad and conv.weight.requires_grad)
-        if layer.bias is not None and conv.bias is not None:
-            layer.bias.requires_grad_(conv.bias.requires_grad)
+        for name, parameter in layer.named_parameters():
+            twin = conv.bias if name == "bias" else conv.weight
+            assert twin is not None
+            parameter.requires_grad_(parameter.requires_grad and twin.requires_grad)
         return layer.train(conv.training)
 
     @classmethod
@@ -322,8 +347,10 @@ class FactorizedConv2d(nn.Module):
 
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:
-        """The equal `torch.nn.Conv2d`, its weight composed once and trainable if a factor is."""
-        weight = self.compose()
+        """The `torch.nn.Conv2d` that is equal in evaluation mode, its weight composed once and trainable if a factor
+        is."""
+        with evaluating(self):
+            weight, bias = self.compose(), self.compose_bias()
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -332,17 +359,17 @@ class FactorizedConv2d(nn.Module):
             self.padding,  # type: ignore[arg-type]
             self.dilation,
             self.groups,
-            self.bias is not None,
+            bias is not None,
             self.padding_mode,
             weight.device,
             weight.dtype,
         )
         conv.weight.copy_(weight)
         conv.weight.requires_grad_(any(factor.requires_grad for factor in self.factors().values()))
-        if self.bias is not None:
+        if bias is not None:
             assert conv.bias is not None
-            conv.bias.copy_(self.bias)
-            conv.bias.requires_grad_(self.bias.requires_grad)
+            conv.bias.copy_(bias)
+            conv.bias.requires_grad_(self.bias is None or self.bias.requires_grad)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
@@ -371,6 +398,16 @@ def orthonormality_penalty(rows: Tensor) -> Tensor:
     """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero where their rows are orthonormal."""
     gram = rows @ rows.transpose(1, 2)
     return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` itself, not what is in it, in evaluation mode for a while."""
+    training, module.training = module.training, False
+    try:
+        yield
+    finally:
+        module.training = training
 
 
 def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:

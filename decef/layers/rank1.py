@@ -7,14 +7,13 @@ Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als
-from decef.layers.factorized import FactorizedConv2d, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, plain_conv
 
 
 class Rank1Conv2d(FactorizedConv2d):
@@ -32,8 +31,8 @@ class Rank1Conv2d(FactorizedConv2d):
 
     Args:
         separate_init: draw the three 1-D filters as `torch.nn.Conv2d` draws three separate layers, instead of giving
-            the composed kernel He's variance: the consecutive 1-D layers that, as the papers have it, cannot be
-            trained in some networks.
+            the composed kernel a variance: the consecutive 1-D layers that, as the papers have it, cannot be trained in
+            some networks.
 
     Factors:
         channel: `(out_channels, rank, in_channels // groups)`
@@ -42,14 +41,35 @@ class Rank1Conv2d(FactorizedConv2d):
     """
 
     rank_meaning = "rank-1 terms per filter"
+    scale_factor = "channel"
 
     channel: nn.Parameter
     vertical: nn.Parameter
     horizontal: nn.Parameter
 
-    def __init__(self, *args: Any, separate_init: bool = False, **kwargs: Any) -> None:
-        self.separate_init = separate_init
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        implementation: str = "auto",
+        separate_init: bool = False,
+    ) -> None:
+        self.separate_init = separate_init  # before the factors are drawn
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, rank=rank, implementation=implementation,
+        )  # fmt: skip
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
@@ -68,6 +88,12 @@ class Rank1Conv2d(FactorizedConv2d):
     def compose(self) -> Tensor:
         spatial = self.vertical.unsqueeze(3) * self.horizontal.unsqueeze(2)  # (out, rank, kh, kw)
         return (self.channel.transpose(1, 2) @ spatial.flatten(2)).reshape(self.weight_shape)
+
+    def squared_norm(self) -> Tensor:
+        gram = self.channel @ self.channel.mT  # (out, rank, rank), and so are all
+        for factor in (self.vertical, self.horizontal):
+            gram = gram * (factor @ factor.mT)
+        return gram.sum()
 
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         terms = self.out_channels * self.rank
@@ -111,14 +137,20 @@ class Rank1Conv2d(FactorizedConv2d):
             "horizontal": horizontal.transpose(1, 2),
         }
 
-    def _init_factors(self, std: float) -> None:
-        if self.separate_init:
-            for factor in self.factors().values():
-                bound = 1 / math.sqrt(factor.shape[2])  # one over the square root of the fan-in
+    @torch.no_grad()
+    def reset_parameters(self, std: float | None = None) -> None:
+        super().reset_parameters(std)
+        if self.separate_init and self.channel.device.type != "meta":
+            # The last of the three adds the terms of a filter, so all of them are its inputs.
+            fan_ins = {"channel": 1, "vertical": 1, "horizontal": self.rank}
+            for name, terms in fan_ins.items():
+                factor = getattr(self, name)
+                bound = 1 / math.sqrt(terms * factor.shape[2])
                 factor.uniform_(-bound, bound)
-            return
+
+    def _init_factors(self) -> None:
         # The 1-D spatial filters have norm 1 and random directions; the scale is the channel filter's.
         for factor in (self.vertical, self.horizontal):
             factor.normal_()
             factor.div_(factor.norm(dim=2, keepdim=True))
-        self.channel.normal_(std=std * math.sqrt(math.prod(self.kernel_size) / self.rank))
+        self.channel.normal_()

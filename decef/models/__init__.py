@@ -104,6 +104,12 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
     if in_channels != 3:
         raise ValueError(f"torchvision/{name} takes images of 3 channels, not {in_channels}: timm's take any number")
     if pretrained:
+        trained = len(models.get_model_weights(name).DEFAULT.meta["categories"])
+        if num_classes != trained:
+            raise ValueError(
+                f"the trained weights of torchvision/{name} are for {trained} classes, not {num_classes}: timm's networks "
+                "take theirs for any number, with a new classifier"
+            )
         return models.get_model(name, weights="DEFAULT")
     return models.get_model(name, weights=None, num_classes=num_classes)
 

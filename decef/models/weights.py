@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from decef.data.search import search_path
+
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """A state dict from a checkpoint file, wherever in it it is (`state_dict`, `model`, or the file itself).
@@ -31,6 +33,19 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     if not isinstance(data, Mapping) or not data or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{path} holds no state dict")
     return {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in data.items()}
+
+
+def find_weights(name: str) -> Path:
+    """The file of that path, else of that name in the folder `weights` where datasets are looked for.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    candidates = [Path(name), *(folder / "weights" / name for folder in search_path(None))]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"there is no file of weights {' or '.join(map(str, candidates))}")
+    return found
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:

@@ -1,0 +1,130 @@
+"""BasisConv with a trained basis and batch norm.
+
+Tayyab, Khan, Mahalanobis: "BasisConv: a method for compressed representation and learning in CNNs", ICIP 2021, arXiv
+2105.10436.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decef.layers.basis import BasisConv2d
+from decef.layers.factorized import PaddingMode, Size, evaluating, plain_conv
+
+
+class Basis2021Conv2d(BasisConv2d):
+    """A convolution with `rank` basis filters, batch norm, a 1x1 convolution that mixes them; all of it trained.
+
+        y = coefficients @ norm(basis * x),    in evaluation mode  W[n] = sum_q coefficients[n, q] s[q] basis[q]
+
+    with `s = weight / sqrt(running_var + eps)` of the norm, whose shift adds to the bias. In training the norm depends
+    on the batch, so that there is no composed kernel: the layer runs as a chain, and `compose` refuses. In evaluation
+    mode all is as in `BasisConv2d`, whose factors these are; arguments and errors are those of `FactorizedConv2d`.
+
+    Raises:
+        ValueError: also for `implementation="reconstructed"`, which could not be trained.
+    """
+
+    composes_in_training = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size | str = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        implementation: str = "auto",
+    ) -> None:
+        if implementation == "reconstructed":
+            raise ValueError(
+                "implementation='reconstructed' is not possible with batch norm between the convolutions, which leaves "
+                "no composed kernel to train: say factorized or auto"
+            )
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device,
+            dtype, rank=rank, implementation=implementation, train_basis=True,
+        )  # fmt: skip
+
+    def _register(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        super()._register(bias, device, dtype)
+        self.norm = nn.BatchNorm2d(self.groups * self.rank, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float | None = None) -> None:
+        self.norm.reset_parameters()
+        super().reset_parameters(std)
+
+    def compose(self) -> Tensor:
+        """The dense kernel `(out_channels, in_channels // groups, kh, kw)` of evaluation mode.
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        scale, _ = self._scale_and_shift()
+        return self._combine(self.basis * scale[:, None, None, None])
+
+    def compose_bias(self) -> Tensor | None:
+        _, shift = self._scale_and_shift()
+        coefficients = self.coefficients.reshape(self.groups, -1, self.rank)
+        added = (coefficients @ shift.reshape(self.groups, self.rank, 1)).flatten()
+        return added if self.bias is None else self.bias + added
+
+    def squared_norm(self) -> Tensor:
+        return self.compose().square().sum()
+
+    def prefers_chain(self, x: Tensor) -> bool:
+        return self.training or super().prefers_chain(x)
+
+    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        y = self.norm(F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups))
+        return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
+
+    def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        with evaluating(self):
+            scale, shift = self._scale_and_shift()
+        basis = plain_conv(self.basis * scale[:, None, None, None], shift, self.groups, **self._spatial())
+        return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
+
+    @torch.no_grad()
+    def decompose_(self, weight: Tensor, *, warm_start: bool = False) -> float:
+        """See `FactorizedConv2d.decompose_`; in evaluation mode the norm then changes nothing, as in the authors'
+        code. In training it does."""
+        self.norm.reset_parameters()
+        assert self.norm.running_var is not None
+        self.norm.running_var.fill_(1 - self.norm.eps)  # so that it is the identity to the last bit
+        return super().decompose_(weight, warm_start=warm_start)
+
+    def orthogonality(self) -> Tensor:
+        """`sum_{i<j} g_ij^2 / (Q (Q - 1))` with the Gram matrix g of the Q normalised filters, summed over groups.
+
+        The authors' penalty at their alpha of 1/2, whose other term, `sum_i (1 - g_ii^2)`, is 0 for normalised
+        filters. Unlike in their code, which detaches it from the graph, it has a gradient.
+        """
+        if self.rank == 1:
+            return self.basis.new_zeros(())
+        filters = F.normalize(self.basis.reshape(self.groups, self.rank, -1), dim=2)
+        off_diagonal = (filters @ filters.mT).triu(diagonal=1)
+        return off_diagonal.square().sum() / (self.rank * (self.rank - 1))
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What the norm does in evaluation mode, `(groups * rank,)` each."""
+        if self.training:
+            raise RuntimeError(
+                "in training mode a layer with batch norm between its convolutions has no composed kernel: call eval()"
+            )
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return scale, norm.bias - norm.running_mean * scale
