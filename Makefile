@@ -43,11 +43,11 @@ lint: setup ## Check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-quickstart: setup ## All five layer types on the bundled digits, in a few minutes: trains and prints the table
+quickstart: setup ## All layer types on the bundled digits, in a few minutes: trains and prints the table
 	$(RUN) scripts/train.py -m experiment=quickstart results=$(RESULTS)
 	$(RUN) scripts/tables.py --results $(RESULTS) --print digits-quickstart
 
-reproduce-cifar: setup ## The five layer types on CIFAR-10, from scratch, into reproduced/ (TRAIN=paper SEEDS=0,1,2 MODEL=resnet56 FLOPS=0.5)
+reproduce-cifar: setup ## The layer types on CIFAR-10, from scratch, into reproduced/ (TRAIN=paper SEEDS=0,1,2 MODEL=resnet56 FLOPS=0.5)
 	$(RUN) scripts/train.py -m experiment=cifar10 train=$(TRAIN) model=$(MODEL) layer.flops=$(FLOPS) seed=$(SEEDS) results=$(REPRODUCED)
 	$(RUN) scripts/tables.py --results $(REPRODUCED) --print cifar10-$(TRAIN)
 

@@ -16,6 +16,7 @@ from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
 from decef.data import Data, Dataset, dataset
 from decef.layers import CPACConv2d, FactorizedConv2d
+from decef.layers.factorized import evaluating
 from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.ranks import DEFINITIONS, Budget, effective_rank
@@ -83,7 +84,7 @@ def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
         model = convert(
             dense_network(config, dataset(config["dataset"])), Plan.from_dict(checkpoint["plan"]), from_scratch=True
         )
-        model.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
+        model.load_state_dict(checkpoint["model"])
         yield f"epoch {checkpoint['epoch']}", model
 
 
@@ -91,7 +92,9 @@ def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Name, dense kernel and groups of every convolution that is wider than 1x1, in the network's order."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
-            yield name, module.weight.detach(), module.groups
+            with evaluating(module):
+                weight = module.weight.detach()
+            yield name, weight, module.groups
 
 
 def rank_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,10 +97,11 @@ def layer_times(
         dtype: of input and weights.
 
     Returns:
-        `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds),
-        `auto`, which of the two it takes, `bound`, the least that the chain can take over the least that the dense
-        layer can (`Roofline.seconds`; inference alone), and `memory`, the chain's peak over the dense layer's. None
-        where the layer type has nothing to offer for this shape.
+        `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds;
+        `reconstructed` is None where there is no composed kernel to train), `auto`, which of the two it takes,
+        `bound`, the least that the chain can take over the least that the dense layer can (`Roofline.seconds`;
+        inference alone), and `memory`, the chain's peak over the dense layer's. None where the layer type has nothing
+        to offer for this shape.
     """
     conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = nn.Sequential(conv)
@@ -114,18 +116,20 @@ def layer_times(
     assert issubclass(layer_class, FactorizedConv2d)
     x = torch.randn(batch, *size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x.requires_grad_(backward)
-    factorized = layer_class.like(conv, row.rank, implementation="factorized")
-    reconstructed = layer_class.like(conv, row.rank, implementation="reconstructed")
+    factorized = layer_class.like(conv, row.rank, implementation="factorized").train(backward)
     with torch.set_grad_enabled(backward):
         prefers_chain = factorized.prefers_chain(x)
-    variants = {"dense": conv, "factorized": factorized, "reconstructed": reconstructed}
+    variants = {"dense": conv, "factorized": factorized}
+    if layer_class.composes_in_training or not backward:
+        variants["reconstructed"] = copy.deepcopy(factorized)
+        variants["reconstructed"].implementation = "reconstructed"
     steps = {name: _step(module, x, backward) for name, module in variants.items()}
     times = interleaved(steps)
     memory = {name: peak_memory(steps[name], device) for name in ("dense", "factorized")}
     return {
         "rank": row.rank,
         "flops_ratio": row.macs_after / row.macs_before,
-        **times,
+        **{"reconstructed": None, **times},
         "auto": "factorized" if prefers_chain else "reconstructed",
         # torch counts the backward pass of grouped convolutions as if they weren't, so there is no bound for training.
         "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
@@ -164,11 +168,12 @@ def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
     import numpy as np
     import pandas as pd
 
+    frame = frame.astype({"reconstructed": float})  # NaN where there is none
     best = frame[["factorized", "reconstructed"]].min(axis=1)
     chosen = frame.factorized.where(frame.auto == "factorized", frame.reconstructed)
     rows = {}
     for name, time in (("auto", chosen), ("factorized", frame.factorized), ("reconstructed", frame.reconstructed)):
-        ratio = time / best
+        ratio = (time / best).dropna()
         rows[name] = {"right": float((ratio < 1.05).mean()), "time": float(np.exp(np.log(ratio).mean()))}
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -177,7 +182,7 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
     """Write rows of `bench_layers` and what they were made with as <out>.json, and for people as <out>.md."""
     import pandas as pd
 
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows).astype({"reconstructed": float})
     ratios = frame.assign(
         FLOPs=frame.flops_ratio,
         chain=frame.factorized / frame.dense,

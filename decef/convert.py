@@ -160,7 +160,7 @@ def plan(
         if first in ranks:
             row.action, row.rank, row.max_rank = "convert", ranks[first], units[name].max_rank
             row.reason = "" if first == name else f"shares the weight of '{first}'"
-            row.params_after = ranks[first] * _factor_count(units[name]) if first == name else 0
+            row.params_after = ranks[first] * _factor_count(units[name], shared=first != name)
             row.macs_after = None if macs is None else ranks[first] * macs_of(name, units[name])
         elif not row.reason:
             saves = candidates[first].saves(1)
@@ -174,7 +174,8 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
     """A copy of `model` in which convolutions are factorised; `model` stays as it is.
 
     Forward and backward hooks of a convolution go over to the layer that replaces it; hooks on its state dict, which
-    know its weight by name, do not. Convolutions that share a weight share the factors.
+    know its weight by name, do not. Convolutions that share a weight share the factors; a batch norm that a layer has
+    beside them is its own.
 
     Args:
         model: the network that was planned for, or one with the same module names and shapes.
@@ -208,15 +209,17 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
             layer = layer_class.like(conv, row.rank, **how.options)
             if id(conv.weight) in by_weight:
                 sharing, row.error = by_weight[id(conv.weight)]
+                layer.load_state_dict(sharing.state_dict(), strict=False)  # what is not a factor starts alike
                 for name, factor in sharing.factors().items():
                     setattr(layer, name, factor)
             elif from_scratch:
-                layer.reset_parameters(conv.weight.square().mean().sqrt().item())
+                layer.reset_parameters(None if conv.weight.is_meta else conv.weight.square().mean().sqrt().item())
             else:
                 row.error = layer.decompose_(conv.weight)
         except ValueError as error:
             raise ValueError(f"layer '{row.name}': {error}") from error
         by_weight[id(conv.weight)] = layer, row.error
+        layer.bias = conv.bias  # type: ignore[assignment]
         replaced[id(conv)] = _take_over(layer, conv)
     return replace_modules(model, replaced)
 
@@ -224,7 +227,8 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
 def fold(model: nn.Module) -> nn.Module:
     """A copy of `model` in which every factorised layer is the equal `torch.nn.Conv2d`.
 
-    Hooks go over as in `convert`, and layers that share factors give convolutions that share a weight.
+    Hooks go over as in `convert`, and layers that share factors give convolutions that share a weight, unless each has
+    a batch norm of its own.
     """
     model = copy.deepcopy(model)
     replaced: dict[int, nn.Module] = {}
@@ -232,7 +236,9 @@ def fold(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, FactorizedConv2d):
             conv = layer.to_conv2d()
-            conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
+            if not _factor_count(layer, shared=True):  # else its kernel and bias are its own
+                conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
+                conv.bias = layer.bias
             replaced[id(layer)] = _take_over(conv, layer)
     return replace_modules(model, replaced)
 
@@ -286,11 +292,13 @@ def _convolutions(model: nn.Module) -> dict[str, nn.Conv2d | FactorizedConv2d]:
     return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))}
 
 
-def _factor_count(module: nn.Module) -> int:
-    """Parameters of a factorised layer without its bias, 0 for another module."""
+def _factor_count(module: nn.Module, shared: bool = False) -> int:
+    """Parameters of a factorised layer without its bias, and without factors that another layer shares with it; 0 for
+    another module."""
     if not isinstance(module, FactorizedConv2d):
         return 0
-    return sum(p.numel() for name, p in module.named_parameters() if name != "bias")
+    left_out = {"bias", *(module.factors() if shared else ())}
+    return sum(p.numel() for name, p in module.named_parameters() if name not in left_out)
 
 
 def _mac_counter(shapes: Mapping[str, Sequence[tuple[int, ...]]]) -> Callable[[str, nn.Module], int]:
@@ -339,7 +347,10 @@ def _candidates(
         other = candidates.get(shared[name][0])
         if other is not None:
             macs, macs_per_rank = other.macs + macs, other.macs_per_rank + macs_per_rank
-            candidates[other.name] = replace(other, macs=macs, macs_per_rank=macs_per_rank)
+            params_per_rank = other.params_per_rank + _factor_count(unit, shared=True)
+            candidates[other.name] = replace(
+                other, macs=macs, macs_per_rank=macs_per_rank, params_per_rank=params_per_rank
+            )
             continue
         candidates[name] = Candidate(
             name=name,
@@ -378,10 +389,7 @@ def _check_shared_ranks(plan: Plan, shared: Mapping[str, Sequence[str]]) -> None
 
 
 def _take_over(new: _Module, old: nn.Module) -> _Module:
-    """Give `new` the bias and the hooks of `old`, whose place it takes."""
-    assert isinstance(new, (nn.Conv2d, FactorizedConv2d))
-    assert isinstance(old, (nn.Conv2d, FactorizedConv2d))
-    new.bias = old.bias
+    """Give `new` the hooks of `old`, whose place it takes."""
     for hooks in (
         "_forward_hooks",
         "_forward_hooks_with_kwargs",

@@ -21,7 +21,7 @@ from decef.data import dataset
 from decef.filters import EigenFilters
 from decef.record import METRICS, read_metrics
 from decef.run import dense_network
-from decef.tables import Record, comparison_groups, load_records, summarize
+from decef.tables import Record, comparison_groups, experiments, load_records, summarize
 
 log = logging.getLogger(__name__)
 
@@ -163,14 +163,22 @@ def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 
 #: What may be drawn, the command that makes its data, and what draws it.
 KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing]]], ...] = (
-    ("accuracy against costs", "python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1", tradeoffs),
+    (
+        "accuracy against costs",
+        "python scripts/train.py -m layer=conv2d,decef,basisconv,basisconv2021,cpac,rank1",
+        tradeoffs,
+    ),
     (
         "accuracy without fine-tuning",
         "python scripts/untuned.py NETWORK --weights FILE --out results/untuned/NAME",
         untuned,
     ),
     ("training curves", "python scripts/train.py layer=decef", training),
-    ("costs of every convolution", "python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1", costs),
+    (
+        "costs of every convolution",
+        "python scripts/train.py -m layer=conv2d,decef,basisconv,basisconv2021,cpac,rank1",
+        costs,
+    ),
     ("effective ranks", "python scripts/ranks.py NETWORK --weights FILE --out results/ranks/NAME", ranks),
     (
         "effective ranks in training",
@@ -186,15 +194,15 @@ def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record
     """Runs that may be compared and have one network, with a name and a title."""
     for name, group in comparison_groups(records).items():
         for model, runs in groupby(sorted(group, key=lambda r: r.model), key=lambda r: r.model):
-            data, train = (group[0].config[key]["name"] for key in ("dataset", "train"))
+            train = group[0].config["train"]["name"]
             slug = re.sub(r"[^\w.-]+", "-", model)
-            yield f"{name}-{slug}", f"{model} on {data}, schedule `{train}`", list(runs)
+            yield f"{name}-{slug}", f"{model} on {group[0].task}, schedule `{train}`", list(runs)
 
 
 def _metrics(results: Path, records: Sequence[Record]) -> pd.DataFrame:
     rows = []
-    for record in records:
-        what = {"layer": record.config["layer"]["name"], "setting": record.setting, "seed": record.config["seed"]}
+    for record in (run for runs in experiments(records) for run in runs):
+        what = {"layer": record.layer, "setting": record.setting, "seed": record.config["seed"]}
         rows += [{**what, **row} for row in read_metrics(results / "runs" / record.summary["id"])]
     frame = pd.DataFrame(rows)
     return (

@@ -55,8 +55,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["layer"].pop("implementation", None)
     train = kept["train"]
     idle = ["channels_last"]
-    idle += ["warmup"] if train["schedule"] == "step" else ["milestones", "gamma"]
-    idle += ["momentum", "nesterov"] if train["adam"] else []
+    idle += ["warmup"] if train.get("schedule") == "step" else ["milestones", "gamma"]
+    idle += ["momentum", "nesterov"] if train.get("adam") else []
     for key in idle:
         train.pop(key, None)
     return _without_off(kept)

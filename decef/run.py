@@ -118,7 +118,10 @@ def _resolve_decay(config: dict[str, Any]) -> None:
     idle = None
     if layer["name"] == "conv2d":
         return
+    composes = getattr(layer_type(layer["name"]), "composes_in_training", True)
     if train.get("atcd") is not None:
+        if not composes:
+            raise ValueError(f"train.atcd is not possible with layer={layer['name']}: it has no kernel in training")
         idle = "train.atcd decays dense kernels"
     elif not train["weight_decay"]:
         idle = "train.weight_decay is 0"
@@ -126,8 +129,8 @@ def _resolve_decay(config: dict[str, Any]) -> None:
         if asked is not None:
             raise ValueError(f"train.decay={asked} would do nothing: {idle}")
         return
-    cls, reason = layer_type(layer["name"]), None
-    if not getattr(cls, "composes_in_training", True):
+    reason = None
+    if not composes:
         reason = "it has no kernel in training"
     elif layer.get("train_basis") is False:
         reason = "its basis is frozen and orthonormal, so that both decays are the same"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,23 @@ import yaml
 from decef.checkpoint import replace_file
 from decef.claims import load_figures, same_setting
 from decef.layers import LAYERS
-from decef.record import CONFIG, SUMMARY
+from decef.record import CONFIG, FORMAT, SUMMARY, identity
+from decef.run import DEFAULT_DECAY, OF_REPLACEMENT
 from decef.statistics import differences, estimate
 from decef.tracking import check_account
 
 log = logging.getLogger(__name__)
 
 ASKED = ("rank", "flops", "energy")
-REPLACING = ("include", "exclude", "min_kernel_size", "factorize_classifier")  # model options about its layers
-OF_LAYERS = ("atcd", "orthogonality")  # training options that belong to a low-rank layer, which Conv2d has not
+OF_LAYERS = ("atcd", "decay")  # training options that belong to a low-rank layer, which Conv2d has not
+#: Dataset options that make another task of it, and what they are in the task that the dataset's name stands for.
+TASKS: dict[str, Mapping[str, Any]] = {
+    "split_test": {},
+    "as_published": {},
+    "train_size": {},
+    "size": {"imagenet": 224},
+    "num_classes": {"imagenet": 1000},
+}
 
 
 @dataclass(frozen=True)
@@ -34,13 +44,44 @@ class Record:
     config: dict[str, Any]
     summary: dict[str, Any]
 
+    @cached_property
+    def experiment(self) -> dict[str, Any]:
+        """What the run is but for its seed: its config without what cannot have an effect, see `decef.record`."""
+        return {key: value for key, value in identity(self.config).items() if key != "seed"}
+
+    @property
+    def pair(self) -> tuple[int, str | None]:
+        """What a run that it may be compared with one to one has in common: seed and numeric precision."""
+        return self.config["seed"], self.summary.get("precision")
+
+    @property
+    def task(self) -> str:
+        """The dataset, and what makes this another task than the one that its name stands for."""
+        return " ".join([self.config["dataset"]["name"], *self._task_options])
+
+    @property
+    def _task_options(self) -> list[str]:
+        data = self.experiment["dataset"]
+        others = {key: data.get(key) for key, usual in TASKS.items() if data.get(key) != usual.get(data["name"])}
+        return [key if value is True else f"{key} {value}" for key, value in others.items()]
+
     @property
     def model(self) -> str:
         """The network's name and its options that are on, but for those that say which layers are replaced."""
-        config = self.config["model"]
-        left_out = ("name", "dense_stem", *REPLACING, "weights_md5")
-        options = [(k, v) for k, v in config.items() if k not in left_out and (k, v) != ("shortcut", "A")]
-        return " ".join([config["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
+        left_out = ("name", *OF_REPLACEMENT, "weights_md5")
+        model = self.experiment["model"]
+        options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
+        return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
+
+    @property
+    def weights(self) -> str | None:
+        """MD5 of the trained weights that the run began from."""
+        return self.experiment["model"].get("weights_md5")
+
+    @property
+    def layer(self) -> str:
+        """The layer type."""
+        return str(self.config["layer"]["name"])
 
     @property
     def asked(self) -> str:
@@ -55,23 +96,49 @@ class Record:
     @property
     def setting(self) -> str:
         """`asked`, and all else that sets a run apart from others of its network, layer type and training."""
-        model, layer, train = (self.config[group] for group in ("model", "layer", "train"))
+        model, layer, train = (self.experiment[group] for group in ("model", "layer", "train"))
         words = [self.asked]
-        if layer["name"] != "conv2d":
-            # The implementation is another way to compute the same function.
-            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", "implementation", *ASKED)]
-            words += [f"{key} {train[key]}" for key in OF_LAYERS if train.get(key)]
+        if self.layer != "conv2d":
+            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", *ASKED)]
+            words += [f"{key} {train[key]}" for key in OF_LAYERS if key in train and train[key] != DEFAULT_DECAY]
             words += ["stem too"] if not model.get("dense_stem") else []
-            words += [f"{key} {model[key]}" for key in REPLACING if model.get(key)]
-        words += [f"from weights {model['weights_md5'][:8]}"] if model.get("weights_md5") else []
-        return ", ".join(words)
+            words += [f"{key} {model[key]}" for key in OF_REPLACEMENT if key != "dense_stem" and key in model]
+        words += [f"from weights {self.weights[:8]}"] if self.weights else []
+        return ", ".join([*words, *self._task_options])
 
     @property
     def comparison(self) -> str:
-        """Equal for runs that may stand in one table: same data, same network options, same training."""
-        train = {key: value for key, value in self.config["train"].items() if key not in OF_LAYERS}
-        same = {"dataset": self.config["dataset"], "train": train}
-        return json.dumps(same, sort_keys=True)
+        """Equal for runs that may stand in one table: same data, same training."""
+        train = {key: value for key, value in self.experiment["train"].items() if key not in OF_LAYERS}
+        return json.dumps({"dataset": self.experiment["dataset"], "train": train}, sort_keys=True)
+
+
+def experiments(records: Iterable[Record]) -> list[list[Record]]:
+    """Runs that differ in the seed alone, by seed, in an order that depends on the configs alone.
+
+    This is what counts as one experiment everywhere: a row of a table, a curve, the evidence on a claim.
+
+    Raises:
+        ValueError: a seed stands twice among the runs of one experiment, which would count as two.
+    """
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        seeds = groups.setdefault(json.dumps(record.experiment, sort_keys=True), {})
+        other = seeds.setdefault(record.config["seed"], record)
+        if other is not record:
+            raise ValueError(
+                f"{other.summary['id']} and {record.summary['id']} are one experiment with one seed, which counts "
+                "once: move one of the two away"
+            )
+    return [[groups[key][seed] for seed in sorted(groups[key])] for key in sorted(groups)]
+
+
+def precision_words(records: Iterable[Record]) -> str:
+    """The numeric precision of runs, or "mixed" and how many had which."""
+    counts = Counter(str(record.summary.get("precision")) for record in records)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "mixed: " + ", ".join(f"{n} {precision}" for precision, n in sorted(counts.items()))
 
 
 def load_records(results: Path) -> list[Record]:
@@ -84,7 +151,9 @@ def load_records(results: Path) -> list[Record]:
         except (OSError, ValueError, yaml.YAMLError) as error:
             log.warning("left out: %s cannot be read (%s)", folder, error)
             continue
-        if summary.get("status") == "finished":
+        if config.get("format") != FORMAT:
+            log.warning("left out: %s has format %s, not %s", folder, config.get("format", 1), FORMAT)
+        elif summary.get("status") == "finished":
             records.append(Record(_plain(config), summary))
         else:
             log.info("left out: %s is %s after %s epochs", folder.name, summary.get("status"), summary.get("epochs"))
@@ -138,18 +207,22 @@ def summarize(records: Sequence[Record]) -> pd.DataFrame:
 
     All records must share one `comparison`. `top1_sd` is the sample standard deviation, and `top1_low` to `top1_high`
     the 95 % interval of the mean; both are missing for one run. `top1_minus_conv2d` is the mean difference over the
-    `paired` seeds that Conv2d ran with too, with its interval; missing for Conv2d and where there is no such seed.
+    `paired` seeds that Conv2d ran with too, in the same precision and from the same weights, with its interval; missing
+    for Conv2d and where there is no such seed.
     """
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record.model, record.config["layer"]["name"], record.setting), []).append(record)
+    groups = experiments(records)
+    dense = {
+        (runs[0].model, runs[0].weights): {run.pair: run.summary["test_top1"] for run in runs}
+        for runs in groups
+        if runs[0].layer == "conv2d"
+    }
     rows = []
-    for (model, layer, setting), runs in groups.items():
+    for runs in groups:
+        model, layer, setting = runs[0].model, runs[0].layer, runs[0].setting
         top1 = pd.Series([run.summary["test_top1"] for run in runs])
         summary = runs[0].summary
         known = next((f for f in load_figures() if f.metric == "top1" and same_setting(f, runs[0])), None)
-        dense = {r.config["seed"]: r.summary["test_top1"] for r in groups.get((model, "conv2d", "dense"), [])}
-        pairs = differences(((r.config["seed"], r.summary["test_top1"]) for r in runs), dense)
+        pairs = differences(((r.pair, r.summary["test_top1"]) for r in runs), dense.get((model, runs[0].weights), {}))
         mean = estimate(list(top1))
         difference = estimate(pairs) if pairs and layer != "conv2d" else None
         rows.append(
@@ -166,6 +239,7 @@ def summarize(records: Sequence[Record]) -> pd.DataFrame:
                 "difference_low": difference.low if difference else None,
                 "difference_high": difference.high if difference else None,
                 "paired": difference.n if difference else 0,
+                "precision": precision_words(runs),
                 "params": summary["params"],
                 "params_ratio": summary["params"] / summary["dense"]["params"],
                 "trainable_params": summary["trainable_params"],
@@ -200,6 +274,7 @@ def cells(row: Mapping[Any, Any]) -> dict[str, str]:
         "95 % interval": _interval(row["top1_low"], row["top1_high"], ".2f"),
         "n": str(row["n"]),
         "vs Conv2d": _difference(row),
+        "precision": row["precision"],
         "params": f"{row['params']:,}",
         "x dense": f"{row['params_ratio']:.3f}",
         "of them trained": f"{row['trainable_params']:,}",
@@ -212,18 +287,19 @@ def cells(row: Mapping[Any, Any]) -> dict[str, str]:
 def markdown(frame: pd.DataFrame, records: Sequence[Record]) -> str:
     """`summarize`'s frame for people, with what they must know to read it."""
     first = records[0]
-    train, dataset = first.config["train"], first.config["dataset"]
+    train = first.config["train"]
     published = frame.dropna(subset="published_top1")
     hardware = sorted({f"{r.summary['device']} ({r.summary['machine']})" for r in records})
     sources = {(str(r.summary.get("git_commit")), bool(r.summary.get("git_dirty"))) for r in records}
     commits = sorted(f"{commit[:10]}{'+' * dirty}" for commit, dirty in sources)
     lines = [
-        f"# {dataset['name']}, schedule `{train['name']}`",
+        f"# {first.task}, schedule `{train['name']}`",
         "",
         f"{train['epochs']} epochs, batch {train['batch_size']}, {train['schedule']} schedule. Top-1 is the test "
         "accuracy of the last epoch, mean ± sd over n seeds, with the mean's Student t interval; nothing was chosen on "
-        "the test set. Against Conv2d: the mean difference over the seeds that both ran with, and its 95 % interval. "
-        "FLOPs = 2 x MACs, of one image through the network as deployed (factorised layers as their chains); "
+        "the test set. Against Conv2d: the mean difference over the seeds that both ran with, in the same precision, "
+        "and its 95 % interval. FLOPs = 2 x MACs, of one image through the network as deployed (factorised layers as "
+        "their chains); "
         "parameters likewise. The published column is somebody else's figure with another training; - where we know of "
         "none.",
         "",

@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument("--threshold", type=float, default=0.3, help="share of the largest singular value that counts")
-    parser.add_argument("--out", type=Path, help="write <out>.csv, .json, .png and .svg too")
+    parser.add_argument(
+        "--out", type=Path, help="write <out>.csv, .json, .png and .svg too; claims count a run's under its id"
+    )
     arguments = parser.parse_args()
 
     import pandas as pd

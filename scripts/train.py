@@ -1,7 +1,7 @@
 """Train one network, or a grid of them.
 
 python scripts/train.py dataset=cifar10 model=resnet20 layer=decef layer.rank=4 train=quick seed=0
-python scripts/train.py -m layer=conv2d,decef,basisconv,cpac,rank1 layer.flops=0.667 seed=0,1,2
+python scripts/train.py -m layer=conv2d,decef,basisconv,basisconv2021,cpac,rank1 layer.flops=0.667 seed=0,1,2
 
 Run again, the same command skips what is finished and resumes what is not. configs/ says what there is to choose.
 

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -6,10 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from test_run import config
 from test_train import DIGITS, network, train
 
 from decef.analysis import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
+from decef.data import DATASETS
 from decef.layers import CPACConv2d
 from decef.models import CifarResNet
 from decef.models.weights import load_weights
@@ -120,6 +123,56 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
     text = (tmp_path / "untuned.md").read_text()
     assert f"{dense['top1']:.2f}".rstrip("0") in text
     assert len(pd.read_csv(tmp_path / "untuned.csv")) == 9
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """What scripts/untuned.py would measure with, for a network and options on its command line."""
+    asked = []
+
+    def measure(model, test, **options):
+        asked.append({name: [round(x, 4) for x in options[name].tolist()] for name in ("mean", "std")})
+        return iter(())
+
+    monkeypatch.setattr("decef.analysis.load_networks", lambda name, weights: [(name, CifarResNet(8))])
+    monkeypatch.setattr("decef.analysis.untuned", measure)
+    monkeypatch.setattr("decef.analysis.write_untuned", lambda *args: None)
+    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (None, None))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+
+    def call(network, *options):
+        monkeypatch.setattr(sys, "argv", ["untuned.py", str(network), *options, "--out", str(tmp_path / "out")])
+        runpy.run_path(str(ROOT / "scripts" / "untuned.py"), run_name="__main__")
+        return asked.pop()
+
+    return call
+
+
+def test_untuned_normalises_as_the_network_was_trained(measured, tmp_path, capsys):
+    imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert measured("resnet20") == imagenet
+    given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    options = ["--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6"]
+    assert measured("resnet20", *options) == given
+
+    def write(**settings):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": settings}))
+        return tmp_path / "run"
+
+    known = DATASETS["cifar10"]
+    ours = {"mean": list(known.mean), "std": list(known.std)}
+    assert measured(write(name="cifar10")) == ours
+    assert measured(write(name="cifar10", mean=None, std=None)) == ours
+    assert measured(write(name="cifar10", **imagenet)) == imagenet
+    assert measured(write(name="cifar10"), *options) == given
+    for settings, wrong, message in (
+        ({"name": "digits"}, [], "was not trained on CIFAR-10"),
+        ({"name": "cifar10"}, ["--weights", "w.th"], "has weights of its own: leave out --weights"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            measured(write(**settings), *wrong)
+        assert message in capsys.readouterr().err
 
 
 def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():

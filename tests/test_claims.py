@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -13,18 +14,23 @@ import decef.claims as claims
 from decef.claims import (
     FAILS,
     HOLDS,
-    IN_PART,
-    INCONCLUSIVE,
+    MIXED,
     NOT_TESTED,
     ONE_SEED,
+    UNDECIDED,
     Claim,
     Figure,
+    Measured,
     judge,
     load_claims,
     load_figures,
+    load_known_weights,
     load_measured,
+    same_setting,
 )
-from decef.claims_text import asks_words, markdown
+from decef.claims_text import asks_words, figure_lines, markdown
+from decef.models.weights import describe_file
+from decef.statistics import seeds_needed
 from decef.tables import Record
 
 ROOT = Path(__file__).parents[1]
@@ -37,20 +43,32 @@ NOT_READ = [
 ]
 
 
+REPLACEMENT = {"dense_stem": True, "include": None, "exclude": None, "min_kernel_size": None}
+
+
 def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", train="quick", atcd=None, **options):
+    """A run with a config as records have it, options that are off among them."""
+    dataset, precision = options.pop("dataset", {}), options.pop("precision", "bf16")
+    name = "-".join(map(str, [layer, model, train, atcd, *dataset, *options.values(), flops, f"s{seed}"]))
+    training = {"name": train, "epochs": 9, "weight_decay": 5e-4, "atcd": atcd, "decay": None}
+    settings = {"name": model, "shortcut": "A", "weights": None}
     if layer == "conv2d":
         flops = params = 1
-    dense = {"params": 1000, "trainable_params": 1000, "flops": 9000}
-    training = {"name": train, "epochs": 9} | ({"atcd": atcd} if atcd else {})
-    name = "-".join(map(str, [layer, model, train, atcd, *options.values(), flops, f"s{seed}"]))
+    else:
+        training["decay"] = options.pop("decay", None if atcd else "factors")
+        settings |= REPLACEMENT | {key: options.pop(key) for key in REPLACEMENT if key in options}
+        asked = {} if "rank" in options or "energy" in options else {"flops": 0.667}
+        options = {"rank": None, "flops": None, "energy": None, "implementation": "reconstructed", **asked, **options}
     config = {
-        "dataset": {"name": "cifar10"},
-        "model": {"name": model, "shortcut": "A", "dense_stem": True},
+        "format": 2,
+        "dataset": {"name": "cifar10", "train_size": None, **dataset},
+        "model": settings,
         "layer": {"name": layer, **options},
         "train": training,
         "seed": seed,
     }
-    summary = {"id": name, "test_top1": top1, "dense": dense, "flops": 9000 * flops}
+    dense = {"params": 1000, "trainable_params": 1000, "flops": 9000}
+    summary = {"id": name, "test_top1": top1, "dense": dense, "flops": 9000 * flops, "precision": precision}
     return Record(config, summary | {"params": 1000 * params, "trainable_params": 1000 * params})
 
 
@@ -70,18 +88,19 @@ DENSE = runs("conv2d", 90.0, 91.0, 92.0)
     ("ours", "verdict"),
     [
         ([], NOT_TESTED),
-        ([90.0], ONE_SEED),
-        ([10.0], ONE_SEED),  # however far off
+        ([90.0], UNDECIDED),
+        ([10.0], UNDECIDED),  # however far off
         ([90.0, 91.1, 91.9], HOLDS),
         ([95.0, 96.1, 96.9], HOLDS),
         ([88.0, 89.1, 89.9], FAILS),
-        ([89.4, 90.6, 91.4], INCONCLUSIVE),  # -0.53 on average, and the interval spans -0.5
-        ([87.0, 91.0, 95.0], INCONCLUSIVE),  # no loss on average, but what a spread
+        ([89.4, 90.6, 91.4], UNDECIDED),  # -0.53 on average, and the interval spans -0.5
+        ([87.0, 91.0, 95.0], UNDECIDED),  # no loss on average, but what a spread
     ],
 )
 def test_no_worse(ours, verdict):
     got = judge(NO_WORSE, [*DENSE, *runs("decef", *ours, flops=0.667, rank=4)])
     assert got.verdict == verdict
+    assert [e.verdict for e in got.evidence] == ([ONE_SEED] if len(ours) == 1 else [verdict] if ours else [])
     if len(ours) == 3:
         (evidence,) = got.evidence
         assert evidence.n == 3
@@ -106,18 +125,118 @@ def test_runs_of_other_costs_layers_and_data_are_no_evidence():
     small, other = runs("decef", 1.0, 1.1, 1.2, flops=0.2), runs("cpac", 1.0, 1.1, 1.2)
     elsewhere = runs("decef", 1.0, 1.1, 1.2)
     for run in elsewhere:
-        run.config["dataset"] = {"name": "digits"}
+        run.config["dataset"]["name"] = "digits"
     assert judge(NO_WORSE, [*DENSE, *small, *other, *elsewhere]) == claims.Verdict(NOT_TESTED)
 
 
-def test_networks_are_summed_up():
-    good = [*DENSE, *runs("decef", 90.0, 91.1, 91.9, rank=4)]
-    bad = [*runs("conv2d", 93.0, 94.0, model="resnet56"), *runs("decef", 90.0, 91.1, model="resnet56", rank=4)]
-    once = [record("conv2d", 0, 93.0, model="resnet32"), record("decef", 0, 93.0, model="resnet32", rank=4)]
-    assert judge(NO_WORSE, good + bad).verdict == IN_PART
-    assert judge(NO_WORSE, good + once).verdict == IN_PART
-    assert judge(NO_WORSE, bad + once).verdict == FAILS
-    assert [e.verdict for e in judge(NO_WORSE, bad + once + good).evidence] == [HOLDS, ONE_SEED, FAILS]
+def test_dense_twins_have_neither_what_layers_are_replaced_nor_how_those_are_trained():
+    ours = runs("decef", 90.0, 91.1, 91.9, rank=4, dense_stem=False, exclude="layer1.*", decay="kernel")
+    assert judge(NO_WORSE, [*DENSE, *ours]).verdict == HOLDS
+    assert not {"dense_stem", "exclude"} & set(DENSE[0].config["model"])
+
+
+def test_a_low_rank_control_replaces_the_same_layers():
+    ask = claim(kind="no_worse", runs={"layer.name": "decef"}, control={"layer.name": "cpac"}, margin=0.5)
+    control, other = runs("cpac", 90.0, 91.0, rank=4), runs("cpac", 10.0, 11.0, rank=4, dense_stem=False)
+    (evidence,) = judge(ask, [*control, *other, *runs("decef", 90.0, 91.1, rank=4)]).evidence
+    assert "against 90.50 %" in evidence.result
+
+
+def test_runs_of_another_precision_are_not_paired():
+    ours = runs("decef", 90.0, 91.1, 91.9, rank=4, precision="fp32")
+    got = judge(NO_WORSE, [*DENSE, *ours])
+    assert got.verdict == NOT_TESTED
+    assert got.words == "1 has nothing to be compared with"
+    assert "3 not paired with conv2d, whose precision differs (fp32 here, bf16 there)" in got.evidence[0].result
+
+    ours[:2] = runs("decef", 90.0, 91.1, rank=4)
+    (evidence,) = judge(NO_WORSE, [*DENSE, *ours]).evidence
+    assert "precision mixed: " in evidence.what
+    assert "1 not paired with conv2d, whose precision differs (fp32 here, bf16 there)" in evidence.result
+    assert "+0.05 [" in evidence.result
+    assert "over 2 of the seeds" in evidence.result
+
+
+def test_a_row_that_mixes_precisions_says_so():
+    random_basis = next(c for c in load_claims() if c.id == "basisconv-random-basis")
+    one = runs("basisconv", 72.0, 73.0, rank=9)
+    (evidence,) = judge(random_basis, one).evidence
+    assert "precision" not in evidence.what
+    (evidence,) = judge(random_basis, [*one, record("basisconv", 2, 74.0, rank=9, precision="fp32")]).evidence
+    assert evidence.what.endswith("precision mixed: 2 bf16, 1 fp32")
+    assert evidence.n == 3
+
+
+def test_a_seed_that_stands_twice_is_refused_by_the_names_of_both_runs():
+    ours, again = runs("decef", 90.0, 91.1, rank=4), record("decef", 1, 91.2, rank=4, implementation="factorized")
+    with pytest.raises(ValueError, match=rf"{ours[1].summary['id']} and {again.summary['id']} are one experiment"):
+        judge(NO_WORSE, [*DENSE, *ours, again])
+    dense = record("conv2d", 1, 91.0, precision="fp32")
+    dense.summary["id"] = "elsewhere"
+    with pytest.raises(ValueError, match="elsewhere are one experiment"):
+        judge(NO_WORSE, [*DENSE, dense, *ours])
+
+
+def networks(**by_name):
+    """A dense network and a low-rank one for each name, at these differences in three seeds."""
+    found = []
+    for name, differences in by_name.items():
+        found += runs("conv2d", 90.0, 91.0, 92.0, model=name)
+        found += [record("decef", s, 90.0 + s + d, model=name, rank=4) for s, d in enumerate(differences)]
+    return found
+
+
+BETTER, WORSE, UNCLEAR = (0.0, 0.1, -0.1), (-2.0, -2.1, -1.9), (-3.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict", "words"),
+    [
+        ([], NOT_TESTED, ""),
+        ([BETTER, BETTER], HOLDS, "2 of 2 comparisons decided: 2 hold, 0 don't"),
+        ([WORSE], FAILS, "1 of 1 comparison decided: 0 hold, 1 doesn't"),
+        ([BETTER, WORSE], MIXED, "2 of 2 comparisons decided: 1 holds, 1 doesn't"),
+        ([(5.0,), (5.0,)], UNDECIDED, "0 of 2 comparisons decided; 2 need more seeds"),
+        ([BETTER, (5.0,)], UNDECIDED, "1 of 2 comparisons decided: 1 holds, 0 don't; 1 needs more seeds"),
+        ([WORSE, UNCLEAR], UNDECIDED, "1 of 2 comparisons decided: 0 hold, 1 doesn't; 1 needs more seeds"),
+    ],
+)
+def test_comparisons_are_summed_up_and_counted(differences, verdict, words):
+    got = judge(NO_WORSE, networks(**{f"net{i}": d for i, d in enumerate(differences)}))
+    assert (got.verdict, got.words) == (verdict, words)
+    assert got.open == (verdict in (NOT_TESTED, UNDECIDED))
+
+
+def test_one_that_holds_among_many_undecided_is_no_holding_in_part():
+    exact = (0.001, 0.0, -0.001)
+    got = judge(NO_WORSE, networks(good=exact, **{f"net{i}": UNCLEAR for i in range(8)}))
+    assert Counter(e.verdict for e in got.evidence) == {HOLDS: 1, UNDECIDED: 8}
+    assert got.verdict == UNDECIDED
+    assert got.words == "1 of 9 comparisons decided: 1 holds, 0 don't; 8 need more seeds"
+    page = markdown([(NO_WORSE, got)])
+    assert f"| [test](#test) | too few seeds to say | {got.words} |" in page
+    assert "in part" not in page
+
+
+def test_many_comparisons_ask_more_of_each():
+    close = (-0.1, 0.1, 0.3)  # p = 0.035 against -0.5
+    alone = judge(NO_WORSE, networks(net=close))
+    assert alone.verdict == HOLDS
+    assert "(p = 0.035)" in alone.evidence[0].result
+    among = judge(NO_WORSE, networks(net=close, other=UNCLEAR))
+    assert [e.verdict for e in among.evidence] == [UNDECIDED, UNDECIDED]
+    assert "(p = 0.07; about 4 seeds needed)" in among.evidence[0].result
+    # Holm, not Bonferroni: what is beyond doubt makes it no harder for the other.
+    assert judge(NO_WORSE, networks(net=close, other=(0.001, 0.0, -0.001))).verdict == HOLDS
+
+
+def test_the_seeds_that_a_decision_would_need():
+    (evidence,) = judge(NO_WORSE, networks(net=UNCLEAR)).evidence
+    expected = seeds_needed(UNCLEAR, -0.5)
+    assert expected > 3
+    assert f"; about {expected} seeds needed)" in evidence.result
+    (evidence,) = judge(NO_WORSE, networks(net=(-2.5, -0.5, 1.501))).evidence
+    assert "; more than 1000 seeds needed)" in evidence.result
 
 
 def test_a_control_that_differs_in_the_training():
@@ -128,32 +247,58 @@ def test_a_control_that_differs_in_the_training():
     separate = runs("rank1", 10.0, 10.0, 10.0, rank=1, separate_init=True)
     assert judge(atcd, [*plain, *better, *separate]).verdict == HOLDS
     assert judge(atcd, [*plain, *worse]).verdict == FAILS
-    assert judge(atcd, [*plain, *worse, *better]).verdict == IN_PART
-    assert judge(atcd, [*plain, *runs("rank1", 80.0, 81.0, 82.0, rank=1, atcd=1)]).verdict == INCONCLUSIVE
+    assert judge(atcd, [*plain, *worse, *better]).verdict == MIXED
+    assert judge(atcd, [*plain, *runs("rank1", 80.0, 81.0, 82.0, rank=1, atcd=1)]).verdict == UNDECIDED
     assert judge(atcd, plain).verdict == NOT_TESTED
-    twice = runs("rank1", 80.0, rank=1, implementation="factorized")
+    twice = runs("rank1", 80.0, rank=1, decay="kernel")
     with pytest.raises(ValueError, match="atcd-better's control: narrow"):
         judge(atcd, [*plain, *better, *twice])
 
 
 @pytest.mark.parametrize(
-    ("composed", "chain", "verdict"),
+    ("trained", "control", "verdict"),
     [
         ([80.0, 81.0, 82.0], [10.0, 10.1, 9.9], HOLDS),
-        ([80.0, 81.0, 82.0], [75.0, 76.0, 77.0], IN_PART),  # it trains, and so does what can't be
-        ([80.0, 81.0, 82.0], [10.0, 10.0, 40.0], INCONCLUSIVE),
+        ([80.0, 81.0, 82.0], [75.0, 76.0, 77.0], FAILS),  # it trains, and so does what can't be
+        ([80.0, 81.0, 82.0], [10.0, 10.0, 40.0], UNDECIDED),
         ([80.0, 81.0, 82.0], [10.0], ONE_SEED),
         ([80.0, 81.0, 82.0], [], NOT_TESTED),
         ([12.0, 13.0, 14.0], [10.0, 10.1, 9.9], FAILS),
-        ([12.0, 90.0, 14.0], [10.0, 10.1, 9.9], INCONCLUSIVE),
+        ([12.0, 90.0, 14.0], [10.0, 10.1, 9.9], UNDECIDED),
         ([80.0], [10.0, 10.1, 9.9], ONE_SEED),
     ],
 )
-def test_trains(composed, chain, verdict):
-    trains = next(c for c in load_claims() if c.id == "rank1-trains")
-    options = {"rank": 1, "model": "plain"}
-    records = [*runs("rank1", *composed, **options), *runs("rank1", *chain, separate_init=True, **options)]
-    assert judge(trains, records).verdict == verdict
+@pytest.mark.parametrize("which", ["rank1-trains", "rank1-initialisation"])
+def test_trains(which, trained, control, verdict):
+    ours = {"separate_init": True, "atcd": 1} if which == "rank1-trains" else {"separate_init": False}
+    trains, options = next(c for c in load_claims() if c.id == which), {"rank": 1, "model": "plain"}
+    chain = runs("rank1", *control, separate_init=True, **options)
+    got = judge(trains, [*runs("rank1", *trained, **ours, **options), *chain])
+    assert [e.verdict for e in got.evidence] == [verdict]
+    assert got.verdict == (UNDECIDED if verdict == ONE_SEED else verdict)
+    words = "no run of `" if verdict == NOT_TESTED else "; `"
+    assert f"{words}layer=rank1 layer.rank=1 layer.separate_init=true train.atcd=null`" in got.evidence[0].result
+
+
+def test_method_and_initialisation_are_judged_by_themselves():
+    by_id, options = {c.id: c for c in load_claims()}, {"rank": 1, "model": "plain"}
+    chain = runs("rank1", 10.0, 10.1, 9.9, separate_init=True, **options)
+    both = runs("rank1", 80.0, 81.0, 82.0, separate_init=False, atcd=1, **options)  # another start, another training
+    for which in ("rank1-trains", "rank1-initialisation"):
+        assert judge(by_id[which], [*chain, *both]).verdict == NOT_TESTED
+    method = runs("rank1", 10.0, 10.2, 9.9, separate_init=True, atcd=1, **options)
+    start = runs("rank1", 80.0, 81.0, 82.0, separate_init=False, **options)
+    assert judge(by_id["rank1-trains"], [*chain, *both, *method, *start]).verdict == FAILS
+    assert judge(by_id["rank1-initialisation"], [*chain, *both, *method, *start]).verdict == HOLDS
+
+
+def test_a_control_of_several_experiments_is_one_comparison():
+    trains, options = next(c for c in load_claims() if c.id == "rank1-trains"), {"rank": 1, "model": "plain"}
+    chain = runs("rank1", 9.0, 10.0, 11.5, separate_init=True, **options)
+    ours = [runs("rank1", *[99.0] * 3, separate_init=True, atcd=atcd, **options) for atcd in (1, "epoch")]
+    alone, both = judge(trains, [*chain, *ours[0]]), judge(trains, [*chain, *ours[0], *ours[1]])
+    assert "(p = 0.022)" in alone.evidence[0].result
+    assert all("(p = 0.022)" in e.result for e in both.evidence)
 
 
 def test_trains_without_a_control():
@@ -166,10 +311,10 @@ def test_trains_without_a_control():
     ("top1", "verdict"),
     [
         ((), NOT_TESTED),
-        ((93.0,), ONE_SEED),
+        ((93.0,), UNDECIDED),
         ((92.9, 93.0, 93.1), HOLDS),
         ((91.9, 92.0, 92.1), FAILS),
-        ((92, 93, 94), INCONCLUSIVE),
+        ((92, 93, 94), UNDECIDED),
     ],
 )
 def test_reaches(top1, verdict):
@@ -191,24 +336,71 @@ def ranks(threshold, init, network="resnet20"):
 FALLING, RISING, RANDOM = [5.0, 4.5, 3.0, 2.9], [2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0]
 
 
+def origins(names, md5=None):
+    """What scripts/ranks.py leaves beside tables: each of a known network of its own, or all of one file."""
+    known = {f"{i:032x}": "resnet20" for i in range(9)}
+    found = {
+        name: {"network": "resnet20", "weights": f"weights.th (MD5 {md5 or key})"}
+        for name, key in zip(names, known, strict=False)
+    }
+    return known, found
+
+
 @pytest.mark.parametrize(
-    ("tables", "verdict"),
+    ("tables", "verdicts", "overall"),
     [
-        ([], NOT_TESTED),
-        ([ranks(FALLING, RANDOM)], ONE_SEED),
-        ([ranks(FALLING, RANDOM)] * 3, HOLDS),
-        ([ranks(RISING, [6.0, 6.1, 6.2, 6.3])] * 3, FAILS),
-        ([ranks(RISING, [2.0, 4.0, 7.0, 15.0])] * 3, IN_PART),  # rises, but less than random kernels' do
-        ([ranks(FALLING, RANDOM)] * 2 + [ranks(RISING, RANDOM)], INCONCLUSIVE),
+        ([], [], NOT_TESTED),
+        ([ranks(FALLING, RANDOM)], [ONE_SEED] * 2, UNDECIDED),
+        ([ranks(FALLING, RANDOM)] * 3, [HOLDS] * 2, HOLDS),
+        ([ranks(RISING, [6.0, 6.1, 6.2, 6.3])] * 3, [FAILS] * 2, FAILS),
+        ([ranks([5.0] * 4, [6.0] * 4)] * 3, [UNDECIDED] * 2, UNDECIDED),  # without a correlation
+        ([ranks(RISING, [2.0, 4.0, 7.0, 15.0])] * 3, [FAILS, HOLDS], MIXED),  # rises, but less than random kernels' do
+        ([ranks(FALLING, RANDOM)] * 2 + [ranks(RISING, RANDOM)], [UNDECIDED] * 2, UNDECIDED),
     ],
 )
-def test_ranks_over_depth(tmp_path, tables, verdict):
+def test_ranks_over_depth(tmp_path, monkeypatch, tables, verdicts, overall):
     (tmp_path / "ranks").mkdir()
+    known, made = origins([f"run{i}" for i in range(len(tables))])
+    monkeypatch.setattr(claims, "load_known_weights", lambda: known)
     for i, table in enumerate(tables):
         table.to_csv(tmp_path / "ranks" / f"run{i}.csv", index=False)
+        (tmp_path / "ranks" / f"run{i}.json").write_text(json.dumps(made[f"run{i}"]))
     got = judge(claim(kind="monotone_rank", over="depth"), [], load_measured(tmp_path))
-    assert got.verdict == verdict
-    assert [e.n for e in got.evidence] == ([len(tables)] if tables else [])
+    assert [e.verdict for e in got.evidence] == verdicts
+    assert got.verdict == overall
+    assert all(e.n == len(tables) for e in got.evidence)
+
+
+def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
+    ask, weights = claim(kind="monotone_rank", over="depth"), tmp_path / "resnet20.th"
+    weights.write_bytes(b"nobody knows these")
+    (tmp_path / "ranks").mkdir()
+    dense, decef = record("conv2d", 0, 90.0), record("decef", 0, 90.0, rank=4)
+    md5 = next(md5 for md5, network in load_known_weights().items() if network == "resnet20")
+    tables = {
+        "random": {"network": "resnet20", "weights": None},
+        "unknown": {"network": "resnet20", "weights": describe_file(weights)},
+        "renamed": {"network": "resnet56", "weights": f"resnet20.th (MD5 {md5})"},
+        "broken": None,
+        "alone": None,
+        "trained": {"network": "resnet20", "weights": f"resnet20.th (MD5 {md5})"},
+        "trained2": {"network": "resnet20", "weights": f"copy.th (MD5 {md5})"},
+        dense.summary["id"]: {"network": "somewhere/runs/it", "weights": None},
+        decef.summary["id"]: {"network": "somewhere/runs/it", "weights": None},
+    }
+    for name, made in tables.items():
+        ranks(FALLING, RANDOM).to_csv(tmp_path / "ranks" / f"{name}.csv", index=False)
+        if name != "alone":
+            (tmp_path / "ranks" / f"{name}.json").write_text(json.dumps(made) if made else "{broken")
+    got = judge(ask, [dense, decef], load_measured(tmp_path))
+    assert all(set(e.runs) == {f"ranks/{dense.summary['id']}.csv", "ranks/trained.csv"} for e in got.evidence)
+    assert all(e.n == 2 for e in got.evidence)
+    for name in ("random", "unknown", "renamed", "broken", "alone"):
+        assert f"ranks/{name}.csv is of unknown origin" in caplog.text
+    assert "ranks/trained2.csv is of the same network as ranks/trained.csv" in caplog.text
+    assert decef.summary["id"] not in caplog.text  # known, and no dense network
+    unfinished = judge(ask, [], load_measured(tmp_path))
+    assert unfinished.evidence[0].runs == ("ranks/trained.csv",)
 
 
 def test_ranks_over_training_and_of_dense_networks_alone():
@@ -218,16 +410,43 @@ def test_ranks_over_training_and_of_dense_networks_alone():
         return pd.concat([ranks([9 - s] * 4, RANDOM, f"epoch {2 * i + 1}") for i, s in enumerate(steps)])
 
     settling, wandering = training(0, 4, 6, 7, 7.5), training(0, 0.5, 1.5, 3.5, 7.5)
+    dense = runs("conv2d", 90.0, 91.0)
 
-    def verdict(records, **tables):
-        return judge(ask, records, {"ranks": tables}).verdict
+    def verdict(*tables, of=dense):
+        names = [run.summary["id"] for run in of]
+        return judge(ask, of, Measured(dict(zip(names, tables, strict=False)))).verdict
 
-    assert verdict([], a=settling, b=settling) == HOLDS
-    assert verdict([], a=wandering, b=wandering) == FAILS
-    assert verdict([], a=settling) == ONE_SEED
-    assert verdict([], a=ranks(FALLING, RANDOM)) == NOT_TESTED  # one checkpoint
-    factorised = record("decef", 0, 90.0)
-    assert verdict([factorised], **{factorised.summary["id"]: settling}) == NOT_TESTED
+    assert verdict(settling, settling) == HOLDS
+    assert verdict(wandering, wandering) == FAILS
+    assert verdict(settling) == UNDECIDED
+    assert verdict(ranks(FALLING, RANDOM)) == NOT_TESTED  # one checkpoint
+    assert verdict(settling, settling, of=runs("decef", 90.0, 91.0)) == NOT_TESTED
+
+
+# Figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_is_of_its_task_alone():
+    def tile(**options):
+        return record("cpac", 0, 93.0, model="cpacnet", rank=2, dataset={"name": "magnetic_tile", **options})
+
+    figures = [f for f in load_figures() if f.dataset == "magnetic_tile" and f.metric == "top1"]
+    assert {f.id for f in figures} == {"C12", "C13", "C14"}
+    published, split = tile(as_published=True), tile(as_published=False)
+    assert {f.id for f in figures if same_setting(f, published)} == {"C12", "C14"}
+    assert not any(same_setting(f, split) for f in figures)
+    assert not any(same_setting(f, tile(as_published=True, train_size=50)) for f in figures)
+    assert all("on magnetic_tile as_published, " in line for line in figure_lines(figures))
+
+    mnist = [f for f in load_figures() if f.id == "C8"]
+    whole, part = (
+        record("cpac", 0, 96.0, model="cpacnet", rank=2, dataset={"name": "mnist", "split_test": split_test})
+        for split_test in (False, True)
+    )
+    assert [f.setting for f in mnist if same_setting(f, whole)] == ["rank 2"]
+    assert not any(same_setting(f, part) for f in mnist)
+    ask = claim(mnist, kind="reaches", tolerance=1)
+    assert [e.runs for e in judge(ask, [whole, part]).evidence] == [(whole.summary["id"],)]
 
 
 # claims.yaml ------------------------------------------------------------------------------------------------------
@@ -244,6 +463,7 @@ def test_every_claim_can_be_judged_and_told():
 def test_only_what_was_read_is_there():
     text = (ROOT / "decef" / "claims.yaml").read_text()
     ids = {figure.id for figure in load_figures()}
+    assert {"1f38c81cdebd6bcce9b03d082161a36c", "48a2383e717f38f02934658ab8d4d9a2"} <= set(load_known_weights())
     assert {"A1", "D8", "B5", "B12", "B21", "C10", "C13", "R12", "R13"} <= ids
     assert not ids & set(NOT_READ)
     assert {figure.id for one in load_claims() for figure in one.figures} <= ids
@@ -298,6 +518,7 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
         ("- id: atcd-better", "- id: fair-fight", "fair-fight stands there twice"),
         ("status: verified,", "status: recalled,", "A1 has status 'recalled'"),
         ("values: {dense: 91.73}", "values: {dense: none}", "figure A1 cannot be read"),
+        ("{network: resnet20, source", "{net: resnet20, source", "its weights cannot be read: 'network'"),
         (
             "    note: >-\n      after runs",
             "    notes: >-\n      after runs",
@@ -310,8 +531,9 @@ def test_mistakes_in_the_file_are_named(monkeypatch, old, new, message):
     assert old in text
     monkeypatch.setattr(claims, "_read", lambda: yaml.safe_load(text.replace(old, new, 1)))
     monkeypatch.setattr(claims, "load_figures", claims.load_figures.__wrapped__)
+    read = claims.load_known_weights if "weights" in message else claims.load_claims
     with pytest.raises(ValueError, match=message):
-        claims.load_claims.__wrapped__()
+        read.__wrapped__()
 
 
 def test_the_page_is_the_same_whatever_the_order_of_the_runs():
@@ -319,6 +541,7 @@ def test_the_page_is_the_same_whatever_the_order_of_the_runs():
     pages = [markdown([(c, judge(c, order)) for c in load_claims()]) for order in (records, records[::-1])]
     assert pages[0] == pages[1]
     assert "| holds |" in pages[0]
+    assert "verdict: **holds** (1 of 1 comparison decided: 1 holds, 0 don't)" in pages[0]
     assert "-1.00" in pages[0]
 
 
@@ -346,13 +569,13 @@ def test_the_command_line_writes_the_same_bytes_twice(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     ("rises", "verdict"),
-    [([[0.1, 0.2, 0.3]] * 3, HOLDS), ([[0.3, 0.2, 0.1]] * 3, FAILS), ([[0.1, 0.2, 0.3]], ONE_SEED)],
+    [([[0.1, 0.2, 0.3]] * 3, HOLDS), ([[0.3, 0.2, 0.1]] * 3, FAILS), ([[0.1, 0.2, 0.3]], UNDECIDED)],
 )
 def test_significance_by_what_removal_costs(rises, verdict):
     records, tables = runs("cpac", *[90.0] * len(rises), rank=3), {}
     for found, rise in zip(records, rises, strict=True):
         table = {"layer": "conv1", "component": [0, 1, 2], "product": [1.0, 2.0, 3.0], "loss_rise": rise}
         tables[found.summary["id"]] = pd.DataFrame(table)
-    got = judge(claim(kind="significance", measure="product"), records, {"significance": tables})
+    got = judge(claim(kind="significance", measure="product"), records, Measured(significance=tables))
     assert got.verdict == verdict
-    assert judge(claim(kind="significance", measure="product"), records, {}).verdict == NOT_TESTED
+    assert judge(claim(kind="significance", measure="product"), records).verdict == NOT_TESTED

@@ -49,6 +49,26 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_a_record_is_done_again(tmp_path):
+    assert call("train.py", "layer=cpac", "threads=1", *TINY, cwd=tmp_path).returncode == 0
+    (name,) = records(tmp_path / "results")
+    again = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "the same in all 2 epochs" in again.stdout
+    assert list(records(tmp_path / "replayed")) == [name]
+    metrics = tmp_path / "results" / "runs" / name / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[1]["train_loss"] += 1e-6
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
+    assert (other.returncode, "not the same from epoch 2 on" in other.stderr) == (1, True)
+    refused = call("train.py", "--from", f"results/runs/{name}", "seed=1", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "seed=1: with --from only the place can be said, by results=, device=" in refused.stderr
+    missing = call("train.py", "--from", "results/runs/none", cwd=tmp_path)
+    assert (missing.returncode, "is no run's record" in missing.stderr) == (2, True)
+
+
 def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
     arguments = ["layer=decef", *TINY, "train.epochs=4", "threads=1"]
     whole = call("train.py", *arguments, f"results={tmp_path / 'whole'}", cwd=tmp_path)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_layers import used
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
@@ -29,9 +30,11 @@ def _fresh(monkeypatch):
 
 
 def make(name, implementation="auto", **kwargs):
-    """A layer with all arguments off their defaults, from 4 to 8 channels."""
+    """A layer with all arguments off their defaults, from 4 to 8 channels, in evaluation mode."""
     args = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2, "padding_mode": "circular"}
-    return LAYERS[name](4, 8, (3, 2), **{**args, **kwargs}, rank=2, implementation=implementation)
+    layer = used(LAYERS[name](4, 8, (3, 2), **{**args, **kwargs}, rank=2))
+    layer.implementation = implementation
+    return layer
 
 
 def network(implementation="auto", **kwargs):
@@ -74,7 +77,7 @@ CONVOLUTIONS = ["stem", "steps.0", "branches.wide", "tail.0.0"]
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_of_a_network_in_training(again):
-    model, x = network(), images()
+    model, x = network().train(), images()
     model(x).square().sum().backward()
     twin = again(model)
     assert repr(twin) == repr(model)
@@ -119,6 +122,15 @@ def test_a_layer_of_another_rank_is_refused(name):
         make(name).load_state_dict(LAYERS[name](4, 8, (3, 2), groups=2, rank=1).state_dict())
 
 
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_measuring_leaves_no_trace(name):
+    layer, x = make(name), images().requires_grad_()
+    before = copy.deepcopy(layer.state_dict())
+    layer(x)
+    assert all(value.grad is None for value in (x, *layer.parameters()))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
 # Devices and dtypes -----------------------------------------------------------------------------------------------
 
 
@@ -130,8 +142,8 @@ def test_from_the_meta_device(name):
     assert layer(images().to("meta")).shape == make(name)(images()).shape
     layer.to_empty(device="cpu")
     with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.fill_(torch.nan)
+        for value in [*layer.parameters(), *(b for b in layer.buffers() if b.is_floating_point())]:
+            value.fill_(torch.nan)
     layer.reset_parameters()
     x = images()
     assert layer(x).isfinite().all()
@@ -163,6 +175,7 @@ def test_autocast_to_bfloat16(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_channels_last_network(implementation, module_too):
     model, x = network(implementation).double().requires_grad_(), images().double().requires_grad_()
+    model.train(implementation != "reconstructed")
     wanted = [x, *model.parameters()]
     loss = model(x).square().sum()
     expected = torch.autograd.grad(loss, wanted)
@@ -252,6 +265,7 @@ def test_export_for_any_batch(implementation):
 def test_compile(implementation):
     torch.compiler.reset()
     model = network(implementation, padding_mode="zeros").double().requires_grad_()
+    model.train(implementation != "reconstructed")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for batch in (3, 5) if implementation == "auto" else (3,):  # the second is compiled for any batch
         x = images(batch).double().requires_grad_()
@@ -295,7 +309,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
     mp.spawn(work, (str(tmp_path), model.state_dict(), x, y), nprocs=2)
     expected = gradients_of(model, x, y)
     frozen = {k for k, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {k for k in model.state_dict() if k.endswith("basis")}
+    assert frozen == {f"{2 * FACTORIZED.index('basisconv')}.basis"}
     for rank in range(2):
         assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
 
@@ -316,11 +330,14 @@ def test_conversion_keeps_containers_hooks_and_modes(name):
     new = convert(model, plan(model, name, rank=2))
     new(images(channels=3))
     assert calls == ["norm", "steps"]
-    assert {n: m.training for n, m in new.named_modules()} == modes
-    for key, module in new.named_modules():
+    norms = [f"{key}.norm" for key in CONVOLUTIONS if name == "basisconv2021"]
+    found = {n: m for n, m in new.named_modules() if n not in norms}
+    assert all(new.get_submodule(n).training == new.get_submodule(n.removesuffix(".norm")).training for n in norms)
+    assert {n: m.training for n, m in found.items()} == modes
+    for key, module in found.items():
         assert type(module) is (LAYERS[name] if key in CONVOLUTIONS else type(modules[key]))
         assert module is not modules[key]
-    assert list(dict(new.named_modules())) == list(modules)
+    assert list(found) == list(modules)
     with torch.no_grad():
         for value in new.state_dict().values():
             value.zero_()
@@ -338,13 +355,15 @@ def test_frozen_weights_stay_frozen(name, from_scratch):
     new = convert(model, plan(model, name, rank=2), from_scratch=from_scratch)
     for key in CONVOLUTIONS:
         conv, layer = model.get_submodule(key), new.get_submodule(key)
-        assert layer.bias.requires_grad == conv.bias.requires_grad
-        for factor, parameter in layer.factors().items():
-            assert parameter.requires_grad == (conv.weight.requires_grad and factor != "basis"), (key, factor)
+        for own, parameter in layer.named_parameters():
+            twin = conv.bias if own == "bias" else conv.weight
+            fixed = (name, own) == ("basisconv", "basis")
+            assert parameter.requires_grad == (twin.requires_grad and not fixed), (key, own)
 
 
-def test_frozen_layers_stay_frozen_when_folded():
-    layer = make("decef").requires_grad_(False)
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_frozen_layers_stay_frozen_when_folded(name):
+    layer = make(name).requires_grad_(False)
     assert not any(p.requires_grad for p in fold(layer).parameters())
 
 
@@ -372,7 +391,8 @@ def test_a_converted_network_can_be_converted_further(name):
     assert list(rows) == CONVOLUTIONS
     kept = rows["steps.0"]
     assert (kept.action, kept.reason) == ("keep", f"{LAYERS[name].__name__} is not a plain Conv2d")
-    assert kept.params_before == kept.params_after == sum(p.numel() for p in first.steps[0].factors().values())
+    count = sum(p.numel() for own, p in first.steps[0].named_parameters() if own != "bias")
+    assert kept.params_before == kept.params_after == count
     assert kept.macs_before == kept.macs_after == cost(first, (3, 8, 8)).loc["steps.0", "macs"]
     second = convert(first, made)
     assert type(second.steps[0]) is LAYERS[name]
@@ -386,7 +406,7 @@ def test_a_converted_network_can_be_converted_further(name):
 
 def tied():
     """Two convolutions, one parameter."""
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)).double()
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)).double().eval()
     model[1].weight = model[0].weight
     return model
 
@@ -410,11 +430,16 @@ def test_tied_weights_stay_tied(name, from_scratch):
     made = plan(model, name, rank=2, input_size=(8, 6, 6))
     new = convert(model, made, from_scratch=from_scratch)
     assert all(new[1].factors()[key] is factor for key, factor in new[0].factors().items())
-    folded = fold(new)
-    assert folded[0].weight is folded[1].weight
+    assert torch.equal(new[0].compose(), new[1].compose())
+    norms = [norm for layer in new for norm in used(layer).children()]  # which have their own inputs' statistics
+    assert len(norms) == len(set(norms)) == 2 * (name == "basisconv2021")
+    folded, x = fold(new), images(channels=8).double()
+    assert_close(folded(x), new(x))
+    assert (folded[0].weight is folded[1].weight) == (not norms)
     assert_close(folded[0].weight, new[0].compose())
     assert made.rows[1].reason == "shares the weight of '0'"
-    assert made.rows[1].params_before == made.rows[1].params_after == 0
+    assert made.rows[1].params_before == 0
+    assert made.rows[1].params_after == (4 if norms else 0)
     dense, small = (cost(m, (8, 6, 6)).attrs for m in (model, new))
     for column in ("params", "macs"):
         saved = sum(getattr(row, f"{column}_before") - getattr(row, f"{column}_after") for row in made.rows)

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -78,9 +79,10 @@ def formula(name, shape, rank, groups, size_in, size_out):
     if name == "decef":
         params = c * rank * kh * kw + n * per_group * rank
         return params, ho * wo * params
-    if name == "basisconv":
+    if name.startswith("basisconv"):
         params = groups * rank * per_group * kh * kw + rank * n
-        return params, ho * wo * params
+        norm = 2 * groups * rank if name == "basisconv2021" else 0
+        return params + norm, ho * wo * params
     terms = rank * (groups if name == "cpac" else n)
     mix = rank * n if name == "cpac" else 0
     params = terms * (per_group + kh + kw) + mix
@@ -202,6 +204,27 @@ def test_input_that_does_not_fit():
     for measure in (cost, total_cost, input_shapes):
         with pytest.raises(ValueError, match=r"does not run on an input of size \(5, 8, 8\)"):
             measure(nn.Conv2d(3, 8, 3), (5, 8, 8))
+
+
+@pytest.mark.parametrize("size", [(3, 100, 100), (1, 224, 224), (3, 224)])
+def test_input_that_does_not_fit_a_network_of_timm(size):
+    """A vision transformer asserts its image's height and width, and unpacks its shape."""
+    model = create_model("timm/vit_tiny_patch16_224", num_classes=10)
+    for measure in (cost, total_cost, input_shapes):
+        with pytest.raises(ValueError, match=rf"the network does not run on an input of size {re.escape(str(size))}: "):
+            measure(model, size)
+    with pytest.raises(ValueError, match="the network does not run on an input of size"):
+        plan(model, "decef", rank=1, input_size=size)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_input_with_too_few_dimensions():
+    class LastSize(nn.Module):
+        def forward(self, x):
+            return x.mean(dim=x.shape[3])
+
+    with pytest.raises(ValueError, match=r"the network does not run on an input of size \(3, 8\)"):
+        cost(LastSize(), (3, 8))
 
 
 # Budgets ----------------------------------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 from dataclasses import replace
@@ -17,8 +18,9 @@ needs_cifar = pytest.mark.skipif(
 
 @pytest.fixture
 def small(monkeypatch):
-    """Random data in CIFAR-10's form, few images a file."""
+    """Random data in CIFAR-10's form, few images a file; what writes them says what their checksums should be."""
     monkeypatch.setattr(cifar, "IMAGES_PER_FILE", 7)
+    monkeypatch.setattr(cifar, "MD5", {})
     generator = torch.Generator().manual_seed(0)
     return {
         name: (
@@ -34,6 +36,7 @@ def write_py(folder: Path, data) -> None:
     for name, (pixels, labels) in data.items():
         with (folder / name).open("wb") as file:
             pickle.dump({"data": pixels.numpy(), "labels": labels.tolist(), "batch_label": name}, file, protocol=2)
+        expect(folder / name)
 
 
 def write_bin(folder: Path, data) -> None:
@@ -41,6 +44,12 @@ def write_bin(folder: Path, data) -> None:
     for name, (pixels, labels) in data.items():
         rows = torch.cat([labels.to(torch.uint8)[:, None], pixels], dim=1)
         (folder / f"{name}.bin").write_bytes(rows.numpy().tobytes())
+        expect(folder / f"{name}.bin")
+
+
+def expect(path: Path) -> None:
+    """Let this file be the official one of its name."""
+    cifar.MD5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def test_both_layouts_give_the_same_images(tmp_path, small, monkeypatch):
@@ -74,6 +83,17 @@ def test_a_truncated_file_is_named(tmp_path, small):
             load_cifar10(root)
 
 
+def test_a_flipped_byte_is_found(tmp_path, small):
+    write_py(tmp_path / cifar.PY_FOLDER, small)
+    write_bin(tmp_path / "b" / cifar.BIN_FOLDER, small)
+    for path in (tmp_path / cifar.PY_FOLDER / "test_batch", tmp_path / "b" / cifar.BIN_FOLDER / "data_batch_1.bin"):
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is truncated or damaged: .*MD5.* get CIFAR-10 anew"):
+            load_cifar10(path.parents[1])
+
+
 def test_a_missing_file_is_named(tmp_path, small):
     write_py(tmp_path / cifar.PY_FOLDER, small)
     (tmp_path / cifar.PY_FOLDER / "data_batch_5").unlink()
@@ -89,6 +109,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, small):
     write_py(tmp_path / cifar.PY_FOLDER, small)
     with (tmp_path / cifar.PY_FOLDER / "test_batch").open("wb") as file:
         pickle.dump(Evil(), file)
+    with pytest.raises(ValueError, match="test_batch is truncated or damaged"):
+        load_cifar10(tmp_path)
+    expect(tmp_path / cifar.PY_FOLDER / "test_batch")
     with pytest.raises(ValueError, match="not allowed in a data file"):
         load_cifar10(tmp_path)
     assert not (tmp_path / "evil").exists()
@@ -119,6 +142,12 @@ def test_the_real_cifar10_agrees_with_torchvision():
 
     train, test = load_cifar10(real)
     assert (len(train), len(test)) == (50_000, 10_000)
+    assert {name: cifar.MD5[name] for name, _ in CIFAR10.train_list + CIFAR10.test_list} == dict(
+        CIFAR10.train_list + CIFAR10.test_list
+    )
+    for name, part in ((cifar.TEST_FILE, test), ("data_batch_2", train.subset(slice(10_000, 20_000)))):
+        rows = torch.cat([part.labels.to(torch.uint8)[:, None], part.images.flatten(1)], dim=1)
+        assert hashlib.md5(rows.numpy()).hexdigest() == cifar.MD5[f"{name}.bin"]
     reference = CIFAR10(str(real), train=False)  # checks the files' MD5
     assert torch.equal(test.images, torch.from_numpy(reference.data).permute(0, 3, 1, 2))
     assert test.labels.tolist() == reference.targets

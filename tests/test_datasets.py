@@ -13,7 +13,8 @@ import scipy.io
 import torch
 from PIL import Image
 
-from decef.data import count_classes, dataset
+from decef.data import Images, count_classes, dataset
+from decef.data.search import stratified_subset
 from decef.data.small import read_idx
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
@@ -71,6 +72,19 @@ def test_only_the_test_part_of_mnist(tmp_path):
     assert test.labels.bincount().tolist() == [150] * 10
     again, _ = loaded("mnist", split_test=True)
     assert torch.equal(train.images, again.images)
+    write_mnist(tmp_path, "train", 30)
+    for part, same in zip((train, test), loaded("mnist", split_test=True), strict=True):  # whatever else is there
+        assert torch.equal(part.images, same.images)
+        assert torch.equal(part.labels, same.labels)
+    assert [len(part) for part in loaded("mnist")] == [30, 10_000]
+
+
+def test_a_missing_test_part_of_mnist_is_downloaded_to_be_split(tmp_path, monkeypatch):
+    write_mnist(tmp_path, "train", 30)
+    with pytest.raises(FileNotFoundError, match=r"no MNIST/raw/t10k-images-idx3-ubyte in "):
+        loaded("mnist", split_test=True)
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda root, download: write_mnist(Path(root), "t10k", 10_000))
+    assert [len(part) for part in loaded("mnist", split_test=True)] == [8_500, 1_500]
 
 
 def test_damaged_idx_files_are_named(tmp_path):
@@ -327,3 +341,48 @@ def test_folders_that_do_not_fit(folder):
 def test_settings_of_a_folder(key, value):
     with pytest.raises(ValueError, match=f"dataset.{key}={value!r} must be a whole number"):
         dataset({"name": "imagenet", **SETTINGS, key: value})
+
+
+# Parts of a dataset -----------------------------------------------------------------------------------------------
+
+
+def sorted_by_class(*counts):
+    """Images that are their own numbers, class after class; a slice of the first ones would have one class."""
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    return Images(torch.arange(len(labels))[:, None, None, None], labels)
+
+
+@pytest.mark.parametrize("size", [3, 7, 50, 99, 100])
+def test_a_subset_has_the_classes_in_proportion(size):
+    data = sorted_by_class(60, 30, 10)
+    part = stratified_subset(data, size)
+    assert len(part) == size
+    assert all(abs(n - size * share) < 1 for n, share in zip(part.labels.bincount(), (0.6, 0.3, 0.1), strict=False))
+    chosen = part.images.flatten()
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert torch.equal(data.labels[chosen], part.labels)
+    assert torch.equal(stratified_subset(data, size, 0).images, part.images)
+    if 3 < size < 99:
+        assert not torch.equal(stratified_subset(data, size, 1).images, part.images)
+        assert chosen.tolist() != [*range(size)]
+
+
+def test_a_subset_leaves_the_global_generator_alone_and_takes_rare_classes():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert stratified_subset(sorted_by_class(1, 0, 8), 8).labels.bincount().tolist() == [1, 0, 7]
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("size", [-1, 0, 2, 101])
+def test_subsets_that_cannot_be_drawn(size):
+    with pytest.raises(ValueError, match=f"{size} of 100 images .*from 3 to 100"):
+        stratified_subset(sorted_by_class(60, 30, 10), size)
+
+
+def test_a_subset_of_a_folder(folder):
+    train, _ = loaded("imagefolder", **SETTINGS)
+    part = stratified_subset(train, 6)
+    assert part.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [path.parent.name for path in part.paths] == ["n01", "n01", "n02", "n02", "n03", "n03"]

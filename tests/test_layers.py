@@ -10,7 +10,15 @@ from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
+from decef.layers import (
+    LAYERS,
+    Basis2021Conv2d,
+    BasisConv2d,
+    CPACConv2d,
+    DeCEFConv2d,
+    FactorizedConv2d,
+    Rank1Conv2d,
+)
 
 TYPES = [pytest.param(cls, id=name) for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)]
 IMPLEMENTATIONS = ("factorized", "reconstructed", "auto")
@@ -67,11 +75,21 @@ def _seed():
 
 
 def make(cls, case=None, *, rank=2, **kwargs):
-    """A float64 layer for one of `CASES`, of rank at most `rank`."""
+    """A float64 layer for one of `CASES`, of rank at most `rank`, in evaluation mode, where all types have a kernel."""
     args = dict(CASES[case]) if case else {"kernel_size": 3}
     like = nn.Conv2d(4, 8, **args)
     rank = min(rank, cls.max_rank_for(*like.weight.shape, groups=like.groups))
-    return cls(4, 8, **args, dtype=F64, rank=rank, **kwargs)
+    return used(cls(4, 8, **args, dtype=F64, rank=rank, **kwargs))
+
+
+def used(layer):
+    """`layer` in evaluation mode, a batch norm in it with statistics and weights as training leaves them."""
+    for norm in layer.children():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+    return layer.eval()
 
 
 def relative_error(weight, approximation):
@@ -85,11 +103,12 @@ def relative_error(weight, approximation):
 @pytest.mark.parametrize(("cls", "case"), fitting(CASES))
 def test_forward_is_conv2d_with_the_composed_kernel(cls, case):
     layer = make(cls, case)
-    dense = nn.Conv2d(4, 8, **CASES[case], dtype=F64)
+    bias = layer.compose_bias()
+    dense = nn.Conv2d(4, 8, **{**CASES[case], "bias": bias is not None}, dtype=F64)
     with torch.no_grad():
         dense.weight.copy_(layer.compose())
-        if layer.bias is not None:
-            dense.bias.copy_(layer.bias)
+        if bias is not None:
+            dense.bias.copy_(bias)
     folded = layer.to_conv2d()
     assert repr(folded) == repr(dense)
     x = torch.randn(2, 4, 9, 10, dtype=F64)
@@ -103,12 +122,16 @@ def test_forward_is_conv2d_with_the_composed_kernel(cls, case):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cls", TYPES)
 def test_compose_is_the_formula_of_the_docstring(cls, groups):
-    layer = cls(4, 6, (3, 2), groups=groups, dtype=F64, rank=2)
+    layer = used(cls(4, 6, (3, 2), groups=groups, dtype=F64, rank=2))
     kernels = []
     for g in range(groups):
         f = {n: t.chunk(groups)[g].detach() for n, t in layer.factors().items()}
         if cls is DeCEFConv2d:
             kernels.append(torch.einsum("ncr,crij->ncij", f["coefficients"], f["eigenfilters"]))
+        elif cls is Basis2021Conv2d:
+            norm = layer.norm
+            scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).chunk(groups)[g]
+            kernels.append(torch.einsum("nq,q,qcij->ncij", f["coefficients"], scale, f["basis"]))
         elif cls is BasisConv2d:
             kernels.append(torch.einsum("nq,qcij->ncij", f["coefficients"], f["basis"]))
         elif cls is CPACConv2d:
@@ -164,7 +187,8 @@ def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
 @pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
 @pytest.mark.parametrize("cls", TYPES)
 def test_gradcheck(cls, implementation):
-    layer = cls(2, 4, (2, 3), (2, 1), (1, 0), groups=2, dtype=F64, rank=1, implementation=implementation)
+    layer = used(cls(2, 4, (2, 3), (2, 1), (1, 0), groups=2, dtype=F64, rank=1))
+    layer.implementation = implementation
     names, values = zip(*layer.named_parameters(), strict=True)
     values = [v.detach().clone().requires_grad_() for v in values]
     x = torch.randn(1, 2, 3, 4, dtype=F64, requires_grad=True)
@@ -210,14 +234,42 @@ def test_channels_last(cls):
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("cls", TYPES)
 def test_initial_kernel_has_he_variance(cls, groups, rank):
-    layer = cls(64, 128, (3, 2), groups=groups, rank=rank)
-    squares = []
-    for _ in range(30):
-        layer.reset_parameters()
-        squares.append(layer.compose().detach().square().mean())
-    fan_in = 64 // groups * 6
-    assert torch.stack(squares).mean().sqrt().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.04)
-    assert layer.compose().mean().abs().item() < 0.2 * math.sqrt(2 / fan_in)
+    layer = cls(64, 128, (3, 2), groups=groups, rank=rank).eval()
+    he = math.sqrt(2 / (64 // groups * 6))
+    assert layer.compose().square().mean().sqrt().item() == pytest.approx(he, rel=1e-4)
+    assert layer.compose().mean().abs().item() < 0.2 * he
+    layer.reset_parameters(0.37)
+    assert layer.compose().square().mean().sqrt().item() == pytest.approx(0.37, rel=1e-4)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_a_start_from_nothing_can_leave_it(cls):
+    """A kernel drawn at scale 0, in place of one of zeros, is zero, and its gradient is not."""
+    layer = used(cls(4, 8, 3, rank=2, dtype=F64))
+    layer.reset_parameters(0.0)
+    assert layer.compose().norm() == 0
+    layer.train()(torch.randn(2, 4, 6, 6, dtype=F64)).sin().sum().backward()
+    assert getattr(layer, cls.scale_factor).grad.norm() > 0
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", TYPES)
+def test_squared_norm_is_the_composed_kernels_and_so_is_its_gradient(cls, groups):
+    layer = used(cls(4, 6, (3, 2), groups=groups, dtype=F64, rank=3)).requires_grad_(True)
+    factors = list(layer.factors().values())
+    kernel = layer.compose().square().sum()
+    assert_close(layer.squared_norm(), kernel)
+    assert_close(torch.autograd.grad(layer.squared_norm(), factors), torch.autograd.grad(kernel, factors))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_separate_1d_layers_are_drawn_as_conv2d_draws_them(rank):
+    layer = Rank1Conv2d(32, 64, 3, rank=rank, separate_init=True)
+    alone = [nn.Conv2d(32, 64 * rank, 1), nn.Conv2d(64 * rank, 64 * rank, (3, 1), groups=64 * rank)]
+    alone.append(nn.Conv2d(64 * rank, 64, (1, 3), groups=64))  # which adds the terms: all are its inputs
+    for factor, conv in zip(layer.factors().values(), alone, strict=True):
+        assert factor.std().item() == pytest.approx(conv.weight.std().item(), rel=0.2)
+        assert factor.numel() == conv.weight.numel()
 
 
 @pytest.mark.parametrize("cls", TYPES)
@@ -232,7 +284,7 @@ def test_initial_bias_is_drawn_as_conv2d_draws_it(cls):
 def test_initialisation_follows_the_seed(cls):
     def kernel(seed):
         torch.manual_seed(seed)
-        return cls(4, 8, 3, rank=2).compose()
+        return cls(4, 8, 3, rank=2).eval().compose()
 
     assert torch.equal(kernel(1), kernel(1))
     assert not torch.allclose(kernel(1), kernel(2))
@@ -275,7 +327,7 @@ def test_truncation_error_is_the_discarded_singular_values(cls, groups):
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cls", TYPES)
 def test_error_falls_with_the_rank_to_zero(cls, groups):
-    conv = nn.Conv2d(6, 8, 3, groups=groups, dtype=F64)
+    conv = nn.Conv2d(6, 8, 3, groups=groups, dtype=F64).eval()
     full = cls.max_rank_for(*conv.weight.shape, groups=groups)
     ranks = sorted({1, 2, full // 2, full - 1, full} - {0})
     errors = [relative_error(conv.weight, cls.from_conv2d(conv, rank).compose()) for rank in ranks]
@@ -287,7 +339,7 @@ def test_error_falls_with_the_rank_to_zero(cls, groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("cls", TYPES)
 def test_decompose_returns_the_error_of_what_it_stored(cls, dtype):
-    layer = cls(6, 8, 3, rank=2, dtype=dtype)
+    layer = used(cls(6, 8, 3, rank=2, dtype=dtype))
     weight = torch.randn(8, 6, 3, 3)
     error = layer.decompose_(weight)
     assert isinstance(error, float)
@@ -332,17 +384,18 @@ def test_rank1_cpac_is_at_least_as_near_as_hosvd(seed):
 @pytest.mark.parametrize("cls", TYPES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_kernel_of_the_set_is_found_exactly(cls, groups):
-    rank = 2 if cls in (DeCEFConv2d, BasisConv2d) else 1  # beyond 1, finding CP terms is a hard problem
-    source, target = (cls(6, 8, 3, groups=groups, rank=rank, dtype=F64) for _ in range(2))
+    rank = 1 if cls in (CPACConv2d, Rank1Conv2d) else 2  # beyond 1, finding CP terms is a hard problem
+    source, target = (used(cls(6, 8, 3, groups=groups, rank=rank, dtype=F64)) for _ in range(2))
     assert target.decompose_(source.compose()) < 1e-7
     x = torch.randn(1, 6, 5, 5, dtype=F64)
-    assert_close(target.chain(x, (0, 0)) - target.bias[:, None, None], source(x) - source.bias[:, None, None])
+    one, other = (layer.compose_bias()[:, None, None] for layer in (target, source))
+    assert_close(target.chain(x, (0, 0)) - one, source(x) - other)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("cls", TYPES)
 def test_decompose_copes_with_zeros(cls, rank):
-    layer = cls(6, 8, 3, rank=rank, dtype=F64)
+    layer = cls(6, 8, 3, rank=rank, dtype=F64).eval()
     weight = torch.randn(8, 6, 3, 3, dtype=F64)
     weight[0], weight[:, 1] = 0, 0
     assert 0 < layer.decompose_(weight) < 1
@@ -374,9 +427,9 @@ def test_maximal_ranks():
     """9 taps, 8 filters, 36 weights a filter; CP needs the product of all modes but the largest."""
     shape = (8, 4, 3, 3)
     largest = {name: LAYERS[name].max_rank_for(*shape) for name in LAYERS if name != "conv2d"}
-    assert largest == {"decef": 8, "basisconv": 8, "cpac": 36, "rank1": 9}
+    assert largest == {"decef": 8, "basisconv": 8, "basisconv2021": 8, "cpac": 36, "rank1": 9}
     grouped = {name: LAYERS[name].max_rank_for(*shape, groups=2) for name in largest}
-    assert grouped == {"decef": 4, "basisconv": 4, "cpac": 36, "rank1": 9}
+    assert grouped == {"decef": 4, "basisconv": 4, "basisconv2021": 4, "cpac": 36, "rank1": 9}
 
 
 @pytest.mark.parametrize("cls", TYPES)
@@ -421,30 +474,74 @@ def test_initial_filters_are_orthonormal(cls, groups):
     layer = cls(4, 8, 3, groups=groups, rank=3, dtype=F64)
     rows = layer.eigenfilters.reshape(4, 3, 9) if cls is DeCEFConv2d else layer.basis.reshape(groups, 3, -1)
     assert_close(rows @ rows.mT, torch.eye(3, dtype=F64).expand(len(rows), 3, 3), rtol=0, atol=1e-12)
-    assert layer.orthogonality().item() < 1e-24
 
 
-@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+@pytest.mark.parametrize("cls", [DeCEFConv2d, Basis2021Conv2d])
 def test_orthogonality_is_a_penalty_that_pulls_back(cls):
-    layer = cls(4, 8, 3, rank=3, dtype=F64).requires_grad_(True)
+    layer = cls(4, 8, 3, rank=3, dtype=F64)
     filters = next(iter(layer.factors().values()))
+    assert layer.orthogonality().item() < 1e-24
     with torch.no_grad():
         filters += 0.05 * torch.randn_like(filters)
     before = layer.orthogonality()
     before.backward()
-    assert before.item() > 1e-3
+    assert before.item() > 1e-4
     with torch.no_grad():
         filters -= 0.02 * filters.grad
     assert layer.orthogonality().item() < before.item()
 
 
-@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
-def test_orthogonality_of_doubled_filters(cls):
+def test_orthogonality_of_decefs_doubled_filters():
     """||4 I - I||^2 = 9 for every one of the orthonormal rows."""
-    layer = cls(4, 8, 3, rank=3, dtype=F64)
+    layer = DeCEFConv2d(4, 8, 3, rank=3, dtype=F64)
     with torch.no_grad():
-        next(iter(layer.factors().values())).mul_(2)
-    assert layer.orthogonality().item() == pytest.approx(9 * 3 * (4 if cls is DeCEFConv2d else 1))
+        layer.eigenfilters.mul_(2)
+    assert layer.orthogonality().item() == pytest.approx(9 * 3 * 4)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_orthogonality_of_basisconv_is_the_authors(groups):
+    """alpha / Q sum_i (1 - g_ii^2) + 2 (1 - alpha) / (Q (Q - 1)) sum_{i < j} g_ij^2, g of normalised filters."""
+    layer = Basis2021Conv2d(4, 8, 3, groups=groups, rank=3, dtype=F64)
+    with torch.no_grad():
+        layer.basis.normal_()
+    expected, alpha, q = 0.0, 0.5, 3
+    for filters in layer.basis.flatten(1).chunk(groups):
+        unit = filters / filters.norm(dim=1, keepdim=True)
+        g = unit @ unit.mT
+        off = sum(g[i, j] ** 2 for i in range(q) for j in range(i + 1, q))
+        expected += alpha / q * (1 - g.diagonal() ** 2).sum() + 2 * (1 - alpha) / (q * (q - 1)) * off
+    assert_close(layer.orthogonality(), expected)
+    assert Basis2021Conv2d(4, 8, 3, rank=1).orthogonality() == 0
+
+
+# Batch norm between -----------------------------------------------------------------------------------------------
+
+
+def test_batch_norm_stands_between_the_convolutions():
+    layer = Basis2021Conv2d(4, 8, 3, 2, 1, rank=3, bias=False, dtype=F64)
+    x = torch.randn(5, 4, 9, 10, dtype=F64)
+    basis, mix = nn.Conv2d(4, 3, 3, 2, 1, bias=False, dtype=F64), nn.Conv2d(3, 8, 1, bias=False, dtype=F64)
+    with torch.no_grad():
+        basis.weight.copy_(layer.basis)
+        mix.weight.copy_(layer.coefficients[:, :, None, None])
+    expected = nn.Sequential(basis, nn.BatchNorm2d(3, dtype=F64), mix)
+    assert_close(layer(x), expected(x))
+    assert_close(layer.eval()(x), expected.eval()(x))
+    assert_close(layer.to_conv2d()(x), expected(x))
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def test_a_layer_with_batch_norm_has_no_kernel_in_training():
+    layer = Basis2021Conv2d(4, 8, 3, rank=3)
+    for refused in (layer.compose, layer.compose_bias, layer.squared_norm, lambda: layer.weight):
+        with pytest.raises(RuntimeError, match="no composed kernel: call eval"):
+            refused()
+    with pytest.raises(ValueError, match="implementation='reconstructed' is not possible with batch norm"):
+        Basis2021Conv2d(4, 8, 3, rank=3, implementation="reconstructed")
+    layer(torch.randn(2, 4, 5, 5))  # auto: the chain
+    assert layer.to_conv2d().weight.shape == (8, 4, 3, 3)  # what it is in evaluation mode
+    assert layer.training
 
 
 @pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
@@ -484,12 +581,13 @@ def test_state_dict_round_trip(cls):
     assert not torch.allclose(other(x), layer(x))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), layer(x))
-    assert set(layer.state_dict()) == {*layer.factor_shapes(), "bias"}
+    own = {name for name in layer.state_dict() if not name.startswith("norm.")}
+    assert own == {*layer.factor_shapes(), "bias"}
 
 
 @pytest.mark.parametrize("cls", TYPES)
 def test_repr_shows_what_the_layer_is(cls):
-    text = repr(make(cls, "all at once", implementation="factorized"))
+    text = repr(make(cls, "all at once", implementation="factorized")).replace("(\n  4", "(4")  # where norm is a child
     for part in (
         f"{cls.__name__}(4, 8, kernel_size=(3, 2), stride=(2, 3)",
         *("padding=(1, 2)", "dilation=(1, 2)", "groups=2", "bias=False", "rank=2", "implementation='factorized'"),

@@ -5,6 +5,7 @@ from torch import nn
 from decef.convert import convert, plan
 from decef.cost import total_cost
 from decef.models import create_model
+from decef.torchvision_cpu import import_torchvision
 
 # Parameters and MACs (convolutions and classifier) as published or worked out from the papers' tables.
 CIFAR = {
@@ -81,3 +82,13 @@ def test_a_separable_pair_is_a_decef_of_rank_1(name):
 def test_networks_that_cannot_be_made(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=10, **options)
+
+
+def test_trained_weights_of_torchvision_come_with_their_classes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(import_torchvision().models, "get_model", lambda *args, **given: asked.append((args, given)))
+    with pytest.raises(ValueError, match=r"weights of torchvision/resnet18 are for 1000 classes, not 10: .*timm"):
+        create_model("torchvision/resnet18", num_classes=10, pretrained=True)
+    assert not asked
+    create_model("torchvision/resnet18", num_classes=1000, pretrained=True)
+    assert asked == [(("resnet18",), {"weights": "DEFAULT"})]

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from decef.claims import judge, load_claims
-from decef.report import build
+from decef.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
+from decef.report import VERDICTS, build
 from decef.tables import Record
 
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
@@ -115,6 +115,22 @@ def test_tables_claims_and_records_stand_in_the_html_itself():
         yaml.safe_dump(grid()[0][0].config, sort_keys=False).split()
         == words[words.index("dataset: name: cifar10") : words.index("seed: 0") + 7].split()
     )
+
+
+def test_verdicts_stand_with_how_many_comparisons_were_decided():
+    claims = dict(zip((HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED), load_claims(), strict=False))
+    text = build([], {}, [(claim, Verdict(verdict)) for verdict, claim in claims.items()])
+    words = " ".join(Parsed(text).words.split())
+    assert " ".join(f"1 {verdict}" for verdict in VERDICTS) in words
+    for verdict, claim in claims.items():
+        assert (claim.experiment in words) == (verdict in (UNDECIDED, NOT_TESTED))
+    assert all(f".pill.{name} {{" in text for name in ("holds", "holds-in-some-not-in-others", "doesn-t-hold"))
+
+    words = " ".join(Parsed(page(*grid())).words.split())
+    assert "1 of 1 comparison decided: 0 hold, 1 doesn't doesn't hold" in words  # decef-two-thirds-resnet
+    assert "0 of 2 comparisons decided; 2 need more seeds too few seeds to say" in words  # fair-fight
+    assert "; more than 1000 seeds needed)" in words  # exactly at its margin
+    assert "one seed" in words
 
 
 def test_foreign_text_stays_text():

@@ -1,5 +1,7 @@
 import copy
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,15 +10,17 @@ import torch
 import yaml
 
 from decef.checkpoint import load_checkpoint, save_checkpoint
-from decef.record import RunRecord, identity, run_id
+from decef.models.weights import find_weights
+from decef.record import RunRecord, first_difference, read_metrics, recorded, replay, run_id
 from decef.run import InputError, resolve, run
 from decef.tracking import Tracker, resolve_mode
+from decef.trainconfig import TrainConfig
 
 CONFIG = {
     "dataset": {"name": "digits", "root": None, "train_size": 256, "crop_padding": 1, "flip": False},
     "model": {"name": "resnet20", "shortcut": "A", "dense_stem": True, "factorize_classifier": False},
     "layer": {"name": "decef", "rank": 2, "flops": None, "implementation": "reconstructed"},
-    "train": {"name": "smoke", "epochs": 2, "batch_size": 64, "lr": 0.1, "scales": [[0.5, 0.5]], "orthogonality": 0.0},
+    "train": {"name": "smoke", "epochs": 2, "batch_size": 64, "lr": 0.1, "scales": [[0.5, 0.5]]},
     "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None},
     "experiment": None,
     "seed": 0,
@@ -59,7 +63,11 @@ def test_a_run_leaves_its_record(finished):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[-1]["test_top1"] == summary["test_top1"]
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == identity(resolve(config(results)))
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written == recorded(resolve(config(results)))
+    assert written["format"] == 2
+    assert {f.name for f in dataclasses.fields(TrainConfig)} - set(written["train"]) == {"orthogonality"}  # the layer's
+    assert written["dataset"]["mean"] == [0.2874]
 
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
@@ -141,14 +149,103 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
     assert first.startswith("digits-resnet20-decef-r2-smoke-s0-")
     for same in (
         {"device": "cuda"}, {"threads": 3}, {"wandb__mode": "online"}, {"dataset__root": "/elsewhere"},
-        {"train__validation": 0.0}, {"train__new_option": None},
+        {"train__validation": 0.0}, {"train__decay": "factors"}, {"train__channels_last": False},
+        {"train__milestones": [0.9]}, {"layer__implementation": "factorized"}, {"layer__orthogonality": 0.0},
+        {"dataset__mean": [0.2874], "dataset__std": [0.354]},
     ):  # fmt: skip
         assert name(**same) == first
-    others = [{"seed": 1}, {"layer__rank": 3}, {"train__epochs": 3}, {"model__shortcut": "B"}, {"dataset__flip": True}]
-    assert len({first, *(name(**other) for other in others)}) == 6
-    dense = {"name": "conv2d", "rank": None, "flops": None}
-    assert name(layer=dense) == name(layer={**dense, "flops": 0.667})
+    others = [
+        {"seed": 1}, {"layer__rank": 3}, {"train__epochs": 3}, {"model__shortcut": "B"}, {"dataset__flip": True},
+        {"train__decay": "kernel"}, {"train__momentum": 0.0, "train__nesterov": False}, {"train__weight_decay": 0.0},
+        {"layer__orthogonality": 0.1}, {"train__precision": "fp32"}, {"model__dense_stem": False},
+    ]  # fmt: skip
+    assert len({first, *(name(**other) for other in others)}) == 1 + len(others)
     assert name(layer__rank=None) == name(layer__rank=None, layer__flops=0.667)
+    step = {"train__schedule": "step"}
+    assert name(**step) == name(**step, train__warmup=0.0) != name(**step, train__milestones=[0.9])
+    adam = {"train__adam": True}
+    assert name(**adam) == name(**adam, train__momentum=0.5, train__nesterov=False)
+
+
+def test_a_dense_run_is_one_run_whatever_its_layers_options_say(tmp_path):
+    dense = {"name": "conv2d", "rank": None, "flops": None, "energy": None}
+    names = {
+        run_id(resolve(config(tmp_path, layer={**dense, **layer}, **changes)))
+        for layer, changes in (
+            ({}, {}), ({"flops": 0.667}, {}), ({"rank": 3}, {}), ({}, {"model__dense_stem": False}),
+            ({}, {"model__exclude": "layer1*"}), ({}, {"model__min_kernel_size": 3}), ({}, {"train__decay": "kernel"}),
+            ({}, {"train__atcd": 1}), ({}, {"model__factorize_classifier": True}),
+        )
+    }  # fmt: skip
+    assert len(names) == 1
+
+
+def test_a_record_is_done_again_to_the_bit(finished, tmp_path):
+    results, summary = finished
+    folder = results / "runs" / summary["id"]
+    again, precision = replay(folder)
+    again["dataset"]["root"] = None
+    places = {key: CONFIG[key] for key in ("wandb", "device", "progress", "keep_checkpoints")}
+    assert run({**again, **places, "results": str(tmp_path)}, precision)["id"] == summary["id"]
+    one, other = (read_metrics(r / "runs" / summary["id"]) for r in (results, tmp_path))
+    assert first_difference(one, other) is None
+    other[1]["test_loss"] += 1e-9
+    assert first_difference(one, other) == 2
+    assert first_difference(one, one[:1]) == 2
+
+
+def test_what_cannot_be_done_again(finished, tmp_path):
+    results, summary = finished
+    with pytest.raises(FileNotFoundError, match=r"is no run's record: it has no config\.yaml"):
+        replay(tmp_path)
+    copied = tmp_path / "copy"
+    shutil.copytree(results / "runs" / summary["id"], copied)
+    (copied / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    with pytest.raises(ValueError, match="is interrupted, not finished: the command that began it resumes it"):
+        replay(copied)
+    old = yaml.safe_load((copied / "config.yaml").read_text())
+    del old["format"]
+    (copied / "config.yaml").write_text(yaml.safe_dump(old))
+    with pytest.raises(ValueError, match="has format 1, not 2"):
+        replay(copied)
+
+
+def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
+    """In its precision, whatever is best where it goes on; and not in another implementation without a word."""
+    save = save_checkpoint
+
+    def save_then_stop(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decef.run.save_checkpoint", save_then_stop)
+    monkeypatch.setattr("decef.train.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked)
+    monkeypatch.setattr("decef.run.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path))
+    monkeypatch.setattr("decef.run.save_checkpoint", save)
+    monkeypatch.setattr("decef.train.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked)
+    monkeypatch.setattr("decef.run.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked)
+    with pytest.raises(InputError, match=r"same run done otherwise \(layer\.implementation\): go on as it says"):
+        run(config(tmp_path, layer__implementation="factorized"))
+    assert run(config(tmp_path))["precision"] == "fp32"
+
+
+def test_images_per_second_are_of_training_alone(finished):
+    results, summary = finished
+    rows = read_metrics(results / "runs" / summary["id"])
+    images = 256  # an epoch's
+    seconds = sum(images / row["images_per_second"] for row in rows)
+    assert summary["images_per_second"] == pytest.approx(len(rows) * images / seconds, rel=1e-3)
+
+
+def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "some.th").write_bytes(b"")
+    monkeypatch.setenv("DECEF_DATA", str(tmp_path))
+    assert find_weights("some.th") == tmp_path / "weights" / "some.th"
+    with pytest.raises(FileNotFoundError, match=r"no file of weights other\.th or .*weights/other\.th"):
+        find_weights("other.th")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +267,23 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
         ({"model__factorize_classifier": True}, "not possible with layer=decef: a 1x1 kernel"),
         ({"seed": -1}, "seed=-1"),
         ({"train__precision": "fp16"}, "train.precision=fp16 needs a GPU"),
-        ({"train__accumulate": 5}, "train.batch_size=64 can't be shared equally"),
+        ({"layer": {"name": "cpac", "rank": 2, "orthogonality": 0.1}}, "would do nothing: cpac has no penalty"),
+        (
+            {"layer": {"name": "basisconv", "rank": 2, "orthogonality": 0.1, "train_basis": False}},
+            "would do nothing: basisconv has no penalty",
+        ),
+        ({"layer__orthogonality": 0.1, "train__atcd": 1}, "layer.orthogonality would do nothing"),
+        ({"train__decay": "kernel", "train__atcd": 1}, "train.decay=kernel would do nothing: train.atcd"),
+        ({"train__decay": "factors", "train__weight_decay": 0.0}, "would do nothing: train.weight_decay is 0"),
+        (
+            {"train__decay": "kernel", "layer": {"name": "basisconv", "rank": 2, "train_basis": False}},
+            "not possible with layer=basisconv: its basis is frozen",
+        ),
+        (
+            {"train__decay": "kernel", "layer": {"name": "basisconv2021", "rank": 2}},
+            "not possible with layer=basisconv2021: it has no kernel in training",
+        ),
+        ({"train__atcd": 1, "layer": {"name": "basisconv2021", "rank": 2}}, "train.atcd is not possible with layer"),
         ({"dataset__name": "cifar11"}, "unknown dataset 'cifar11'"),
         ({"device": "gpu"}, "device='gpu' is no device"),
         ({"wandb__mode": "on"}, "wandb.mode='on'"),

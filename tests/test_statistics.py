@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from decef.statistics import differences, estimate, rank_correlation
+from decef.statistics import differences, estimate, holm, p_value, rank_correlation, seeds_needed
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])
@@ -33,6 +33,7 @@ def test_one_value_has_no_interval_and_none_is_an_error():
     assert math.isnan(one.low)
     assert one.interval() == ""
     assert estimate([90.0, 92.0]).interval(".1f") == "[78.3, 103.7]"
+    assert math.isnan(estimate([math.nan, 92.0]).low)
     with pytest.raises(ValueError, match="no value"):
         estimate([])
     with pytest.raises(ValueError, match="level=95"):
@@ -48,3 +49,52 @@ def test_rank_correlation():
     assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
     assert rank_correlation(x, [-(v**3) for v in x]) == pytest.approx(-1)
     assert math.isnan(rank_correlation(x, [1.0] * 5))
+
+
+@pytest.mark.parametrize("bound", [-1.0, 0.0, 0.4])
+def test_p_value_is_that_of_the_t_test(bound):
+    values = list(np.random.default_rng(3).normal(0.3, 0.5, 4))
+    assert p_value(values, bound) == pytest.approx(stats.ttest_1samp(values, bound).pvalue)
+    interval = estimate(values)
+    assert (p_value(values, bound) < 0.05) == (not interval.low <= bound <= interval.high)
+
+
+def test_p_value_without_spread_and_without_a_warning():
+    assert p_value([90.0, 90.0], 50.0) == 0
+    assert p_value([-0.5, -0.5, -0.5], -0.5) == 1
+    assert p_value([90.3 - 90.2, 0.1], 0.1) == 1  # equal but for rounding
+    assert p_value([91.1 - 90.1, 90.1 - 89.1], 0.5) == 0
+    assert p_value([0.5, math.nan], 0.0) == 1
+    with pytest.raises(ValueError, match="one value"):
+        p_value([90.0], 50.0)
+
+
+def test_holm_against_its_definition():
+    found = [0.01, 0.04, 0.03, 0.5]
+    assert holm(found) == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4 x, then 3 x 0.03, which 2 x 0.04 is not below
+    assert holm([0.03]) == pytest.approx([0.03])
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 9])
+@pytest.mark.parametrize("bound", [-0.5, 0.0, 0.2])
+def test_seeds_needed_against_a_direct_computation(alpha, bound):
+    values = [-0.4, 0.1, 0.5, 0.9]
+    mean, sd = np.mean(values), np.std(values, ddof=1)
+    n = 2
+    while stats.t.ppf(1 - alpha / 2, n - 1) * sd / math.sqrt(n) >= abs(mean - bound):
+        n += 1
+    expected = n if n <= 1000 else None
+    assert seeds_needed(values, bound, alpha) == expected
+    if expected:
+        scaled = stats.t.interval(1 - alpha, n - 1, loc=mean, scale=sd / math.sqrt(n))
+        assert not scaled[0] <= bound <= scaled[1]
+
+
+def test_seeds_needed_at_its_ends():
+    assert seeds_needed([1.0, 1.0], 0.0) == 2
+    assert seeds_needed([1.0, 1.0], 1.0) is None
+    assert seeds_needed([-1.0, 1.0], 0.05) is None  # more than 1000
+    assert seeds_needed([math.nan, 1.0], 0.0) is None
+    with pytest.raises(ValueError, match="one value"):
+        seeds_needed([1.0], 0.0)

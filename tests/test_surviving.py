@@ -93,7 +93,7 @@ for moment in sys.argv[2:]:
 
 def config(results, **changes):
     new = {**copy.deepcopy(CONFIG), "results": str(results), "threads": 1, **changes}
-    new["train"] |= {"epochs": 4, "ema": 0.9, "schedule": "onecycle"}
+    new["train"] |= {"epochs": 4, "schedule": "onecycle"}
     new["dataset"] |= {"train_size": 128}
     return new
 
@@ -121,7 +121,7 @@ def test_killed_at_every_moment_a_run_ends_as_if_nothing_had_happened(tmp_path):
     whole, again = (next((tmp_path / part / "runs").iterdir()) for part in ("whole", "killed"))
     assert whole.name == again.name
     states = [torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, again)]
-    flat = [torch.utils._pytree.tree_leaves({k: s[k] for k in ("epoch", "model", "ema", "optimizer")}) for s in states]
+    flat = [torch.utils._pytree.tree_leaves({k: s[k] for k in ("epoch", "model", "optimizer")}) for s in states]
     assert len(flat[0]) == len(flat[1]) > 100
     for one, other in zip(*flat, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

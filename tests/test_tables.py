@@ -10,21 +10,40 @@ from decef.tables import load_records, summarize, write_tables
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
 
 
-def add(results, layer, seed, top1, *, schedule="quick", model="resnet20", status="finished", **layer_options):
+def add(
+    results,
+    layer,
+    seed,
+    top1,
+    *,
+    schedule="quick",
+    model="resnet20",
+    status="finished",
+    precision="fp32",
+    dataset=None,
+    train=None,
+    weights=None,
+    **layer_options,
+):
     share = 1 if layer == "conv2d" else 0.5
-    name = f"{layer}-{schedule}-{model}-{seed}-{'-'.join(map(str, layer_options.values()))}"
+    changes = [*layer_options.values(), *(dataset or {}).values(), *(train or {}).values(), weights, precision]
+    name = f"{layer}-{schedule}-{model}-{seed}-{'-'.join(map(str, changes))}"
     folder = results / "runs" / name
     folder.mkdir(parents=True)
     config = {
-        "dataset": {"name": "cifar10"},
-        "model": {"name": model, "shortcut": "A", "dense_stem": True},
+        "format": 2,
+        "dataset": {"name": "cifar10", **(dataset or {})},
+        "model": {"name": model, "shortcut": "A", "weights_md5": weights},
         "layer": {"name": layer, **layer_options},
-        "train": {"name": schedule, "epochs": 3, "batch_size": 128, "schedule": "onecycle"},
+        "train": {"name": schedule, "epochs": 3, "batch_size": 128, "schedule": "onecycle", **(train or {})},
         "seed": seed,
     }
+    if layer != "conv2d":
+        config["model"]["dense_stem"] = True
     summary = {
         "id": name,
         "status": status,
+        "precision": precision,
         "test_top1": top1,
         "images_per_second": 100.0,
         "dense": DENSE,
@@ -77,8 +96,68 @@ def test_intervals_and_differences_over_common_seeds(tmp_path):
     assert cpac["paired"] == 0
     rows = {line.split("|")[2].strip(): line for line in path.read_text().splitlines() if line.startswith("| resnet")}
     assert "| 91.00 ± 1.00 | [88.52, 93.48]  | 3   |" in rows["conv2d"]
-    assert "| -1.00 [-1.50, -0.50] (n=3) |" in rows["decef"]
-    assert "| 90.00        |                 | 1   |                            |" in rows["cpac"]
+    assert "| -1.00 [-1.50, -0.50] (n=3) | fp32" in rows["decef"]
+    assert "| 90.00        |                 | 1   |                            | fp32" in rows["cpac"]
+
+
+def test_the_same_experiment_done_otherwise_is_the_same_row_and_a_seed_counts_once(tmp_path):
+    add(tmp_path, "decef", 0, 90.0, rank=4, implementation="factorized")
+    add(tmp_path, "decef", 1, 91.0, rank=4, implementation="reconstructed")
+    add(tmp_path, "decef", 2, 92.0, rank=4, train={"channels_last": True, "milestones": [0.5]})
+    (row,) = summarize(load_records(tmp_path)).to_dict("records")
+    assert (row["n"], row["setting"]) == (3, "rank 4")
+    add(tmp_path, "decef", 0, 90.2, rank=4, implementation="reconstructed")
+    both = "decef-quick-resnet20-0-4-factorized-None-fp32 and decef-quick-resnet20-0-4-reconstructed-None-fp32"
+    with pytest.raises(ValueError, match=f"{both} are one experiment with one seed, which counts once: move one"):
+        summarize(load_records(tmp_path))
+
+
+def test_runs_of_different_precision_are_not_paired_and_a_row_that_mixes_them_says_so(tmp_path):
+    for seed, precision in enumerate(("bf16", "bf16", "fp32")):
+        add(tmp_path, "conv2d", seed, 91.0, precision=precision)
+        add(tmp_path, "decef", seed, 90.0, precision="bf16", rank=4)
+    (path,) = write_tables(load_records(tmp_path), tmp_path / "tables")
+    dense, decef = pd.read_csv(path.with_suffix(".csv")).to_dict("records")
+    assert (dense["n"], dense["precision"]) == (3, "mixed: 2 bf16, 1 fp32")
+    assert (decef["n"], decef["paired"], decef["precision"]) == (3, 2, "bf16")
+
+
+def test_what_makes_another_task_is_shown_and_has_no_published_figure(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    add(tmp_path, "conv2d", 0, 80.0, dataset={"train_size": 1000})
+    add(tmp_path, "conv2d", 0, 70.0, dataset={"name": "imagenet", "size": 64, "num_classes": 10})
+    add(tmp_path, "conv2d", 0, 60.0, dataset={"name": "imagenet", "size": 224, "num_classes": 1000})
+    tables = {path.read_text().splitlines()[0]: path for path in write_tables(load_records(tmp_path), tmp_path / "t")}
+    assert set(tables) == {
+        "# cifar10, schedule `quick`",
+        "# cifar10 train_size 1000, schedule `quick`",
+        "# imagenet size 64 num_classes 10, schedule `quick`",
+        "# imagenet, schedule `quick`",
+    }
+    rows = {title: pd.read_csv(path.with_suffix(".csv")).iloc[0] for title, path in tables.items()}
+    assert rows["# cifar10, schedule `quick`"].published_top1 == 91.73
+    small = rows["# cifar10 train_size 1000, schedule `quick`"]
+    assert small.setting == "dense, train_size 1000"
+    assert pd.isna(small.published_top1)
+
+
+def test_runs_from_trained_weights_are_held_against_dense_runs_from_the_same(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    add(tmp_path, "conv2d", 0, 92.0, weights="0123456789abcdef")
+    add(tmp_path, "decef", 0, 91.0, weights="0123456789abcdef", rank=4)
+    rows = summarize(load_records(tmp_path)).to_dict("records")
+    (decef,) = (row for row in rows if row["layer"] == "decef")
+    assert decef["setting"] == "rank 4, from weights 01234567"
+    assert decef["top1_minus_conv2d"] == pytest.approx(-1)
+
+
+def test_a_record_of_an_older_format_is_left_out_and_named(tmp_path, caplog):
+    folder = add(tmp_path, "conv2d", 0, 90.0)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["format"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert load_records(tmp_path) == []
+    assert "has format 1, not 2" in caplog.text
 
 
 def test_schedules_are_never_in_one_table(tmp_path):
@@ -112,8 +191,8 @@ def test_unfinished_and_unreadable_runs_are_left_out_and_named(tmp_path, caplog)
     with caplog.at_level("INFO"):
         records = load_records(tmp_path)
     assert [r.config["layer"]["name"] for r in records] == ["conv2d"]
-    assert "decef-quick-resnet20-0-2 is running" in caplog.text
-    assert "cpac-quick-resnet20-0-2 cannot be read" in caplog.text
+    assert "decef-quick-resnet20-0-2-None-fp32 is running" in caplog.text
+    assert "cpac-quick-resnet20-0-2-None-fp32 cannot be read" in caplog.text
 
 
 def test_rebuilding_gives_identical_files_and_drops_stale_ones(tmp_path):

@@ -6,9 +6,9 @@ import torch
 
 from decef.convert import convert, plan
 from decef.data import DATASETS, Images
-from decef.layers import LAYERS
+from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import CifarResNet
-from decef.train import evaluate, fit, lr_at, make_optimizer
+from decef.train import evaluate, fit, lr_at, make_optimizer, penalties
 from decef.trainconfig import TrainConfig
 
 CONFIG = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
@@ -34,7 +34,7 @@ class Memory:
 def network(layer="conv2d", seed=0, **options):
     torch.manual_seed(seed)
     model = CifarResNet(8, in_channels=1)
-    rank = 12 if layer == "basisconv" else 4
+    rank = 12 if layer.startswith("basisconv") else 4
     return convert(model, plan(model, layer, rank=rank, exclude="conv1", **options), from_scratch=True)
 
 
@@ -51,7 +51,6 @@ def train(model, config=CONFIG, state=None, seed=0, size=512):
         seed=seed,
         state=state or Memory(),
         on_epoch=metrics.append,
-        num_classes=10,
     )
     return metrics
 
@@ -175,6 +174,38 @@ def test_orthogonality_holds_the_filters_and_takes_their_weight_decay():
     assert drift(0.1) < 0.2 * drift(0.0)
 
 
+def test_the_2021_basis_keeps_its_weight_decay_beside_the_penalty():
+    config = dataclasses.replace(CONFIG, orthogonality=0.1, weight_decay=0.01)
+    assert [g["weight_decay"] for g in make_optimizer(network("basisconv2021"), config).param_groups] == [0.01]
+
+
+@pytest.mark.parametrize("layer", ["decef", "cpac", "rank1"])
+def test_kernel_decay_is_the_dense_networks(layer):
+    """The factors get the gradient of weight_decay / 2 ||W||^2 of the composed kernel, and no other decay."""
+    config = dataclasses.replace(CONFIG, decay="kernel", weight_decay=0.02)
+    model = network(layer).double()
+    layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
+    factors = [p for m in layers for p in m.factors().values()]
+    expected = torch.autograd.grad(0.02 / 2 * sum(m.compose().square().sum() for m in layers), factors)
+    torch.testing.assert_close(torch.autograd.grad(penalties(model, config), factors), expected)
+    groups = make_optimizer(model, config).param_groups
+    decayed = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {decayed[p] for p in factors} == {0.0}
+    assert {decayed[p] for p in set(decayed) - set(factors)} == {0.02}
+    by_factors = dataclasses.replace(config, decay="factors")
+    assert penalties(model, by_factors) == 0
+    assert len(make_optimizer(model, by_factors).param_groups) == 1
+
+
+def test_kernel_decay_trains_another_network():
+    def kernels(decay):
+        model = network("cpac")
+        train(model, dataclasses.replace(CONFIG, decay=decay, weight_decay=0.05, epochs=2), size=256)
+        return torch.cat([m.compose().flatten() for m in model.modules() if isinstance(m, FactorizedConv2d)])
+
+    assert not torch.allclose(kernels("factors"), kernels("kernel"), rtol=0.01)
+
+
 def test_bf16_trains_too():
     metrics = train(network("rank1"), dataclasses.replace(CONFIG, precision="bf16", epochs=1), size=128)
     assert math.isfinite(metrics[0]["train_loss"])
@@ -191,6 +222,8 @@ def test_bf16_trains_too():
         ({"momentum": 0.0}, "train.nesterov=True must be false when momentum is 0"),
         ({"scales": ((0.5, 2),)}, "train.scales"),
         ({"validation": 1.0}, "train.validation=1.0"),
+        ({"decay": "frobenius"}, "train.decay='frobenius' must be null or one of factors, kernel"),
+        ({"atcd": 1, "orthogonality": 0.1}, "layer.orthogonality would do nothing"),
     ],
 )
 def test_settings_that_make_no_sense(change, message):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,7 +19,7 @@ from wandb_server import ENTITY, WandbServer
 
 from decef.dashboard import spec
 from decef.tables import load_records, write_tables
-from decef.tracking import offline_runs
+from decef.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
 
@@ -199,6 +200,54 @@ def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(
     assert len(server.runs[name]["history"]) == 4
     check_mirror(server, env, name)
     server.stop()
+
+
+# W&B's process stops for a moment when it is told that the run has ended: its log isn't written yet.
+SLOW = r"""
+import os, signal, threading
+from pathlib import Path
+from wandb.sdk.lib.service.service_connection import ServiceConnection
+from decef.tracking import Tracker, offline_runs
+
+told = ServiceConnection.inform_finish
+
+def stopped(self, run_id):
+    process = self._proc._process.pid
+    os.kill(process, signal.SIGSTOP)
+    threading.Timer(1, os.kill, (process, signal.SIGCONT)).start()
+    told(self, run_id)
+
+ServiceConnection.inform_finish = stopped
+for name in "ab":  # two, since the second needs a new process
+    folder = Path("runs", name)
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"status": "finished"}')
+    tracker = Tracker("offline", run_id=name, folder=folder, config={}, group="g", tags=[], project="decef")
+    tracker.log({"epoch": 1, "test_top1": 10.0})
+    tracker.finish({"an_end": 1})
+    (log,) = offline_runs(Path("."))[-1].glob("*.wandb")
+    print(b"test_top1" in log.read_bytes(), b"an_end" in log.read_bytes())
+"""
+
+
+def test_an_offline_log_is_whole_when_its_run_ends(call, tmp_path):
+    script = tmp_path / "track.py"
+    script.write_text(SLOW)
+    done = call(environment(tmp_path, "http://127.0.0.1:9"), script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * 4
+
+
+def test_a_process_of_wandb_that_fails_at_the_end_costs_no_training(monkeypatch, caplog, tmp_path):
+    def exits():
+        raise SystemExit(3)
+
+    tracker = Tracker("offline", run_id="a", folder=tmp_path, config={}, group="g", tags=[], project="decef")
+    with monkeypatch.context() as patch, caplog.at_level("WARNING"):
+        patch.setattr("wandb.teardown", exits)
+        tracker.finish({"test_top1": 10.0})
+    wandb.teardown()
+    assert "W&B has not taken all of this run (ChildProcessError: its process ended with status 3)" in caplog.text
 
 
 def test_without_an_api_key(call, tmp_path):

@@ -82,7 +82,7 @@ def _read(path: Path) -> bytes:
     content = path.read_bytes()
     if hashlib.md5(content).hexdigest() != MD5[path.name]:
         raise ValueError(
-            f"{path} is truncated or damaged: its MD5 is not that of the official file, so remove it and get CIFAR-10 anew"
+            f"{path} is truncated or damaged: its MD5 is not the official file's, so remove it and get CIFAR-10 anew"
         )
     return content
 

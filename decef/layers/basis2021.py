@@ -6,12 +6,14 @@ Tayyab, Khan, Mahalanobis: "BasisConv: a method for compressed representation an
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.basis import BasisConv2d
-from decef.layers.factorized import PaddingMode, Size, evaluating, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, evaluating, plain_conv
 
 
 class Basis2021Conv2d(BasisConv2d):
@@ -87,8 +89,17 @@ class Basis2021Conv2d(BasisConv2d):
         return self.training or super().prefers_chain(x)
 
     def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        y = self.norm(F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups))
+        y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
+        y = self.norm(y) if y.dim() == 4 else self.norm(y[None])[0]
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
+
+    def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
+        # The norm's parameters may be computed ones too, and get no gradients from being timed.
+        twin = copy.copy(self)
+        norm = nn.BatchNorm2d(self.groups * self.rank, device=x.device, dtype=self.norm.weight.dtype).eval()
+        norm.load_state_dict(self.norm.state_dict())
+        twin.__dict__ = {**self.__dict__, "_modules": {"norm": norm.requires_grad_(self.norm.weight.requires_grad)}}
+        return FactorizedConv2d._time(twin, implementation, x, trains)
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         with evaluating(self):
@@ -96,14 +107,12 @@ class Basis2021Conv2d(BasisConv2d):
         basis = plain_conv(self.basis * scale[:, None, None, None], shift, self.groups, **self._spatial())
         return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
 
-    @torch.no_grad()
-    def decompose_(self, weight: Tensor, *, warm_start: bool = False) -> float:
-        """See `FactorizedConv2d.decompose_`; in evaluation mode the norm then changes nothing, as in the authors'
-        code. In training it does."""
+    def _set_factors(self, factors: dict[str, Tensor]) -> None:
+        # In evaluation mode the norm then changes nothing, as in the authors' code. In training it does.
         self.norm.reset_parameters()
         assert self.norm.running_var is not None
-        self.norm.running_var.fill_(1 - self.norm.eps)  # so that it is the identity to the last bit
-        return super().decompose_(weight, warm_start=warm_start)
+        self.norm.running_var.fill_(1 - self.norm.eps)  # the identity to the last bit
+        super()._set_factors(factors)
 
     def orthogonality(self) -> Tensor:
         """`sum_{i<j} g_ij^2 / (Q (Q - 1))` with the Gram matrix g of the Q normalised filters, summed over groups.

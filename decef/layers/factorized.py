@@ -107,7 +107,10 @@ class FactorizedConv2d(nn.Module):
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
-        """Smallest rank at which every kernel `(out_channels, in_per_group, kh, kw)` can be represented.
+        """Rank at which every kernel `(out_channels, in_per_group, kh, kw)` can be represented.
+
+        For DeCEF and BasisConv no smaller one will do. For CPAC and rank-1 it is the bound that follows from the shape:
+        the tensor rank that all such kernels reach may be smaller, and is not known in general.
 
         Raises:
             ValueError: the method cannot represent such a kernel with fewer parameters at any rank.
@@ -299,11 +302,15 @@ class FactorizedConv2d(nn.Module):
         weight = weight.detach().to(torch.float64)
         if not weight.isfinite().all():
             raise ValueError("weight has NaN or infinite values, which have no decomposition")
-        for name, value in self._factorize(weight, warm_start).items():
-            getattr(self, name).copy_(value)
+        self._set_factors(self._factorize(weight, warm_start))
         norm = weight.norm().item()
         with evaluating(self):
             return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
+
+    def _set_factors(self, factors: dict[str, Tensor]) -> None:
+        """Store what `_factorize` found."""
+        for name, value in factors.items():
+            getattr(self, name).copy_(value)
 
     @classmethod
     def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:

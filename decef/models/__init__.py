@@ -107,8 +107,8 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
         trained = len(models.get_model_weights(name).DEFAULT.meta["categories"])
         if num_classes != trained:
             raise ValueError(
-                f"the trained weights of torchvision/{name} are for {trained} classes, not {num_classes}: timm's networks "
-                "take theirs for any number, with a new classifier"
+                f"the trained weights of torchvision/{name} are for {trained} classes, not {num_classes}: take a "
+                "network of timm's, which gets a new classifier then"
             )
         return models.get_model(name, weights="DEFAULT")
     return models.get_model(name, weights=None, num_classes=num_classes)

@@ -17,11 +17,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from decef.claims import FAILS, HOLDS, IN_PART, INCONCLUSIVE, NOT_TESTED, ONE_SEED, Claim, Verdict, load_papers
+from decef.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict, load_papers
 from decef.claims_text import asks_words, figure_lines
 from decef.layers import LAYERS
 from decef.record import CONFIG, METRICS, SUMMARY
-from decef.tables import Record, cells, comparison_groups, summarize
+from decef.tables import Record, cells, comparison_groups, experiments, summarize
 
 #: What `metrics.jsonl` has to draw, as the page names it.
 CURVES = {
@@ -32,7 +32,7 @@ CURVES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
 }
-VERDICTS = (HOLDS, IN_PART, FAILS, INCONCLUSIVE, ONE_SEED, NOT_TESTED)
+VERDICTS = (HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED)
 #: What a column of `cells` is sorted by, where that is not its text; the others hold words.
 SORTED_BY = {
     "top-1 %": "top1",
@@ -91,16 +91,14 @@ def build(
 
 def _group(number: int, name: str, records: Sequence[Record]) -> dict[str, Any]:
     """One comparison: a table and its charts."""
-    by_row: dict[tuple[str, str, str], list[Record]] = {}
-    for record in sorted(records, key=lambda r: (r.config["seed"], r.summary["id"])):
-        by_row.setdefault((record.model, record.config["layer"]["name"], record.setting), []).append(record)
+    by_row = {(runs[0].model, runs[0].layer, runs[0].setting): runs for runs in experiments(records)}
     config = records[0].config
     rows = []
     for i, row in enumerate(summarize(records).to_dict("records")):
         rows.append(
             {
                 "id": f"{number}-{i}",
-                "dataset": config["dataset"]["name"],
+                "dataset": records[0].task,
                 "network": row["model"],
                 "layer": row["layer"],
                 "schedule": config["train"]["name"],
@@ -135,8 +133,9 @@ def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
         "asked": asks_words(claim),
         "figures": figure_lines(claim.figures),
         "verdict": verdict.verdict,
+        "words": verdict.words,
         "evidence": verdict.evidence,
-        "open": verdict.verdict in (NOT_TESTED, ONE_SEED, INCONCLUSIVE),
+        "open": verdict.open,
     }
 
 
@@ -154,8 +153,8 @@ def _code(text: str) -> Markup:
 
 
 def _slug(text: str) -> str:
-    """A verdict as a CSS class: "inconclusive (one seed)" is like "inconclusive"."""
-    return re.sub(r"\W+", "-", text.partition(" (")[0])
+    """A verdict as a CSS class."""
+    return re.sub(r"\W+", "-", text)
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

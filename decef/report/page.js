@@ -6,8 +6,8 @@
   const form = document.querySelector(".controls");
   const tip = document.getElementById("tip");
   const FIELDS = ["dataset", "network", "schedule", "layer"];
-  const MARKS = ["M0,-5A5,5 0 1 1 0,5A5,5 0 1 1 0,-5Z", "M-4.5,-4.5H4.5V4.5H-4.5Z", "M0,-5.5L5.5,4.5H-5.5Z", "M0,-6.5L6.5,0L0,6.5L-6.5,0Z",
-    "M0,5.5L5.5,-4.5H-5.5Z"];
+  const MARKS = ["M0,-5A5,5 0 1 1 0,5A5,5 0 1 1 0,-5Z", "M-4.5,-4.5H4.5V4.5H-4.5Z", "M0,-5.5L5.5,4.5H-5.5Z", "M5.5,0L-4.5,5.5V-5.5Z",
+    "M0,-6.5L6.5,0L0,6.5L-6.5,0Z", "M0,5.5L5.5,-4.5H-5.5Z"];
   const DASHES = ["", "7 4", "2 3", "9 3 2 3", "9 3 2 3 2 3", "4 2"];
   document.documentElement.classList.add("script");
 
