@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet costs tables claims figures report \
+.PHONY: help setup test test-grid lint quickstart reproduce-cifar reproduce-imagenet evidence evidence-status costs tables claims figures report \
   notebooks bench sync dashboard clean
 
 PYTHON ?= python3
@@ -12,6 +12,8 @@ REPRODUCED ?= reproduced
 SOURCE ?= local
 DEVICE ?= cpu
 GPUS ?= 1
+HOURS ?= 2.5
+PROCESSES ?= 2
 SIZE ?= 224
 CLASSES ?= 1000
 IMAGENET_MODELS ?= resnet18 resnet50
@@ -58,6 +60,12 @@ reproduce-imagenet: setup ## ResNet-18 and 50, dense and DeCEF, on ImageNet: DAT
 	    dataset.root=$(DATA) dataset.size=$(SIZE) dataset.num_classes=$(CLASSES) model=$$model layer=$$layer \
 	    train=$(IMAGENET_TRAIN) results=$(REPRODUCED) || exit 1; done; done
 	$(RUN) scripts/tables.py --results $(REPRODUCED) --print imagenet
+
+evidence: setup ## Run what configs/evidence.yaml still lacks, most valuable first, for HOURS=2.5 (PROCESSES=2 DEVICE=cuda)
+	$(RUN) scripts/evidence.py run --hours $(HOURS) --processes $(PROCESSES) --device $(DEVICE) --results $(RESULTS)
+
+evidence-status: setup ## What of configs/evidence.yaml is there, and how long the rest would take
+	$(RUN) scripts/evidence.py status --processes $(PROCESSES) --device $(DEVICE) --results $(RESULTS)
 
 costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md and README.md
 	$(RUN) scripts/costs.py --out $(RESULTS)/costs --readme README.md

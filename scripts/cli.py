@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +83,17 @@ def model_config(name: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.to_container(compose("train", overrides=[f"model={name}"]).model)  # type: ignore[return-value]
+
+
+def config_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """What scripts/train.py composes from overrides, as plain data."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            composed = compose("train", overrides=expand(list(overrides)))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
+        return {**OmegaConf.to_container(composed, resolve=True), "experiment": None}  # type: ignore[dict-item]
 
 
 def _check_keys(overrides: list[str]) -> None:

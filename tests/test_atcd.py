@@ -1,19 +1,25 @@
 """ATCD: the dense twin stays in the low-rank set, and steps along it."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from test_train import CONFIG, Memory, network, train
+from test_train import CONFIG, DIGITS, Memory, network, train
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 from decef import ATCD
 from decef.convert import convert, plan
+from decef.data import normalize
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
+from decef.train import Training
 
 F64 = torch.float64
-TYPES = [pytest.param(cls, id=name) for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)]
+FACTORIZED = {name: cls for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)}
+TYPES = [pytest.param(cls, id=name) for name, cls in FACTORIZED.items() if cls.composes_in_training]
+OTHERS = [pytest.param(cls, id=name) for name, cls in FACTORIZED.items() if not cls.composes_in_training]
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +155,13 @@ def test_a_network_without_factorised_layers():
         ATCD(nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
+@pytest.mark.parametrize("cls", OTHERS)
+def test_a_layer_without_a_kernel_in_training_is_named(cls):
+    for model in (small(cls), small(cls).eval()):
+        with pytest.raises(ValueError, match=rf"layer '0' \({cls.__name__}\) has no kernel in training to project"):
+            ATCD(model)
+
+
 def test_frozen_layers_stay_frozen():
     model = small(DeCEFConv2d)
     model[0].requires_grad_(False)
@@ -278,6 +291,32 @@ def test_what_fit_trains_is_not_what_it_trains_without_atcd():
         train(model, dataclasses.replace(CONFIG, epochs=1, atcd=atcd), size=256)
         runs.append(model.layer1[0].conv1.compose())
     assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(runs, runs[1:] + runs[:1], strict=True))
+
+
+def statistics(model):
+    """Running means and standard deviations of the batch norms."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return torch.cat([value for norm in norms for value in (norm.running_mean, norm.running_var.sqrt())])
+
+
+@pytest.mark.parametrize("layer", ["decef", "rank1"])
+def test_fit_measures_batch_norms_statistics_of_the_projected_kernels(layer, monkeypatch):
+    """Those that the dense twin gathered in the epoch are of kernels that are not in the low-rank set."""
+    images, _ = DIGITS.load(None)
+    images = dataclasses.replace(images.subset(slice(0, 512)), crop_padding=1)  # what `train` trains on
+    errors, kernels, losses = [], [], []
+    for recalibrate in (Training.recalibrate, lambda self, inputs: None):
+        monkeypatch.setattr(Training, "recalibrate", recalibrate)
+        model = network(layer, implementation="reconstructed")
+        losses.append(train(model, dataclasses.replace(CONFIG, epochs=2, atcd="epoch"))[-1]["test_loss"])
+        kernels.append(model.layer3[0].conv2.compose())
+        own, normal = copy.deepcopy(model), [torch.tensor(values) for values in (DIGITS.mean, DIGITS.std)]
+        again = [batch for epoch in range(4) for batch in images.batches(64, torch.Generator().manual_seed(epoch))]
+        update_bn([normalize(batch, *normal) for batch, _ in again], own)
+        errors.append((statistics(model) - statistics(own)).norm() / statistics(own).norm())
+    assert torch.equal(*kernels)
+    assert errors[0] < 0.3 * errors[1]
+    assert losses[0] < losses[1]
 
 
 def test_planned_network():

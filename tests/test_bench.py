@@ -19,13 +19,17 @@ MADE = {"git_commit": "0" * 40, "git_dirty": False, "started": "now", "dtype": "
 def test_times_of_a_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("decef.bench.SHAPES", (TINY,))
     monkeypatch.setattr("decef.timing.ROUND_SECONDS", 0.001)
-    rows = list(bench_layers(["decef", "basisconv"], [0.5], [2], CPU))
+    rows = list(bench_layers(["decef", "basisconv2021"], [0.5], [2], CPU))
     assert [(row["layer"], row["pass"]) for row in rows] == [
-        (layer, which) for layer in ("decef", "basisconv") for which in ("inference", "training")
+        (layer, which) for layer in ("decef", "basisconv2021") for which in ("inference", "training")
     ]
     for row in rows:
         assert 0 < row["flops_ratio"] <= 0.5
-        assert min(row["dense"], row["factorized"], row["reconstructed"]) > 0
+        assert min(row["dense"], row["factorized"]) > 0
+        if (row["layer"], row["pass"]) == ("basisconv2021", "training"):  # no kernel that could be composed
+            assert (row["reconstructed"], row["auto"]) == (None, "factorized")
+        else:
+            assert row["reconstructed"] > 0
         assert row["auto"] in ("factorized", "reconstructed")
         assert row["bound"] is None if row["pass"] == "training" else row["bound"] > 0
         assert row["memory"] > 0
@@ -61,6 +65,9 @@ def test_score_of_auto():
     score = auto_score(frame)
     assert score.right.to_dict() == {"auto": 0.75, "factorized": 0.75, "reconstructed": 0.5}
     assert score.loc["factorized", "time"] == pytest.approx(2 ** (1 / 4))
+    chain_alone = pd.DataFrame({"factorized": [1.0], "reconstructed": [None], "auto": ["factorized"]})
+    score = auto_score(pd.concat([frame.astype({"reconstructed": object}), chain_alone]))
+    assert score.right.to_dict() == {"auto": 0.8, "factorized": 0.8, "reconstructed": 0.5}
 
 
 def test_roofline_takes_the_longer_of_arithmetic_and_traffic():
@@ -99,7 +106,7 @@ def quick(monkeypatch):
 
 
 def test_whole_networks(tmp_path, quick):
-    case = Case("plain", 8, 2, ("conv2d", "basisconv"), ("eager",))
+    case = Case("plain", 8, 2, ("conv2d", "basisconv2021"), ("eager",))
     rows = list(bench_inference([case], 0.5, CPU))
     dense, basis = rows
     assert (dense["layer"], dense["flops_ratio"], dense["bound"], dense["forms"]) == ("conv2d", 1, 1, {})
@@ -111,7 +118,7 @@ def test_whole_networks(tmp_path, quick):
     assert "| plain" in (tmp_path / "networks.md").read_text()
 
     rows = list(bench_steps([case], 0.5, CPU))
-    assert [row["layer"] for row in rows] == ["conv2d", "basisconv"]
+    assert [row["layer"] for row in rows] == ["conv2d", "basisconv2021"]
     assert all(row["seconds"] > 0 and row["memory"] > 0 for row in rows)
     loops = bench_loops(CPU, batch=4, steps=1, rounds=1)
     assert set(loops) == {"usual", "decef", "0.75", "0.5"}

@@ -4,15 +4,25 @@ import copy
 
 import pytest
 import torch
+from test_layers import used
 from torch import nn
 from torch.testing import assert_close
 
 from decef.convert import Plan, convert, fold, plan
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
-from decef.models import CifarResNet
+from decef.models import MODELS, CifarResNet, create_model
 from decef.ranks import Budget, Fixed, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
+#: Every network but the deeper CIFAR ResNets, in every form that changes its convolutions.
+STARTS = [
+    ("resnet20", {}),
+    ("vgg16_bn", {}),
+    *((name, {"dense_pairs": pairs}) for name in ("mobilenetv1", "mobilenetv2") for pairs in (False, True)),
+    *(("plain", {"width": 0.1, "relu": relu}) for relu in (False, True)),
+    *(("cpacnet", {"two": two}) for two in (False, True)),
+    ("rank1net", {"image_size": 8}),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +40,15 @@ def network(depth=8, shortcut="A"):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     return model.eval()
+
+
+def with_biases(model, names):
+    """`model` with a zero bias in the named convolutions, for repr: batch norm inside a layer is folded into one."""
+    model = copy.deepcopy(model)
+    for name in names:
+        conv = model.get_submodule(name)
+        conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels)) if conv.bias is None else conv.bias
+    return model
 
 
 def images():
@@ -199,7 +218,7 @@ def test_full_rank_conversion_and_its_fold_are_the_network(layer):
     assert_close(new(x), expected, rtol=1e-9, atol=1e-9)
     assert max(row.error for row in made.rows if row.action == "convert") < 1e-10
     folded = fold(new)
-    assert repr(folded) == repr(model)
+    assert repr(folded) == repr(model if LAYERS[layer].composes_in_training else with_biases(model, made.ranks))
     assert_close(folded(x), expected, rtol=1e-9, atol=1e-9)
     assert of_type(model, FactorizedConv2d) == set()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -214,6 +233,7 @@ def test_low_rank_conversion_approximates_and_folds_exactly(layer):
         weight, approximation = model.get_submodule(row.name).weight, new.get_submodule(row.name).compose()
         assert row.error == pytest.approx(((weight - approximation).norm() / weight.norm()).item())
         assert 0 < row.error < 1
+        used(new.get_submodule(row.name))
     assert not torch.allclose(new(x), model(x), rtol=1e-3)
     folded = fold(new)
     assert of_type(folded, FactorizedConv2d) == set()
@@ -250,6 +270,28 @@ def test_from_scratch_draws_new_factors(layer):
         assert (weight - kernels[0]).norm() > weight.norm()
         assert not torch.allclose(*kernels)
     assert torch.equal(one.linear.weight, model.linear.weight)
+
+
+def rms(kernel):
+    return kernel.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+@pytest.mark.parametrize(("name", "options"), STARTS, ids=str)
+def test_from_scratch_every_network_starts_at_the_scale_of_its_dense_twin(name, options, layer):
+    model = create_model(name, num_classes=10, **options)
+    made = plan(model, layer, rank=1)
+    assert made.ranks
+    for row in made.rows:
+        if row.action == "convert":
+            row.rank = min(3, row.max_rank)  # depthwise kernels have rank 1 in some types
+    new = convert(model, made, from_scratch=True).eval()
+    for key in made.ranks:
+        assert rms(new.get_submodule(key).compose()) == pytest.approx(rms(model.get_submodule(key).weight), rel=1e-3)
+
+
+def test_every_network_is_asked_how_it_starts():
+    assert {name for name, _ in STARTS} == {name for name in MODELS if not name.startswith("resnet")} | {"resnet20"}
 
 
 def test_a_plan_for_another_network():

@@ -23,23 +23,27 @@ class MobileNetV1(nn.Module):
         dense_pairs: make every pair of depthwise and 1x1 one dense 3x3 convolution. The pair is its DeCEF of rank 1 but
             for the norm and ReLU between, so with `layer=decef layer.rank=1` this is MobileNet without those, and
             with higher ranks what it approximates; ATCD trains the pair composed.
+        width: share of the channels that every layer has, to the nearest 8 of them, such as 0.25; None is all.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False) -> None:
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False, width: float | None = None
+    ) -> None:
         super().__init__()
-        width = 32
+        before = stem = _share_of(32, width)
         blocks: list[nn.Module] = []
-        for channels, stride in V1_BLOCKS:
+        for whole, stride in V1_BLOCKS:
+            channels = _share_of(whole, width)
             if dense_pairs:
-                blocks.append(_block(width, channels, 3, stride))
+                blocks.append(_block(before, channels, 3, stride))
             else:
-                blocks.append(nn.Sequential(_block(width, width, 3, stride, width), _block(width, channels, 1)))
-            width = channels
-        self.stem = _block(in_channels, 32, 3)
+                blocks.append(nn.Sequential(_block(before, before, 3, stride, before), _block(before, channels, 1)))
+            before = channels
+        self.stem = _block(in_channels, stem, 3)
         self.blocks = nn.Sequential(*blocks)
-        self.linear = nn.Linear(width, num_classes)
+        self.linear = nn.Linear(before, num_classes)
         _init(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,22 +58,26 @@ class MobileNetV2(nn.Module):
         in_channels: channels of the image.
         dense_pairs: make every depthwise convolution and the 1x1 that follows one dense 3x3 convolution, see
             `MobileNetV1`.
+        width: as in `MobileNetV1`; as in the paper, the last convolution keeps its channels.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False) -> None:
+    def __init__(
+        self, num_classes: int = 10, in_channels: int = 3, dense_pairs: bool = False, width: float | None = None
+    ) -> None:
         super().__init__()
-        width = 32
+        before = stem = _share_of(32, width)
         blocks: list[nn.Module] = []
-        for expansion, channels, count, first_stride in V2_STAGES:
+        for expansion, whole, count, first_stride in V2_STAGES:
+            channels = _share_of(whole, width)
             for i in range(count):
                 stride = first_stride if i == 0 else 1
-                blocks.append(InvertedResidual(width, channels, stride, expansion, dense_pairs))
-                width = channels
-        self.stem = _block(in_channels, 32, 3, relu6=True)
+                blocks.append(InvertedResidual(before, channels, stride, expansion, dense_pairs))
+                before = channels
+        self.stem = _block(in_channels, stem, 3, relu6=True)
         self.blocks = nn.Sequential(*blocks)
-        self.head = _block(width, 1280, 1, relu6=True)
+        self.head = _block(before, 1280, 1, relu6=True)
         self.linear = nn.Linear(1280, num_classes)
         _init(self)
 
@@ -93,6 +101,11 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.layers(x) if self.has_shortcut else self.layers(x)
+
+
+def _share_of(channels: int, width: float | None) -> int:
+    """A share of channels, to the nearest multiple of 8 and at least 8, as MobileNets are made narrower."""
+    return channels if width is None else max(8, round(width * channels / 8) * 8)
 
 
 def _block(

@@ -22,22 +22,29 @@ class CifarVGG16(nn.Module):
     Args:
         num_classes: outputs.
         in_channels: channels of the image.
+        width: share of the channels that every layer has, such as 0.25; None is all.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`.
+
+    Raises:
+        ValueError: a width that leaves a layer without channels.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float | None = None) -> None:
         super().__init__()
+        share = 1.0 if width is None else width
+        if int(share * STAGES[0][0]) < 1:
+            raise ValueError(f"width={width} leaves a layer without channels: take more")
         stages: list[nn.Module] = []
         for widths in STAGES:
             layers: list[nn.Module] = []
-            for width in widths:
-                conv = nn.Conv2d(in_channels, width, 3, padding=1)
+            for channels in (int(share * whole) for whole in widths):
+                conv = nn.Conv2d(in_channels, channels, 3, padding=1)
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out")
                 assert conv.bias is not None
                 nn.init.zeros_(conv.bias)
-                layers += [conv, nn.BatchNorm2d(width), nn.ReLU()]
-                in_channels = width
+                layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+                in_channels = channels
             stages.append(nn.Sequential(*layers))
         self.stages = nn.ModuleList(stages)
         self.linear = nn.Linear(in_channels, num_classes)

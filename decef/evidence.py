@@ -1,0 +1,231 @@
+"""The queue of runs that the claims need: what is wanted, what is there, what is next.
+
+`configs/evidence.yaml` is the list. A run is known by its id, so one that two entries want, or that a sweep reaches
+twice, is run once; what is finished is not run again, and what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from decef.record import SUMMARY, run_id
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GRACE = 60  # seconds for a run to write its record when time is up
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs that answer one question; `configs/evidence.yaml` says what the fields mean."""
+
+    name: str
+    decides: str
+    overrides: str
+    seeds: int
+    minutes: float
+    sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    after: str | None = None
+
+    def settings(self) -> Iterator[tuple[str, ...]]:
+        """Of scripts/train.py, without the seed: every combination of the sweep."""
+        for values in itertools.product(*self.sweep.values()):
+            chosen = (f"{key}={_word(value)}" for key, value in zip(self.sweep, values, strict=True))
+            yield (*self.overrides.split(), *chosen)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of an entry."""
+
+    entry: Entry
+    arguments: tuple[str, ...]
+    run_id: str
+
+
+def load_entries(path: Path) -> list[Entry]:
+    """The list, in its order, which is that of their value.
+
+    Raises:
+        ValueError: an entry that can't be read, or a name that stands there twice.
+    """
+    entries: dict[str, Entry] = {}
+    for fields in yaml.safe_load(path.read_text()):
+        try:
+            entry = Entry(**fields)
+        except TypeError as error:
+            raise ValueError(f"{path}: entry {fields.get('name')} cannot be read: {error}") from error
+        if entry.name in entries:
+            raise ValueError(f"{path}: entry {entry.name} stands there twice")
+        entries[entry.name] = entry
+    return list(entries.values())
+
+
+def list_jobs(
+    entries: Sequence[Entry], resolved: Callable[[tuple[str, ...]], dict[str, Any]]
+) -> tuple[list[Job], dict[str, str]]:
+    """Every run once, in the order in which they are wanted: of an entry all settings for one seed before the next.
+
+    Args:
+        entries: see `load_entries`.
+        resolved: the resolved config that arguments of scripts/train.py make; raises ValueError where they can't start.
+
+    Returns:
+        The runs, and why entries can't start here, by name.
+    """
+    jobs: dict[str, Job] = {}
+    blocked: dict[str, str] = {}
+    for entry in entries:
+        try:
+            configs = {arguments: resolved(arguments) for arguments in entry.settings()}
+        except ValueError as error:
+            blocked[entry.name] = str(error)
+            continue
+        for seed in range(entry.seeds):
+            for arguments, config in configs.items():
+                name = run_id({**config, "seed": seed})
+                jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name))
+    return list(jobs.values()), blocked
+
+
+def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataFrame:
+    """A row per entry: runs done and wanted, what they decide, and the hours that are left for `processes` of them.
+
+    Hours are from the mean wall time of the entry's finished runs, else from the list's estimate, marked by ~.
+    """
+    import pandas as pd
+
+    rows = []
+    for name, group in itertools.groupby(jobs, key=lambda job: job.entry.name):
+        wanted = list(group)
+        summaries = [_summary(results, job) for job in wanted]
+        done = [s for s, job in zip(summaries, wanted, strict=True) if is_done(results, job)]
+        minutes = [s["wall_seconds"] / 60 for s in done]
+        each = sum(minutes) / len(minutes) if minutes else wanted[0].entry.minutes
+        left = (len(wanted) - len(done)) * each / 60 / processes
+        rows.append(
+            {
+                "experiment": name,
+                "done": f"{len(done)}/{len(wanted)}",
+                "begun": sum(s.get("status") in ("running", "interrupted") for s in summaries),
+                "minutes a run": f"{'' if minutes else '~'}{each:.1f}",
+                "hours left": round(left, 1),
+                "decides": wanted[0].entry.decides,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def is_done(results: Path, job: Job) -> bool:
+    """Whether a job's run is finished, and measured where its entry asks for that."""
+    measured = job.entry.after is None or (results / job.entry.after / f"{job.run_id}.csv").is_file()
+    return measured and _summary(results, job).get("status") == "finished"
+
+
+def missing(jobs: Sequence[Job], results: Path) -> list[Job]:
+    """The jobs that are not done, those that were begun first within their entry."""
+    open_jobs = [job for job in jobs if not is_done(results, job)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(job.entry.name for job in jobs))}
+    return sorted(open_jobs, key=lambda job: (order[job.entry.name], not _summary(results, job)))
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    results: Path,
+    *,
+    hours: float,
+    processes: int,
+    command: Callable[[Job], Sequence[str]],
+    after: Callable[[Job], Sequence[str]],
+    report: Callable[[str], None],
+) -> list[str]:
+    """Run jobs side by side, in their order, until all are done or time is up; what runs then can go on later.
+
+    Args:
+        jobs: see `missing`.
+        results: the results folder; logs go to `<results>/.evidence`.
+        hours: how long.
+        processes: how many at a time.
+        command: what runs a job.
+        after: what runs when it is finished, where its entry has an `after`.
+        report: told a line whenever a job begins or ends.
+
+    Returns:
+        A line for every job that failed.
+    """
+    deadline = time.monotonic() + 3600 * hours
+    waiting, failed, lock = iter(jobs), list[str](), threading.Lock()
+    logs = results / ".evidence"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def call(arguments: Sequence[str], log: Path) -> int | None:
+        """The exit status, None where time was up."""
+        with log.open("a") as file:
+            process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
+            try:
+                return process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                return None
+
+    def work() -> None:
+        while time.monotonic() < deadline:
+            with lock:
+                job = next(waiting, None)
+            if job is None:
+                return
+            report(f"begins: {job.run_id}")
+            log = logs / f"{job.run_id}.log"
+            code = call(command(job), log)
+            if code == 0 and job.entry.after is not None:
+                code = call(after(job), log)
+            if code is None:
+                report(f"stopped, to go on later: {job.run_id}")
+            elif code:
+                last = log.read_text().strip().splitlines()[-1:] or ["no output"]
+                failed.append(f"{job.run_id}: {last[0]}")
+                report(f"failed: {failed[-1]}")
+            else:
+                report(f"finished: {job.run_id}, top-1 {_summary(results, job)['test_top1']:.2f} %")
+
+    workers = [threading.Thread(target=work) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return failed
+
+
+def one_thread_each() -> None:
+    """Let what this process starts take one thread and give way to others."""
+    os.nice(10)
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+
+def _summary(results: Path, job: Job) -> dict[str, Any]:
+    path = results / "runs" / job.run_id / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)

@@ -1,0 +1,78 @@
+"""The runs that the claims rest on: configs/evidence.yaml.
+
+python scripts/evidence.py run --hours 2.5        # what is missing, most valuable first; stops in time
+python scripts/evidence.py status                 # what is there, what is left, and how long it would take
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli import CONFIGS, config_of, fail
+
+if TYPE_CHECKING:
+    from decef.evidence import Job
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "status"])
+    parser.add_argument("--hours", type=float, default=2.5, help="how long to run")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one CPU thread each")
+    parser.add_argument("--device", default="cpu", help="cuda: the same list, schedule standard as paper")
+    parser.add_argument("--only", nargs="+", help="names of entries; default: all")
+    parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="the list")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
+    parser.add_argument("overrides", nargs="*", help="for every run, such as wandb.mode=disabled")
+    arguments = parser.parse_intermixed_args()
+    if not arguments.hours > 0 or arguments.processes < 1:
+        fail("--hours must be above 0 and --processes at least 1")
+
+    from decef.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
+    from decef.run import resolve
+
+    def on_device(given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple("train=paper" if a == "train=standard" and arguments.device != "cpu" else a for a in given)
+
+    try:
+        entries = load_entries(arguments.list)
+        unknown = set(arguments.only or ()) - {entry.name for entry in entries}
+        if unknown:
+            fail(f"no entry {', '.join(sorted(unknown))}; there are {', '.join(entry.name for entry in entries)}")
+        chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
+        jobs, blocked = list_jobs(chosen, lambda given: resolve(config_of(on_device(given))))
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    for name, reason in blocked.items():
+        print(f"{name} can't start here: {reason}")
+    if arguments.what == "status":
+        print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
+        return
+    one_thread_each()
+    here = [f"results={arguments.results}", f"device={arguments.device}", "threads=1", "progress=false"]
+    here += arguments.overrides
+    scripts = Path(__file__).parent
+    failed = run_jobs(
+        missing(jobs, arguments.results),
+        arguments.results,
+        hours=arguments.hours,
+        processes=arguments.processes,
+        command=lambda job: [sys.executable, str(scripts / "train.py"), *on_device(job.arguments), *here],
+        after=lambda job: _measure(arguments.results, job),
+        report=lambda line: print(line, flush=True),
+    )
+    sys.exit("\n".join(failed) or None)
+
+
+def _measure(results: Path, job: Job) -> list[str]:
+    """What is measured of a finished run: its effective ranks, or what its components are worth."""
+    script, run = str(job.entry.after), results / "runs" / job.run_id
+    out = results / "ranks" / job.run_id if script == "ranks" else results / script
+    return [sys.executable, str(Path(__file__).with_name(f"{script}.py")), str(run), "--out", str(out)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The queue of runs: what is wanted once is run once, stops in time, goes on, and says what failed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from decef.evidence import Entry, Job, list_jobs, load_entries, run_jobs
+
+ROOT = Path(__file__).parents[1]
+TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
+
+
+def call(*arguments, timeout=300):
+    script = [sys.executable, str(ROOT / "scripts" / "evidence.py"), *map(str, arguments)]
+    return subprocess.run(script, capture_output=True, text=True, timeout=timeout)
+
+
+def write(path, *entries):
+    path.write_text(yaml.safe_dump(list(entries)))
+    return ["--list", path, "--results", path.parent / "results"]
+
+
+def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(tmp_path):
+    first = {"name": "first", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
+    first["sweep"] = {"layer": ["conv2d", "decef"], "layer.flops": [0.5, 0.667]}
+    second = {**first, "name": "second", "overrides": f"{TINY} train.lr=1e20", "sweep": {"layer": ["conv2d"]}}
+    there = write(tmp_path / "list.yaml", first, second)
+    done = call("run", *there, "wandb.mode=disabled")
+    assert done.returncode == 1
+    assert done.stdout.count("begins: ") == 4  # the dense network is one run at both budgets
+    assert "the training failed: the loss is not finite any more" in done.stderr
+    summaries = [json.loads(p.read_text()) for p in (tmp_path / "results" / "runs").glob("*/summary.json")]
+    assert sorted(s["status"] for s in summaries) == ["failed", "finished", "finished", "finished"]
+    status = call("status", *there).stdout
+    assert "| first        | 3/3" in status
+    assert "| second       | 0/1" in status
+    again = call("run", *there, "--only", "first")
+    assert (again.returncode, again.stdout) == (0, "")
+
+
+def test_time_is_up(tmp_path):
+    """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""
+    entry = Entry("e", "", "", 3, 1.0)
+    jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}") for seed in range(3)]
+    code = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w')"
+    said, began = [], time.monotonic()
+    command = lambda job: [sys.executable, "-c", code, str(tmp_path / job.run_id)]  # noqa: E731
+    here = {"hours": 3 / 3600, "processes": 2, "command": command, "after": command, "report": said.append}
+    assert run_jobs(jobs, tmp_path, **here) == []
+    assert time.monotonic() - began < 30
+    assert sorted(said) == [
+        *(f"begins: run-{i}" for i in (0, 1)),
+        *(f"stopped, to go on later: run-{i}" for i in (0, 1)),
+    ]
+    assert sorted(path.name for path in tmp_path.glob("run-*")) == ["run-0", "run-1"]
+
+
+def test_what_cannot_start_is_said(tmp_path):
+    good = {"name": "good", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
+    there = write(tmp_path / "list.yaml", {**good, "name": "bad", "overrides": f"{TINY} model.weights=none.th"}, good)
+    status = call("status", *there)
+    assert status.returncode == 0
+    assert "bad can't start here: there is no file of weights none.th" in status.stdout
+    assert "| good " in status.stdout
+    unknown = call("run", *there, "--only", "goood")
+    assert (unknown.returncode, "no entry goood; there are bad, good" in unknown.stderr) == (2, True)
+
+
+def test_entries_that_cannot_be_read(tmp_path):
+    write(tmp_path / "list.yaml", {"name": "a", "decide": "typo"})
+    with pytest.raises(ValueError, match=r"entry a cannot be read: .*decide"):
+        load_entries(tmp_path / "list.yaml")
+    one = {"name": "a", "decides": "", "overrides": "", "seeds": 1, "minutes": 1}
+    write(tmp_path / "list.yaml", one, one)
+    with pytest.raises(ValueError, match="entry a stands there twice"):
+        load_entries(tmp_path / "list.yaml")
+
+
+def test_seeds_come_after_settings():
+    entry = Entry("e", "", "a=1", 2, 1.0, {"b": [True, None, 1], "c": ["x"]})
+    jobs, _ = list_jobs([entry], composed_like)
+    assert [" ".join(job.arguments) for job in jobs] == [
+        *("a=1 b=true c=x seed=0", "a=1 b=null c=x seed=0", "a=1 b=1 c=x seed=0"),
+        *("a=1 b=true c=x seed=1", "a=1 b=null c=x seed=1", "a=1 b=1 c=x seed=1"),
+    ]
+
+
+def composed_like(arguments):
+    groups = {"dataset": {"name": "d"}, "model": {"name": "m"}, "layer": {"name": "l"}, "train": {"name": "t"}}
+    return {**groups, "seed": 0, "arguments": list(arguments)}
+
+
+def test_every_entry_of_the_list_can_start():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from cli import config_of
+
+    from decef.run import resolve
+
+    entries = load_entries(ROOT / "configs" / "evidence.yaml")
+    jobs, blocked = list_jobs(entries, lambda given: resolve(config_of(given)))
+    assert all("file of weights" in reason for reason in blocked.values())
+    assert len(jobs) > 100
