@@ -12,6 +12,7 @@ from test_run import config
 from test_train import DIGITS, network, train
 
 from decef.analysis import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
+from decef.convert import convert
 from decef.data import DATASETS
 from decef.layers import LAYERS, CPACConv2d
 from decef.models import CifarResNet
@@ -187,14 +188,13 @@ def test_untuned_normalises_as_the_network_was_trained(measured, tmp_path, capsy
 
 
 def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():
-    """One of four components in every layer; a single network may be an exception, so it is the mean over three."""
+    """A quarter of every layer's components, without any fine-tuning; the mean over three networks."""
 
     def loss_without(choose):
         state = {k: v.clone() for k, v in model.state_dict().items()}
         for module in model.modules():
             if isinstance(module, CPACConv2d):
-                assert module.rank == 4
-                module.remove_(choose(module)[:1])
+                module.remove_(choose(module)[:4])
         loss, _ = scores(model)
         model.load_state_dict(state)
         return loss
@@ -202,12 +202,15 @@ def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():
     generator = torch.Generator().manual_seed(0)
     least, random, most = 0.0, 0.0, 0.0
     for seed in range(3):
-        model = network("cpac", seed=seed, implementation="factorized")
+        torch.manual_seed(seed)
+        model = CifarResNet(8, in_channels=1)
+        model = convert(model, "cpac", rank=16, exclude="conv1", implementation="factorized", from_scratch=True)
         train(model, size=1437)
         random += sum(loss_without(lambda m: torch.randperm(m.rank, generator=generator)) for _ in range(8)) / 8
         least += loss_without(lambda m: m.significance().argsort())
         most += loss_without(lambda m: m.significance().argsort(descending=True))
-    assert least < random < most
+    assert least < 0.7 * random
+    assert least < 0.5 * most
 
 
 def test_removal_table_is_what_each_component_is_worth():

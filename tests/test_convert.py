@@ -17,8 +17,12 @@ FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 #: Every network but the deeper CIFAR ResNets, in every form that changes its convolutions.
 STARTS = [
     ("resnet20", {}),
-    ("vgg16_bn", {}),
-    *((name, {"dense_pairs": pairs}) for name in ("mobilenetv1", "mobilenetv2") for pairs in (False, True)),
+    ("vgg16_bn", {"width": 0.25}),
+    *(
+        (name, {"width": 0.25, "dense_pairs": pairs})
+        for name in ("mobilenetv1", "mobilenetv2")
+        for pairs in (False, True)
+    ),
     *(("plain", {"width": 0.1, "relu": relu}) for relu in (False, True)),
     *(("cpacnet", {"two": two}) for two in (False, True)),
     ("rank1net", {"image_size": 8}),

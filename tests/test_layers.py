@@ -530,6 +530,7 @@ def test_batch_norm_stands_between_the_convolutions():
     assert_close(layer.eval()(x), expected.eval()(x))
     assert_close(layer.to_conv2d()(x), expected(x))
     assert all(p.requires_grad for p in layer.parameters())
+    assert not any(p.requires_grad for p in layer.requires_grad_(False).to_conv2d().parameters())
 
 
 def test_a_layer_with_batch_norm_has_no_kernel_in_training():

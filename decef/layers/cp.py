@@ -1,8 +1,9 @@
-"""CP decomposition of a batch of small tensors by proximal alternating least squares.
+"""CP decomposition of a batch of small tensors by accelerated, proximal alternating least squares.
 
 Why not tensorly's `parafac`: it takes one tensor at a time, and rank-1 layers decompose every filter, in ATCD after
-every step; and its steps are not regularised, so near-parallel components make them singular. tests/test_cp.py holds
-the error on trained kernels against the best of several of its starts.
+every step; it forms Khatri-Rao products as large as the tensor for the two spatial modes; and its steps are not
+regularised, so near-parallel components make them singular. tests/test_cp.py holds the error on trained kernels against
+the best of several of its starts.
 """
 
 from __future__ import annotations
@@ -13,74 +14,129 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-SWEEPS, WARM_SWEEPS = 100, 5
+SWEEPS, POLISH, WARM_SWEEPS = 60, 6, 5  # POLISH: of SWEEPS, the last, in double precision
 TOLERANCE = 1e-7  # a sweep that lowers the mean squared error by less than this share of the norm is the last
 PROXIMAL = 1e-8  # weight of staying near the last factors; keeps every step solvable and the error from rising
+SINGLE = 10  # in single precision both are larger by this factor
 
 
 def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> list[Tensor]:
     """Factors `A_k` of shape `(batch, d_k, rank)` with `tensors[b] ~ sum_r A_1[b, :, r] o ... o A_K[b, :, r]`.
 
     Starts from the leading singular vectors of every unfolding (HOSVD) and never gets worse from there, so that at
-    rank 1 the result is at least as good as the truncated HOSVD. The columns of all factors but the first have
-    norm 1. From the rank at which every tensor is representable on, the result is exact and takes no iteration.
+    rank 1 the result is at least as good as the truncated HOSVD. Sweeps are extrapolated from (Nesterov's momentum, as
+    Mitchell, Ye, De Sterck: "Nesterov acceleration of alternating least squares for canonical tensor decomposition",
+    2020), and start anew where that raises the error. The columns of all factors but the first have norm 1. From the
+    rank at which every tensor is representable on, the result is exact and takes no iteration.
 
     Args:
-        tensors: `(batch, d_1, ..., d_K)`, K >= 2, in float64.
+        tensors: `(batch, d_1, d_2, d_3)` or `(batch, d_1, d_2, d_3, d_4)`, in float64; the last two are the small ones.
         rank: number of components, at least 1.
         start: factors to start from instead, near the solution: few sweeps are made.
     """
     dims = tensors.shape[1:]
     if rank >= math.prod(dims) // max(dims):
         return _exact(tensors, rank)
-    factors = _hosvd_start(tensors, rank) if start is None else list(start)
+    if start is not None:
+        return _descend(tensors, start, WARM_SWEEPS, accelerated=False)
+    factors = [factor.float() for factor in _hosvd_start(tensors, rank)]
+    factors = _descend(tensors.float(), factors, SWEEPS - POLISH)
+    return _descend(tensors, [factor.to(tensors.dtype) for factor in factors], POLISH)
+
+
+def cp_compose(factors: list[Tensor]) -> Tensor:
+    """The tensors `(batch, d_1, ..., d_K)` that `factors` stand for."""
+    rest = reduce(_khatri_rao, factors[1:])  # (batch, d_2 ... d_K, rank)
+    dims = [f.shape[1] for f in factors]
+    return (factors[0] @ rest.mT).reshape(-1, *dims)
+
+
+def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: bool = True) -> list[Tensor]:
+    """Factors after at most `sweeps` sweeps, of which none has a larger error than those before."""
+    coarse = 1 if tensors.dtype == torch.float64 else SINGLE
     total = tensors.square().sum().clamp_min(torch.finfo(tensors.dtype).tiny)
-    last = torch.inf
-    for _ in range(SWEEPS if start is None else WARM_SWEEPS):
-        for mode in range(len(dims)):
-            factors[mode] = _least_squares(tensors, factors, mode)
-            if mode:  # the scale is the first factor's, so that no component can grow while another shrinks
-                norm = factors[mode].norm(dim=1, keepdim=True)
-                factors[mode] = factors[mode] / norm.clamp_min(1e-300)
-                factors[0] = factors[0] * norm
-        error = ((tensors - cp_compose(factors)).square().sum() / total).item()
-        if last - error < TOLERANCE:
+    flat = tensors.flatten(-2)  # (batch, *large, d_v d_h)
+    before, last, momentum = factors, math.inf, 0
+    for _ in range(sweeps):
+        step = momentum / (momentum + 3) if accelerated else 0.0
+        ahead = [now + step * (now - old) for now, old in zip(factors, before, strict=True)] if step else factors
+        new, kept = _sweep(flat, ahead, coarse * PROXIMAL)
+        error = 1 - (kept / total).item()
+        if step and error > last:
+            momentum = 0
+            continue
+        before, factors, momentum = factors, new, momentum + 1
+        if last - error < coarse * TOLERANCE:
             break
         last = error
     return factors
 
 
-def cp_compose(factors: list[Tensor]) -> Tensor:
-    """The tensors `(batch, d_1, ..., d_K)` that `factors` stand for."""
-    rest = _khatri_rao(factors[1:])  # (batch, d_2 ... d_K, rank)
-    dims = [f.shape[1] for f in factors]
-    return (factors[0] @ rest.transpose(1, 2)).reshape(-1, *dims)
+def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[list[Tensor], Tensor]:
+    """Every factor solved for once.
+
+    The tensor is contracted with a large factor once, and what is left serves the other large mode and both spatial
+    ones: no product of all other modes is ever formed.
+
+    Args:
+        tensors: `(batch, d_1, d_v d_h)` or `(batch, d_1, d_2, d_v d_h)`.
+        factors: `(batch, d_k, rank)` each: the large ones, vertical, horizontal.
+        proximal: see PROXIMAL.
+
+    Returns:
+        The factors, and how much of the squared norm of all tensors they keep.
+    """
+    *large, vertical, horizontal = factors
+    spatial = _khatri_rao(vertical, horizontal)  # (batch, d_v d_h, rank)
+    if len(large) == 1:
+        large = [_least_squares(tensors @ spatial, large[0], [vertical, horizontal], proximal)]
+        core = tensors.mT @ large[0]
+    else:
+        one, other = large
+        rest = torch.einsum("bdoi,bor->bdir", tensors, other)
+        one = _least_squares((rest * spatial[:, None]).sum(2), one, [other, vertical, horizontal], proximal)
+        rest = torch.einsum("bdoi,bdr->boir", tensors, one)
+        other = _least_squares((rest * spatial[:, None]).sum(2), other, [one, vertical, horizontal], proximal)
+        core = (rest * other[:, :, None]).sum(1)
+        large = [one, other]
+    core = core.unflatten(1, (vertical.shape[1], horizontal.shape[1]))  # (batch, d_v, d_h, rank)
+    vertical = _least_squares((core * horizontal[:, None]).sum(2), vertical, [*large, horizontal], proximal)
+    target = (core * vertical[:, :, None]).sum(1)
+    horizontal = _least_squares(target, horizontal, [*large, vertical], proximal)
+    factors = [*large, vertical, horizontal]
+    kept = 2 * (target * horizontal).sum() - reduce(torch.mul, [f.mT @ f for f in factors]).sum()
+    for factor in factors[1:]:  # the scale is the first factor's, so that no component can grow while another shrinks
+        norm = factor.norm(dim=1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
+        factor /= norm
+        factors[0] = factors[0] * norm
+    return factors, kept
 
 
-def _khatri_rao(factors: list[Tensor]) -> Tensor:
-    """Columnwise Kronecker product, `(batch, prod d_k, rank)`, the last index fastest."""
-    return reduce(lambda a, b: (a.unsqueeze(2) * b.unsqueeze(1)).flatten(1, 2), factors)
-
-
-def _unfold(tensors: Tensor, mode: int) -> Tensor:
-    """`(batch, d_mode, product of the other dims)`."""
-    return tensors.movedim(mode + 1, 1).flatten(2)
-
-
-def _least_squares(tensors: Tensor, factors: list[Tensor], mode: int) -> Tensor:
-    others = [f for k, f in enumerate(factors) if k != mode]
-    gram = reduce(torch.mul, [f.transpose(1, 2) @ f for f in others])  # (batch, rank, rank)
-    weight = PROXIMAL * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None]
-    target = _unfold(tensors, mode) @ _khatri_rao(others) + weight * factors[mode]
+def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proximal: float) -> Tensor:
+    """The factor that is best beside the others, near the last one; `product` is the tensor's with the others."""
+    gram = reduce(torch.mul, [f.mT @ f for f in others])  # (batch, rank, rank)
+    floor = torch.finfo(gram.dtype).tiny ** 0.5  # a tensor of zeros has zero factors
+    weight = proximal * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(floor)[:, None, None]
     gram = gram + weight * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, target, left=False)
+    target = product + weight * factor
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():
+        return torch.linalg.solve(gram, target, left=False)
+    return torch.cholesky_solve(target.mT, root).mT
+
+
+def _khatri_rao(one: Tensor, other: Tensor) -> Tensor:
+    """Columnwise Kronecker product, `(batch, d_1 d_2, rank)`, the last index fastest."""
+    return (one.unsqueeze(2) * other.unsqueeze(1)).flatten(1, 2)
 
 
 def _hosvd_start(tensors: Tensor, rank: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     factors = []
-    for mode in range(tensors.dim() - 1):
-        vectors = torch.linalg.svd(_unfold(tensors, mode), full_matrices=False).U[..., :rank]
+    for mode in range(1, tensors.dim()):
+        unfolded = tensors.movedim(mode, 1).flatten(2)
+        # The left singular vectors, by falling singular value
+        vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[..., :rank]
         missing = rank - vectors.shape[-1]
         if missing:  # more components than the mode has directions: random ones fill up
             extra = torch.randn(*vectors.shape[:2], missing, generator=generator, dtype=tensors.dtype)
@@ -100,5 +156,5 @@ def _exact(tensors: Tensor, rank: int) -> list[Tensor]:
     components = torch.arange(len(index), device=tensors.device)
     for column, mode in enumerate(small):
         factors[mode][:, index[:, column], components] = 1
-    factors[largest][..., : len(index)] = _unfold(tensors, largest)
+    factors[largest][..., : len(index)] = tensors.movedim(largest + 1, 1).flatten(2)
     return factors

@@ -376,7 +376,7 @@ class FactorizedConv2d(nn.Module):
         if bias is not None:
             assert conv.bias is not None
             conv.bias.copy_(bias)
-            conv.bias.requires_grad_(self.bias is None or self.bias.requires_grad)
+            conv.bias.requires_grad_(conv.weight.requires_grad if self.bias is None else self.bias.requires_grad)
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
