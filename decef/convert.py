@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from decef.cost import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
+from decef.moments import bar, input_moments
 from decef.ranks import Budget, Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule
 
 if TYPE_CHECKING:
@@ -170,7 +171,15 @@ def plan(
     return Plan(layer, rows, options)
 
 
-def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **arguments: Any) -> nn.Module:
+def convert(
+    model: nn.Module,
+    how: Plan | str,
+    *,
+    from_scratch: bool = False,
+    data: Iterable[object] | Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+    **arguments: Any,
+) -> nn.Module:
     """A copy of `model` in which convolutions are factorised; `model` stays as it is.
 
     Forward and backward hooks of a convolution go over to the layer that replaces it; hooks on its state dict, which
@@ -183,6 +192,10 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
             which is planned first.
         from_scratch: draw new factors instead of decomposing the weights, at the scale of the weights that they
             replace, so that the network starts as its dense twin does whatever that one's initialisation is.
+        data: a few hundred inputs in batches, as a DataLoader yields them; labels are not looked at. Or what
+            `decef.moments.input_moments` found on them. The kernels are then those that are nearest in the layers'
+            outputs on these data instead of in their weights, and the rows' errors are of the outputs.
+        progress: show bars.
         **arguments: those of `plan`, where `how` is a layer type.
 
     Raises:
@@ -197,9 +210,14 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     _check_shared_ranks(how, _shared_weights(model))
+    moments: Mapping[str, Tensor] = {}
+    if isinstance(data, Mapping):
+        moments = data
+    elif data is not None:
+        moments = input_moments(model, list(how.ranks), data, progress=progress)
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}
-    for row in how.rows:
+    for row in bar(how.rows, "decompose", progress):
         if row.action != "convert":
             continue
         conv = modules.get(row.name)
@@ -215,7 +233,7 @@ def convert(model: nn.Module, how: Plan | str, *, from_scratch: bool = False, **
             elif from_scratch:
                 layer.reset_parameters(None if conv.weight.is_meta else conv.weight.square().mean().sqrt().item())
             else:
-                row.error = layer.decompose_(conv.weight)
+                row.error = layer.decompose_(conv.weight, moments=moments.get(row.name))
         except ValueError as error:
             raise ValueError(f"layer '{row.name}': {error}") from error
         by_weight[id(conv.weight)] = layer, row.error

@@ -114,6 +114,12 @@ class BasisConv2d(FactorizedConv2d):
             "coefficients": coefficients.reshape(self.coefficients.shape),
         }
 
+    def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)
+        leading = torch.linalg.eigh(rows @ metric @ rows.mT).eigenvectors[..., -self.rank :]
+        projected = leading @ (leading.mT @ rows)  # of rank `rank`, and the best in the metric
+        return [self._factorize(projected.reshape(self.weight_shape))]
+
     def _init_factors(self) -> None:
         dim = math.prod(self.weight_shape[1:])
         gaussian = torch.randn(self.groups, dim, self.rank, dtype=torch.float64, device=self.basis.device)

@@ -44,6 +44,36 @@ def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> lis
     return _descend(tensors, [factor.to(tensors.dtype) for factor in factors], POLISH)
 
 
+def whitened(kernels: Tensor, metric: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Kernels in coordinates in which a metric is about the identity, and the way back.
+
+    The metric is taken to be a Kronecker product of one for the channels and one for each direction, its averages over
+    the other modes; that is what natural images have nearly.
+
+    Args:
+        kernels: `(groups, out, in, kh, kw)`.
+        metric: `(groups, in kh kw, in kh kw)`.
+
+    Returns:
+        The kernels, and for channels, vertical and horizontal the `(groups, d, d)` that take a factor back.
+    """
+    in_channels, kh, kw = kernels.shape[2:]
+    parts = metric.unflatten(2, (in_channels, kh, kw)).unflatten(1, (in_channels, kh, kw))
+    averages = [
+        torch.einsum("gcijdij->gcd", parts),
+        torch.einsum("gcijckj->gik", parts),
+        torch.einsum("gcijcik->gjk", parts),
+    ]
+    back = []
+    for mode, average in enumerate(averages, start=2):
+        d = average.shape[-1]
+        unit = average / average.diagonal(dim1=1, dim2=2).mean(1)[:, None, None].clamp_min(1e-300)
+        root = torch.linalg.cholesky(unit + 1e-9 * torch.eye(d, dtype=unit.dtype, device=unit.device))  # S = L L^T
+        kernels = torch.einsum("gdm,gnm...->gnd...", root.mT, kernels.movedim(mode, 2)).movedim(2, mode)
+        back.append(torch.linalg.inv(root.mT))
+    return kernels, back
+
+
 def cp_compose(factors: list[Tensor]) -> Tensor:
     """The tensors `(batch, d_1, ..., d_K)` that `factors` stand for."""
     rest = reduce(_khatri_rao, factors[1:])  # (batch, d_2 ... d_K, rank)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import cp_als
-from decef.layers.factorized import FactorizedConv2d, plain_conv
+from decef.layers.cp import cp_als, whitened
+from decef.layers.factorized import FactorizedConv2d, fit, plain_conv
 
 
 class CPACConv2d(FactorizedConv2d):
@@ -110,15 +110,32 @@ class CPACConv2d(FactorizedConv2d):
                 factor.to(weight).reshape(g, self.rank, -1).transpose(1, 2)
                 for factor in (self.channels, self.vertical, self.horizontal)
             ]
-        filters, channels, vertical, horizontal = cp_als(
-            weight.reshape(g, out // g, per_group, kh, kw), self.rank, start
-        )
-        return {
-            "filters": filters.reshape(out, self.rank),
-            "channels": channels.transpose(1, 2).reshape(-1, per_group),
-            "vertical": vertical.transpose(1, 2).reshape(-1, kh),
-            "horizontal": horizontal.transpose(1, 2).reshape(-1, kw),
-        }
+        return self._named(cp_als(weight.reshape(g, out // g, per_group, kh, kw), self.rank, start))
+
+    def _named(self, factors: list[Tensor]) -> dict[str, Tensor]:
+        """Factors of `cp_als` `(groups, d, rank)` as this layer has them."""
+        filters, *others = factors
+        names = ("channels", "vertical", "horizontal")
+        rows = {name: f.mT.reshape(self.groups * self.rank, -1) for name, f in zip(names, others, strict=True)}
+        return {"filters": filters.reshape(self.out_channels, self.rank), **rows}
+
+    def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        g, shape = self.groups, self.weight_shape
+        # In coordinates in which the metric is about the identity, where it is taken to be a product of one for each
+        # mode; then the filters that fit best in the metric as it is.
+        split = weight.reshape(g, shape[0] // g, *shape[1:])
+        white, back = whitened(split, metric)
+        filters, *others = cp_als(white, self.rank)
+        candidates = [self._named([filters, *(b @ f for b, f in zip(back, others, strict=True))]), nearest]
+        return [self._fitted(weight, metric, factors) for factors in candidates]
+
+    def _fitted(self, weight: Tensor, metric: Tensor, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The components with the filters that fit best."""
+        g = self.groups
+        parts = factors["channels"][:, :, None, None] * factors["vertical"][:, None, :, None]
+        parts = (parts * factors["horizontal"][:, None, None, :]).reshape(g, self.rank, -1)
+        filters = fit(weight.reshape(g, self.out_channels // g, -1), parts, metric)
+        return {**factors, "filters": filters.reshape(self.out_channels, self.rank)}
 
     def _init_factors(self) -> None:
         # Three factors have columns of norm 1 and random directions; the scale is the last one's.

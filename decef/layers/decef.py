@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, orthonormality_penalty, plain_conv
+from decef.layers.factorized import FactorizedConv2d, fit, orthonormality_penalty, plain_conv
 
 
 class DeCEFConv2d(FactorizedConv2d):
@@ -96,6 +96,32 @@ class DeCEFConv2d(FactorizedConv2d):
             "coefficients": coefficients.reshape(g, per_group, self.rank, out // g)
             .permute(0, 3, 1, 2)
             .reshape(out, per_group, self.rank),
+        }
+
+    def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        g, (_, per_group, kh, kw) = self.groups, self.weight_shape
+        blocks = metric.reshape(g, per_group, kh * kw, per_group, kh * kw)
+        own = torch.stack([blocks[:, c, :, c] for c in range(per_group)], 1).flatten(0, 1)  # (in, kh kw, kh kw)
+        filters = stack_filters(weight, g)  # (in, kh kw, out/g)
+        # Of every channel by itself: the filters' projection on the leading right singular vectors of S^(1/2) F.
+        root = torch.linalg.cholesky(own).mT
+        leading = torch.linalg.svd(root @ filters, full_matrices=False).Vh[:, : self.rank]
+        basis = torch.linalg.qr(filters @ leading.mT).Q.mT  # (in, rank, kh kw)
+        return [self._fitted(weight, metric, b) for b in (basis, nearest["eigenfilters"].flatten(2))]
+
+    def _fitted(self, weight: Tensor, metric: Tensor, filters: Tensor) -> dict[str, Tensor]:
+        """Eigen-filters `(in, rank, kh kw)` with the coefficients of all channels together that fit best."""
+        g, (out, per_group, kh, kw) = self.groups, self.weight_shape
+        filters = filters.reshape(g, per_group, self.rank, kh * kw)
+        # The outputs of all eigen-filters as combinations of a patch: block diagonal
+        wide = torch.zeros(g, per_group, self.rank, per_group, kh * kw, dtype=weight.dtype, device=weight.device)
+        index = torch.arange(per_group, device=weight.device)
+        wide[:, index, :, index] = filters.transpose(0, 1)
+        wide = wide.reshape(g, per_group * self.rank, -1)
+        coefficients = fit(weight.reshape(g, out // g, -1), wide, metric)
+        return {
+            "eigenfilters": filters.reshape(self.eigenfilters.shape),
+            "coefficients": coefficients.reshape(self.coefficients.shape),
         }
 
     def _init_factors(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
 _CHAIN_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_chain` has measured
+RIDGE = 1e-6  # of the mean second moment: what an input that was never seen counts
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -281,7 +282,7 @@ class FactorizedConv2d(nn.Module):
         return best
 
     @torch.no_grad()
-    def decompose_(self, weight: Tensor, *, warm_start: bool = False) -> float:
+    def decompose_(self, weight: Tensor, *, warm_start: bool = False, moments: Tensor | None = None) -> float:
         """Set the factors to the kernel of the set nearest to `weight`, and return how far that is.
 
         Computed in float64 and cast back. CPAC and rank-1 have no closed form: they iterate to a local optimum.
@@ -290,22 +291,47 @@ class FactorizedConv2d(nn.Module):
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
             warm_start: start an iteration from the present factors, which are near, and take few sweeps; a factor that
                 is frozen by the layer's design (BasisConv's basis) stays as it is.
+            moments: nearest in the layer's output instead of the kernel's weights: second moments of its input patches,
+                `(groups, d, d)`, see `decef.moments`. The result is never worse there than without them.
 
         Returns:
-            The relative error `||weight - compose()|| / ||weight||` in the Frobenius norm, 0 for a zero kernel.
+            The relative error `||weight - compose()|| / ||weight||`, in the Frobenius norm or in the metric of the
+            moments, 0 for a zero kernel.
 
         Raises:
-            ValueError: `weight` has another shape or is not finite.
+            ValueError: `weight` or `moments` has another shape or is not finite.
         """
         if tuple(weight.shape) != self.weight_shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this layer's kernel has {self.weight_shape}")
         weight = weight.detach().to(torch.float64)
         if not weight.isfinite().all():
             raise ValueError("weight has NaN or infinite values, which have no decomposition")
-        self._set_factors(self._factorize(weight, warm_start))
-        norm = weight.norm().item()
+        nearest = self._factorize(weight, warm_start)
+        if moments is None:
+            self._set_factors(nearest)
+            return self._relative_error(weight, None)
+        dim = math.prod(self.weight_shape[1:])
+        needed = (self.groups, dim, dim)
+        if tuple(moments.shape) != needed or not moments.isfinite().all():
+            raise ValueError(f"moments must be finite and have shape {needed}, not {tuple(moments.shape)}")
+        metric = conditioned(moments.to(weight))
+        found = []
+        for factors in (*self._factorize_on(weight, metric, nearest), nearest):
+            self._set_factors(factors)
+            found.append((self._relative_error(weight, metric), factors))
+        error, best = min(found, key=lambda pair: pair[0])
+        self._set_factors(best)
+        return error
+
+    def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Candidates for the factors nearest to `weight` in a metric `(groups, d, d)`; `nearest` are `_factorize`'s."""
+        raise NotImplementedError
+
+    def _relative_error(self, weight: Tensor, metric: Tensor | None) -> float:
         with evaluating(self):
-            return (weight - self.compose().to(torch.float64)).norm().item() / norm if norm else 0.0
+            off = weight - self.compose().to(weight)
+        one, other = (squared_norm_on(w, metric, self.groups).item() for w in (off, weight))
+        return math.sqrt(max(one, 0.0) / other) if other > 0 else 0.0
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
         """Store what `_factorize` found."""
@@ -399,6 +425,40 @@ def plain_conv(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **sp
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
     return conv
+
+
+def squared_norm_on(weight: Tensor, metric: Tensor | None, groups: int) -> Tensor:
+    """`tr(W S W^T)` of a kernel, a group's filters the rows of W, summed over groups; S = 1 without a metric."""
+    if metric is None:
+        return weight.square().sum()
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return ((rows @ metric) * rows).sum()
+
+
+def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
+    """The combinations of basis vectors nearest to rows in a metric: A that minimises `||rows - A basis||` there.
+
+    Args:
+        rows: `(groups, n, d)`.
+        basis: `(groups, m, d)`; vectors that depend on others get what the least-norm solution gives them.
+        metric: `(groups, d, d)`.
+
+    Returns:
+        `(groups, n, m)`.
+    """
+    seen = basis @ metric  # (groups, m, d)
+    gram, target = seen @ basis.mT, seen @ rows.mT
+    root, failed = torch.linalg.cholesky_ex(gram)
+    if failed.any():
+        return torch.linalg.lstsq(gram, target, driver="gelsd").solution.mT
+    return torch.cholesky_solve(target, root).mT
+
+
+def conditioned(moments: Tensor) -> Tensor:
+    """Moments as a metric: of mean 1 on the diagonal, and positive where the data say nothing (channels that are 0)."""
+    scale = moments.diagonal(dim1=1, dim2=2).mean()
+    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+    return moments / scale + RIDGE * identity if scale > 0 else identity.expand_as(moments)
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:

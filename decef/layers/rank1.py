@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import cp_als
+from decef.layers.cp import cp_als, whitened
 from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, plain_conv
+
+MOST_UNKNOWN = 1024  # in the least-squares problem of one filter
 
 
 class Rank1Conv2d(FactorizedConv2d):
@@ -136,6 +138,34 @@ class Rank1Conv2d(FactorizedConv2d):
             "vertical": vertical.transpose(1, 2),
             "horizontal": horizontal.transpose(1, 2),
         }
+
+    def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        g, shape = self.groups, self.weight_shape
+        white, back = whitened(weight.reshape(g, shape[0] // g, *shape[1:]), metric)
+        factors = cp_als(white.flatten(0, 1), self.rank)  # (out, d, rank) each
+        factors = [
+            (b[:, None] @ f.reshape(g, -1, *f.shape[1:])).flatten(0, 1) for b, f in zip(back, factors, strict=True)
+        ]
+        found = dict(zip(nearest, (f.mT for f in factors), strict=True))
+        return [self._fitted(weight, metric, candidate) for candidate in (found, nearest)]
+
+    def _fitted(self, weight: Tensor, metric: Tensor, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of every filter with the channel filters that fit best, where solving for them is affordable."""
+        out, per_group, kh, kw = self.weight_shape
+        unknown = self.rank * per_group
+        if unknown > MOST_UNKNOWN:
+            return factors
+        spatial = factors["vertical"].unsqueeze(3) * factors["horizontal"].unsqueeze(2)
+        metric = metric.reshape(self.groups, per_group, kh * kw, per_group, kh * kw)
+        channel = []
+        for n, terms in enumerate(spatial.flatten(2)):  # (rank, kh kw)
+            own = metric[n * self.groups // out]
+            seen = torch.einsum("mi,cidj->mcdj", terms, own)
+            gram = torch.einsum("mcdj,kj->mckd", seen, terms).reshape(unknown, unknown)
+            target = torch.einsum("mcdj,dj->mc", seen, weight[n].flatten(1)).flatten()
+            gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
+            channel.append(torch.linalg.solve(gram, target).reshape(self.rank, per_group))
+        return {**factors, "channel": torch.stack(channel)}
 
     @torch.no_grad()
     def reset_parameters(self, std: float | None = None) -> None:

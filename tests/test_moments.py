@@ -1,0 +1,154 @@
+"""Decomposition on data: nearest in the layer's output, of every layer type and every kind of convolution."""
+
+import copy
+
+import pytest
+import torch
+from test_layers import CASES, F64, TYPES, fitting
+from torch import nn
+from torch.testing import assert_close
+
+import decef
+from decef.data import DATASETS, normalize
+from decef.layers import BasisConv2d, DeCEFConv2d
+from decef.models import CifarResNet
+from decef.moments import input_moments, input_patches
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def correlated(*shape):
+    """Inputs whose channels and neighbours have much in common, as real ones do."""
+    x = torch.randn(*shape, dtype=F64).cumsum(2).cumsum(3)
+    return x + x.mean(1, keepdim=True)
+
+
+def moments_of(conv, x):
+    (found,) = input_moments(nn.Sequential(conv), ["0"], [x]).values()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("case", CASES)
+def test_the_metric_gives_the_error_of_the_output(case):
+    conv = nn.Conv2d(4, 8, **{**CASES[case], "bias": False}, dtype=F64)
+    other = copy.deepcopy(conv)
+    nn.init.normal_(other.weight)
+    x = correlated(3, 4, 9, 10)
+    off = (conv.weight - other.weight).reshape(conv.groups, 8 // conv.groups, -1)
+    y = conv(x) - other(x)
+    expected = y.square().sum() / (y.numel() / y.shape[1])  # the mean over positions
+    assert_close(
+        ((off @ moments_of(conv, x)) * off).sum(), expected, rtol=1e-4, atol=0
+    )  # patches are in single precision
+    patches = torch.cat([p.double() for p in input_patches(conv, x)], -1)
+    rows = conv.weight.reshape(conv.groups, 8 // conv.groups, -1)
+    ours = (rows @ patches).reshape(8, 3, *y.shape[2:]).transpose(0, 1)
+    assert_close(ours, conv(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(("cls", "case"), fitting(CASES))
+def test_never_worse_on_the_data_than_without_them(cls, case):
+    conv = nn.Conv2d(4, 8, **CASES[case], dtype=F64).eval()
+    x = correlated(3, 4, 9, 10)
+    moments = moments_of(conv, x)
+    full = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)
+
+    def error(layer):
+        return ((layer(x) - conv(x)).norm() / conv(x).norm()).item()
+
+    for rank in sorted({1, (full + 1) // 2}):
+        plain, on_data = cls.from_conv2d(conv, rank), cls.from_conv2d(conv, rank)
+        told = on_data.decompose_(conv.weight, moments=moments)
+        assert error(on_data) <= error(plain) * (1 + 1e-3) + 1e-6
+        assert told >= 0
+    exact = cls.from_conv2d(conv)
+    assert exact.decompose_(conv.weight, moments=moments) < 1e-6
+    assert_close(exact(x), conv(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_better_where_inputs_are_correlated(cls):
+    conv = nn.Conv2d(8, 12, 3, padding=1, dtype=F64).eval()
+    x = correlated(16, 8, 9, 10)
+    plain, on_data = cls.from_conv2d(conv, 3), cls.from_conv2d(conv, 3)
+    on_data.decompose_(conv.weight, moments=moments_of(conv, x))
+    one, other = ((layer(x) - conv(x)).norm() for layer in (on_data, plain))
+    assert one < 0.8 * other
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])
+def test_uncorrelated_inputs_of_one_scale_give_the_nearest_kernel(cls, groups):
+    conv = nn.Conv2d(4, 8, 3, groups=groups, dtype=F64)
+    dim = 36 // groups
+    plain, on_data = cls.from_conv2d(conv, 2), cls.from_conv2d(conv, 2)
+    error = on_data.decompose_(conv.weight, moments=3 * torch.eye(dim, dtype=F64).expand(groups, dim, dim))
+    assert_close(on_data.compose(), plain.compose())
+    assert error == pytest.approx(plain.decompose_(conv.weight), rel=1e-9)
+
+
+def test_the_best_basis_is_the_outputs_leading_directions():
+    """No kernel with so many basis filters is nearer: reduced-rank regression has a closed form (Eckart and Young)."""
+    conv = nn.Conv2d(4, 8, 3, bias=False, dtype=F64)
+    x = correlated(5, 4, 9, 10)
+    layer = BasisConv2d.from_conv2d(conv, 3)
+    layer.decompose_(conv.weight, moments=moments_of(conv, x))
+    y = conv(x).transpose(0, 1).flatten(1)
+    left_over = torch.linalg.svdvals(y)[3:].square().sum().sqrt()
+    assert ((layer(x) - conv(x)).norm() - left_over).abs() < 1e-3 * y.norm()
+
+
+@pytest.mark.parametrize("cls", TYPES)
+def test_channels_that_are_always_zero(cls):
+    conv = nn.Conv2d(4, 8, 3, dtype=F64).eval()
+    x = correlated(3, 4, 9, 10)
+    x[:, 1] = 0
+    layer = cls.from_conv2d(conv, 2)
+    assert 0 <= layer.decompose_(conv.weight, moments=moments_of(conv, x)) < 1
+    assert all(f.isfinite().all() for f in layer.factors().values())
+    assert layer.decompose_(conv.weight, moments=moments_of(conv, 0 * x)) < 1
+
+
+def test_moments_that_do_not_fit():
+    layer = BasisConv2d(4, 8, 3, rank=2)
+    for bad in (torch.eye(36), torch.full((1, 36, 36), torch.nan)):
+        with pytest.raises(ValueError, match=r"moments must be finite and have shape \(1, 36, 36\)"):
+            layer.decompose_(torch.randn(8, 4, 3, 3), moments=bad)
+
+
+def network():
+    model = CifarResNet(8, in_channels=1).eval()
+    images, _ = DATASETS["digits"].load(None)
+    x = normalize(images.images[:96], torch.tensor([0.2874]), torch.tensor([0.354]))
+    return model, x
+
+
+def test_little_memory_and_other_batches_give_the_same_moments():
+    model, x = network()
+    names = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv2"]
+    whole = input_moments(model, names, [x])
+    split = input_moments(model, names, [(part, None) for part in x.split(40)], memory=1)
+    assert whole.keys() == split.keys() == set(names)
+    for name in names:
+        assert_close(split[name], whole[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="the data yields no batch"):
+        input_moments(model, names, [])
+    with pytest.raises(ValueError, match="the data yields no batch"):
+        input_moments(model, names, iter([x]), memory=1)  # nothing is left for the second pass
+
+
+@pytest.mark.parametrize("layer", ["decef", "basisconv", "basisconv2021", "cpac", "rank1"])
+def test_a_network_converted_on_data_is_nearer_to_the_dense_one(layer):
+    model, x = network()
+    plan = decef.plan(model, layer, rank=2 if layer == "rank1" else 5, exclude="conv1")
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.zeros(len(x))), 32)
+    by_kernel = decef.convert(model, plan)
+    by_output = decef.convert(model, plan, data=loader)
+    assert all(row.error is not None for row in plan.rows if row.action == "convert")
+    one, other = ((net(x) - model(x)).norm() for net in (by_output, by_kernel))
+    assert one < other
