@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from decef.checkpoint import load_checkpoint
 from decef.convert import Plan, convert, plan
 from decef.cost import total_cost
-from decef.data import Data, Dataset, dataset
+from decef.data import Data, Dataset, dataset, normalize
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.factorized import evaluating
 from decef.models import create_model
 from decef.models.weights import load_weights
+from decef.moments import input_moments
 from decef.ranks import DEFINITIONS, Budget, effective_rank
 from decef.record import CHECKPOINT, CONFIG, environment
 from decef.run import build, dense_network
-from decef.train import evaluate
+from decef.train import EVAL_BATCH, evaluate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,27 +144,42 @@ def untuned(
     layers: Sequence[str],
     shares: Sequence[float],
     exclude: str | None,
+    seen: Data | None = None,
 ) -> Iterator[dict[str, object]]:
     """Top-1 of a trained network right after decomposition, without any fine-tuning, at shares of its FLOPs.
 
+    Args:
+        model: the network; it stays as it is.
+        test: images to measure on.
+        mean, std: see `decef.data.normalize`.
+        layers: layer types.
+        shares: of the dense network's FLOPs.
+        exclude: names that stay dense.
+        seen: training images on which kernels are also made nearest in their outputs; labels are not looked at.
+
     Yields:
-        Rows: the dense network first, then a row for every share, layer type, and way to spread the budget over the
-        layers ("energy": see `Budget`; "uniform": the same share of every layer's cost), with the mean relative error
-        of the decomposed kernels.
+        Rows: the dense network first, then a row for every share, layer type, way to spread the budget over the layers
+        ("energy": see `Budget`; "uniform": the same share of every layer's cost), and whether the "kernels" or their
+        "outputs" are nearest, with the mean relative error there.
     """
     input_size = next(test.views(1))[0].shape[1:]
     dense = total_cost(model, input_size)
+    moments: dict[str, Tensor] = {}
+    if seen is not None:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        moments = input_moments(model, names, [normalize(images, mean, std) for images, _ in seen.views(EVAL_BATCH)])
 
-    def row(network: nn.Module, layer: str, budget: str, spread: str, error: float) -> dict[str, object]:
+    def row(network: nn.Module, layer: str, budget: str, spread: str, nearest: str, error: float) -> dict[str, object]:
         loss, top1 = evaluate(network, test, mean=mean, std=std)
         cost = total_cost(network, input_size)
         return {
-            "layer": layer, "budget": budget, "spread": spread, "top1": top1, "loss": loss, "mean_error": error,
+            "layer": layer, "budget": budget, "spread": spread, "nearest": nearest,
+            "top1": top1, "loss": loss, "mean_error": error,
             "params": cost["params"], "params_ratio": cost["params"] / dense["params"],
             "flops": cost["flops"], "flops_ratio": cost["flops"] / dense["flops"],
         }  # fmt: skip
 
-    yield row(model, "conv2d", "dense", "", 0.0)
+    yield row(model, "conv2d", "dense", "", "", 0.0)
     for share in shares:
         for layer in layers:
             for spread in ("energy", "uniform"):
@@ -171,9 +187,10 @@ def untuned(
                 the_plan = plan(
                     model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
                 )
-                converted = convert(model, the_plan)
-                errors = [r.error for r in the_plan.rows if r.error is not None]
-                yield row(converted, layer, f"{share:.3f}", spread, sum(errors) / len(errors))
+                for nearest in ("kernels", "outputs") if moments else ("kernels",):
+                    converted = convert(model, the_plan, data=moments if nearest == "outputs" else None)
+                    errors = [r.error for r in the_plan.rows if r.error is not None]
+                    yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
 
 
 def removal_table(model: nn.Module, test: Data, *, mean: Tensor, std: Tensor) -> pd.DataFrame:
@@ -226,15 +243,18 @@ def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> No
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    shown = frame.pivot_table(index=["layer", "spread"], columns="budget", values="top1", sort=False).round(2)
+    shown = frame.pivot_table(index=["layer", "spread", "nearest"], columns="budget", values="top1", sort=False).round(
+        2
+    )
     made = environment("cpu", torch.get_num_threads())
     dirty = " with uncommitted changes" if made["git_dirty"] else ""
     text = [
         "# Top-1 on CIFAR-10's test images right after decomposition, no fine-tuning",
         "",
         "Columns: share of the dense network's FLOPs. Rows: layer type, and how the budget is spread over the layers:",
-        "by the energy that each rank keeps for its FLOPs, or the same share of every layer's FLOPs. The first",
-        "convolution stays dense.",
+        "by the energy that each rank keeps for its FLOPs, or the same share of every layer's FLOPs; and what is nearest",
+        "to the dense network's, the kernels or their outputs on training images, without labels. The first convolution",
+        "stays dense.",
         "",
         shown.reset_index().astype(object).fillna("").to_markdown(index=False),
         "",

@@ -103,22 +103,23 @@ def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 @_styled
 def plot_untuned(frame: pd.DataFrame) -> Figure:
-    """Top-1 right after decomposition against the share of FLOPs; `decef.analysis.untuned`'s rows."""
+    """Top-1 right after decomposition against the share of FLOPs; `decef.analysis.untuned`'s rows, ranks by energy."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
     dense = frame[frame.layer == "conv2d"].iloc[0]
     axes.axhline(dense.top1, color="0.6", linewidth=1, zorder=1)
     axes.plot([1], [dense.top1], label="conv2d (dense)", **{**_look("conv2d"), "linestyle": "none"})
-    for spread, variant in (("energy", 0), ("uniform", 1)):
-        for layer, rows in frame[frame.spread == spread].groupby("layer", sort=False):
+    by_energy = frame[frame.spread == "energy"]
+    for nearest, variant in (("outputs", 0), ("kernels", 1)):
+        for layer, rows in by_energy[by_energy.nearest == nearest].groupby("layer", sort=False):
             rows = rows.sort_values("flops_ratio")
-            label = str(layer) if spread == "energy" else f"_{layer}, {spread}"
+            label = str(layer) if nearest == "outputs" else f"_{layer}, {nearest}"
             axes.plot(rows.flops_ratio, rows.top1, label=label, **_look(str(layer), variant))
     axes.set_xlabel("FLOPs, share of dense")
     axes.set_ylabel("test top-1 / %, no fine-tuning")
     axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
-    for label, variant in (("ranks by energy", 0), ("ranks uniform", 1)):
+    for label, variant in (("nearest in outputs", 0), ("nearest in kernels", 1)):
         handles.append(Line2D([], [], **{**_look("conv2d", variant), "color": "0.5", "marker": "o"}))
         labels.append(label)
     _legend_below(figure, handles, labels)

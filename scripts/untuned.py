@@ -18,6 +18,7 @@ def main() -> None:
     expected = "that the network expects; default: what a run was trained with, ImageNet's for other weights"
     parser.add_argument("--mean", type=float, nargs=3, help=expected)
     parser.add_argument("--std", type=float, nargs=3, help=expected)
+    parser.add_argument("--images", type=int, default=512, help="training images for the outputs; 0: kernels alone")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
@@ -41,7 +42,7 @@ def main() -> None:
                 raise ValueError(f"the run {run} was not trained on CIFAR-10, whose test images are measured here")
             mean, std = trained_on.mean, trained_on.std
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
-        _, test = load_cifar10(arguments.data)
+        train, test = load_cifar10(arguments.data)
         rows = []
         for row in untuned(
             model,
@@ -51,13 +52,18 @@ def main() -> None:
             layers=arguments.layers,
             shares=arguments.shares,
             exclude=stem_name(model),
+            seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
         ):
             rows.append(row)
-            print(f"{row['layer']:10} {row['budget']:6} {row['spread']:8} top-1 {row['top1']:.2f}", flush=True)
+            print(
+                f"{row['layer']:10} {row['budget']:6} {row['spread']:8} {row['nearest']:8} top-1 {row['top1']:.2f}",
+                flush=True,
+            )
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     source = arguments.network if arguments.weights is None else describe_file(arguments.weights)
-    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}")
+    seen = f", {arguments.images} training images" if arguments.images else ""
+    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}")
     print(f"wrote {arguments.out}.csv and .md")
 
 

@@ -112,7 +112,7 @@ def trained():
 
 
 def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
-    _, test = DIGITS.load(None)
+    seen, test = DIGITS.load(None)
     rows = list(
         untuned(
             trained,
@@ -122,11 +122,14 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
             layers=["decef", "basisconv"],
             shares=[0.3, 0.9],
             exclude="conv1",
+            seen=seen.subset(slice(0, 256)),
         )
     )
     dense, rest = rows[0], pd.DataFrame(rows[1:])
     assert dense["top1"] == scores(trained)[1] > 70
-    assert len(rest) == 8
+    assert len(rest) == 16
+    by_nearest = rest.groupby("nearest").top1.mean()
+    assert by_nearest["outputs"] > by_nearest["kernels"]
     assert (rest.flops_ratio <= rest.budget.astype(float) + 1e-3).all()
     by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
     assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]
@@ -134,7 +137,7 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
     write_untuned(rows, tmp_path / "untuned", "a test")
     text = (tmp_path / "untuned.md").read_text()
     assert f"{dense['top1']:.2f}".rstrip("0") in text
-    assert len(pd.read_csv(tmp_path / "untuned.csv")) == 9
+    assert len(pd.read_csv(tmp_path / "untuned.csv")) == 17
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr("decef.analysis.load_networks", lambda name, weights: [(name, CifarResNet(8))])
     monkeypatch.setattr("decef.analysis.untuned", measure)
     monkeypatch.setattr("decef.analysis.write_untuned", lambda *args: None)
-    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (None, None))
+    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (torch.zeros(0), None))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def call(network, *options):

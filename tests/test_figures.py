@@ -91,9 +91,9 @@ def test_curves_are_the_metrics_mean_and_range(records):
 def test_untuned_curves_are_the_csv():
     frame = pd.read_csv(ROOT / "results" / "untuned" / "resnet20.csv")
     drawn = lines(figures.plot_untuned(frame).axes[0])
-    for spread, prefix in (("energy", "{}"), ("uniform", "_{}, uniform")):
+    for nearest, prefix in (("outputs", "{}"), ("kernels", "_{}, kernels")):
         for layer in ("decef", "basisconv", "cpac", "rank1"):
-            rows = frame[(frame.layer == layer) & (frame.spread == spread)]
+            rows = frame[(frame.layer == layer) & (frame.spread == "energy") & (frame.nearest == nearest)]
             line = drawn[prefix.format(layer)]
             assert (
                 line.get_xydata().tolist() == rows[["flops_ratio", "top1"]].sort_values("flops_ratio").values.tolist()
