@@ -243,18 +243,17 @@ def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> No
     import pandas as pd
 
     frame = pd.DataFrame(rows)
-    shown = frame.pivot_table(index=["layer", "spread", "nearest"], columns="budget", values="top1", sort=False).round(
-        2
-    )
+    rows_of = ["layer", "spread", "nearest"]
+    shown = frame.pivot_table(index=rows_of, columns="budget", values="top1", sort=False).round(2)
     made = environment("cpu", torch.get_num_threads())
     dirty = " with uncommitted changes" if made["git_dirty"] else ""
     text = [
         "# Top-1 on CIFAR-10's test images right after decomposition, no fine-tuning",
         "",
         "Columns: share of the dense network's FLOPs. Rows: layer type, and how the budget is spread over the layers:",
-        "by the energy that each rank keeps for its FLOPs, or the same share of every layer's FLOPs; and what is nearest",
-        "to the dense network's, the kernels or their outputs on training images, without labels. The first convolution",
-        "stays dense.",
+        "by the energy that each rank keeps for its FLOPs, or the same share of every layer's FLOPs; and what is",
+        "nearest to the dense network's, the kernels or their outputs on training images, without labels. The first",
+        "convolution stays dense.",
         "",
         shown.reset_index().astype(object).fillna("").to_markdown(index=False),
         "",
