@@ -110,8 +110,8 @@ def untuned(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     for path in sorted((results / "untuned").glob("*.csv")):
         shows = (
             f"{path.stem}: test top-1 right after decomposition, without fine-tuning, against the share of the dense "
-            "network's FLOPs. Filled, solid: ranks by the energy they keep for their FLOPs; open, dashed: the same "
-            "share of every layer's FLOPs. Grey line: the dense network."
+            "network's FLOPs; ranks by the energy they keep for their FLOPs. Filled, solid: nearest in the layers' "
+            "outputs on training images; open, dashed: nearest in their kernels. Grey line: the dense network."
         )
         yield Drawing(f"untuned-{path.stem}", figures.plot_untuned(pd.read_csv(path)), shows, [f"untuned/{path.name}"])
 

@@ -55,10 +55,8 @@ def main() -> None:
             seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
         ):
             rows.append(row)
-            print(
-                f"{row['layer']:10} {row['budget']:6} {row['spread']:8} {row['nearest']:8} top-1 {row['top1']:.2f}",
-                flush=True,
-            )
+            words = "{layer:10} {budget:6} {spread:8} {nearest:8} top-1 {top1:.2f}".format(**row)
+            print(words, flush=True)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     source = arguments.network if arguments.weights is None else describe_file(arguments.weights)

@@ -152,7 +152,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr("decef.analysis.load_networks", lambda name, weights: [(name, CifarResNet(8))])
     monkeypatch.setattr("decef.analysis.untuned", measure)
     monkeypatch.setattr("decef.analysis.write_untuned", lambda *args: None)
-    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (torch.zeros(0), None))
+    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (DIGITS.load(None)[0], None))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def call(network, *options):
