@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from decef.cost import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
-from decef.moments import bar, input_moments
+from decef.moments import bar, moments_on
 from decef.ranks import Budget, Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def plan(
     exclude: str | Iterable[str] | None = None,
     min_kernel_size: int = 1,
     input_size: Sequence[int] | None = None,
+    data: Iterable[object] | Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Plan:
     """Say what converting `model` would do; nothing is changed.
@@ -109,6 +110,8 @@ def plan(
         exclude: names to keep as they are, the same way.
         min_kernel_size: convolutions whose kernel is smaller than this both ways are kept.
         input_size: shape of one input without the batch, for the MACs.
+        data: as `convert` takes them, for rules that weigh energies (Energy, Budget): of the layers' outputs on these
+            data instead of their kernels.
         **options: passed to every new layer: `implementation`, and what the layer type has of its own.
 
     Raises:
@@ -140,7 +143,7 @@ def plan(
             assert isinstance(module, nn.Conv2d)
             assert issubclass(layer_class, FactorizedConv2d)
             units[name] = layer_class.like(_shell(module), 1, **options)
-    candidates = _candidates(convolutions, units, shared, macs_of)
+    candidates = _candidates(convolutions, units, shared, macs_of, moments_on(model, list(units), data))
     totals = Totals(
         params=sum(p.numel() for p in model.parameters()),
         macs=total_cost(model, input_size)["macs"] if input_size is not None else 0,
@@ -203,18 +206,16 @@ def convert(
             different ranks for layers that share a weight; or what `plan` raises.
     """
     if isinstance(how, str):
-        how = plan(model, how, **arguments)
+        if data is not None:  # once for the plan and its execution
+            data = moments_on(model, [n for n, m in _convolutions(model).items() if type(m) is nn.Conv2d], data)
+        how = plan(model, how, data=data, **arguments)
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     layer_class = layer_type(how.layer)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     _check_shared_ranks(how, _shared_weights(model))
-    moments: Mapping[str, Tensor] = {}
-    if isinstance(data, Mapping):
-        moments = data
-    elif data is not None:
-        moments = input_moments(model, list(how.ranks), data, progress=progress)
+    moments = moments_on(model, list(how.ranks), data, progress=progress)
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}
     for row in bar(how.rows, "decompose", progress):
@@ -355,6 +356,7 @@ def _candidates(
     units: Mapping[str, FactorizedConv2d],
     shared: Mapping[str, Sequence[str]],
     macs_of: Callable[[str, nn.Module], int],
+    moments: Mapping[str, Tensor],
 ) -> dict[str, Candidate]:
     """A candidate for every weight, by the name of the first layer that has it; its MACs are those of all of them."""
     candidates: dict[str, Candidate] = {}
@@ -380,6 +382,7 @@ def _candidates(
             params_per_rank=_factor_count(unit),
             macs=macs,
             macs_per_rank=macs_per_rank,
+            moments=moments.get(name),
         )
     return candidates
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -36,6 +36,7 @@ def input_moments(
 
     Returns:
         By name: `(groups, d, d)` in float64, d = `in_channels // groups * kh * kw` in the order of a kernel's weights.
+        A convolution that does not run is not among them.
 
     Raises:
         ValueError: `inputs` yields nothing, or can be gone through only once where several passes are needed.
@@ -45,11 +46,24 @@ def input_moments(
     found: dict[str, Tensor] = {}
     passes = list(_passes({name: modules[name] for name in names}, memory))
     for wanted in bar(passes, "moments", progress):
-        sums, counts = _collect(model, wanted, inputs)
-        if not sums:
+        sums, counts, batches = _collect(model, wanted, inputs)
+        if not batches:
             raise ValueError("the data yields no batch: give a few hundred images, as something to iterate over anew")
         found |= {name: total / counts[name] for name, total in sums.items()}
     return found
+
+
+def moments_on(
+    model: nn.Module,
+    names: Sequence[str],
+    data: Iterable[object] | Mapping[str, Tensor] | None,
+    *,
+    progress: bool = False,
+) -> Mapping[str, Tensor]:
+    """What `data` say: nothing, moments that were collected before, or inputs on which they are collected now."""
+    if isinstance(data, Mapping):
+        return data
+    return {} if data is None else input_moments(model, names, data, progress=progress)
 
 
 def bar(items: Sequence[_T], what: str, progress: bool) -> Iterable[_T]:
@@ -79,9 +93,11 @@ def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[st
 @torch.no_grad()
 def _collect(
     model: nn.Module, wanted: dict[str, nn.Conv2d], inputs: Iterable[object]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
+) -> tuple[dict[str, Tensor], dict[str, int], int]:
+    """Sums of moments, numbers of patches, and how many batches there were."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    batches = 0
     hooks = []
     for name, conv in wanted.items():
 
@@ -95,10 +111,11 @@ def _collect(
     try:
         for batch in inputs:
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            batches += 1
     finally:
         for hook in hooks:
             hook.remove()
-    return sums, counts
+    return sums, counts, batches
 
 
 def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:

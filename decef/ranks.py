@@ -76,7 +76,7 @@ class Candidate:
 
     The cost of every layer type here is proportional to its rank: `rank * params_per_rank` parameters and
     `rank * macs_per_rank` MACs, against `params` and `macs` of the dense layer (all without bias). The MACs are 0
-    where no input size was given.
+    where no input size was given. With `moments` of its input patches, energies are of its output.
     """
 
     name: str
@@ -88,6 +88,7 @@ class Candidate:
     params_per_rank: int
     macs: int
     macs_per_rank: int
+    moments: Tensor | None = None
 
     def saves(self, rank: int) -> bool:
         """Whether the factorised layer costs less than the dense one, in MACs where they are known."""
@@ -100,7 +101,7 @@ class Candidate:
 
         Rank 1 keeps all of a kernel that is zero.
         """
-        spectrum = self.layer.spectrum(self.weight, groups=self.groups)
+        spectrum = self.layer.spectrum(self.weight, groups=self.groups, moments=self.moments)
         total = spectrum.sum()
         if total == 0:
             return torch.eye(1, len(spectrum), dtype=spectrum.dtype, device=spectrum.device)[0]

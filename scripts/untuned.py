@@ -55,8 +55,8 @@ def main() -> None:
             seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
         ):
             rows.append(row)
-            words = "{layer:10} {budget:6} {spread:8} {nearest:8} top-1 {top1:.2f}".format(**row)
-            print(words, flush=True)
+            words = " ".join(f"{row[key]:9}" for key in ("layer", "budget", "spread", "nearest"))
+            print(f"{words} top-1 {row['top1']:.2f}", flush=True)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     source = arguments.network if arguments.weights is None else describe_file(arguments.weights)

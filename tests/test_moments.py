@@ -152,3 +152,48 @@ def test_a_network_converted_on_data_is_nearer_to_the_dense_one(layer):
     assert all(row.error is not None for row in plan.rows if row.action == "convert")
     one, other = ((net(x) - model(x)).norm() for net in (by_output, by_kernel))
     assert one < other
+
+
+@pytest.mark.parametrize("layer", ["decef", "basisconv", "basisconv2021"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_spectrum_is_what_every_rank_keeps_of_the_output(layer, groups):
+    cls = decef.LAYERS[layer]
+    conv = nn.Conv2d(4, 8, 3, groups=groups, bias=False, dtype=F64).eval()
+    x = correlated(5, 4, 9, 10)
+    moments = moments_of(conv, x)
+    spectrum = cls.spectrum(conv.weight, groups=groups, moments=moments)
+    assert len(spectrum) == cls.max_rank_for(*conv.weight.shape, groups=groups)
+    assert (spectrum.diff() <= 1e-12).all()
+    if layer != "decef":  # whose channels are each by itself there
+        for rank in (1, 2):
+            error = cls.from_conv2d(conv, rank).decompose_(conv.weight, moments=moments)
+            assert error**2 == pytest.approx((spectrum[rank:].sum() / spectrum.sum()).item(), rel=1e-6)
+
+
+def test_ranks_go_where_the_output_needs_them():
+    """A layer whose inputs lie in a line needs one basis filter, whatever its kernel's spectrum says."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 8, 3, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight[:] = torch.randn(8, 1, 1, 1) * torch.randn(1, 4, 1, 1)  # all channels are multiples of one
+    x = torch.randn(8, 4, 6, 6)
+    smooth = torch.ones(1, 4, 6, 6) * x.mean((2, 3), keepdim=True)  # and all pixels are alike
+    by_kernel = decef.plan(model, "basisconv", rank=decef.ranks.Energy(0.99), include="1")
+    by_output = decef.plan(model, "basisconv", rank=decef.ranks.Energy(0.99), include="1", data=[smooth])
+    assert by_output.ranks["1"] == 1 < by_kernel.ranks.get("1", 8)
+    whole = decef.convert(model, "basisconv", rank=decef.ranks.Energy(0.99), include="1", data=[smooth])
+    assert whole[1].rank == 1
+    assert_close(whole(smooth), model(smooth), rtol=1e-3, atol=1e-3)
+
+
+def test_a_convolution_that_does_not_run_is_converted_by_its_kernel():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Conv2d(2, 4, 3), nn.Conv2d(2, 4, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Unused()
+    converted = decef.convert(model, decef.plan(model, "decef", rank=2), data=[torch.randn(4, 2, 6, 6)])
+    assert_close(converted.unused.compose(), DeCEFConv2d.from_conv2d(model.unused, 2).compose())

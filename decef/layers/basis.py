@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, plain_conv
 
 
 class BasisConv2d(FactorizedConv2d):
@@ -94,8 +94,10 @@ class BasisConv2d(FactorizedConv2d):
         return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
 
     @classmethod
-    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+    def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
         rows = weight.detach().to(torch.float64).reshape(groups, weight.shape[0] // groups, -1)
+        if moments is not None:
+            rows = rows @ torch.linalg.cholesky(conditioned(moments.to(rows)))
         return torch.linalg.svdvals(rows).square().sum(0)
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, fit, plain_conv
+from decef.layers.factorized import FactorizedConv2d, conditioned, fit, plain_conv
 
 
 class CPACConv2d(FactorizedConv2d):
@@ -93,10 +93,12 @@ class CPACConv2d(FactorizedConv2d):
         return {"chain": [chain(one_d)], "branches": [chain(two_d)]}
 
     @classmethod
-    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+    def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
         # A CP component has rank 1 in every unfolding; this one, (out kh) x (in kw), has the most singular values.
         out, per_group, kh, kw = weight.shape
         unfolded = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh, kw)
+        if moments is not None:
+            unfolded, _ = whitened(unfolded, conditioned(moments.to(unfolded)))
         unfolded = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
         values = torch.linalg.svdvals(unfolded).square().sum(0)
         return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))

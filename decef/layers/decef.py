@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, fit, orthonormality_penalty, plain_conv
+from decef.layers.factorized import FactorizedConv2d, conditioned, fit, orthonormality_penalty, plain_conv
 
 
 class DeCEFConv2d(FactorizedConv2d):
@@ -83,8 +83,11 @@ class DeCEFConv2d(FactorizedConv2d):
         }
 
     @classmethod
-    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
-        return torch.linalg.svdvals(stack_filters(weight, groups)).square().sum(0)
+    def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
+        filters = stack_filters(weight, groups)
+        if moments is not None:
+            filters = own_roots(conditioned(moments.to(filters)), weight.shape[1]) @ filters
+        return torch.linalg.svdvals(filters).square().sum(0)
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         g, (out, per_group, kh, kw) = self.groups, self.weight_shape
@@ -99,13 +102,10 @@ class DeCEFConv2d(FactorizedConv2d):
         }
 
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        g, (_, per_group, kh, kw) = self.groups, self.weight_shape
-        blocks = metric.reshape(g, per_group, kh * kw, per_group, kh * kw)
-        own = torch.stack([blocks[:, c, :, c] for c in range(per_group)], 1).flatten(0, 1)  # (in, kh kw, kh kw)
-        filters = stack_filters(weight, g)  # (in, kh kw, out/g)
+        filters = stack_filters(weight, self.groups)  # (in, kh kw, out/g)
         # Of every channel by itself: the filters' projection on the leading right singular vectors of S^(1/2) F.
-        root = torch.linalg.cholesky(own).mT
-        leading = torch.linalg.svd(root @ filters, full_matrices=False).Vh[:, : self.rank]
+        roots = own_roots(metric, self.weight_shape[1])
+        leading = torch.linalg.svd(roots @ filters, full_matrices=False).Vh[:, : self.rank]
         basis = torch.linalg.qr(filters @ leading.mT).Q.mT  # (in, rank, kh kw)
         return [self._fitted(weight, metric, b) for b in (basis, nearest["eigenfilters"].flatten(2))]
 
@@ -151,3 +151,11 @@ def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:
     out, per_group, kh, kw = weight.shape
     stacked = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh * kw)
     return stacked.permute(0, 2, 3, 1).reshape(groups * per_group, kh * kw, out // groups)
+
+
+def own_roots(metric: Tensor, per_group: int) -> Tensor:
+    """R with `R^T R` = the part of a metric `(groups, in/g kh kw, in/g kh kw)` that is one input channel's,
+    `(in_channels, kh kw, kh kw)`."""
+    blocks = metric.unflatten(2, (per_group, -1)).unflatten(1, (per_group, -1))
+    own = torch.stack([blocks[:, c, :, c] for c in range(per_group)], 1).flatten(0, 1)
+    return torch.linalg.cholesky(own).mT

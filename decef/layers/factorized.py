@@ -146,15 +146,17 @@ class FactorizedConv2d(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
-        """How much of the squared norm of a kernel each rank adds, `(max_rank,)` in float64, falling.
+    def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
+        """How much of the squared norm of a kernel or its output each rank adds, `(max_rank,)` in float64, falling.
 
         The sum of the first r is what the nearest kernel of rank r keeps: exactly for DeCEF and BasisConv (Eckart and
-        Young), at most for CPAC and rank-1, whose best approximations are not nested and have no closed form.
+        Young; with moments DeCEF's are of every channel by itself), at most for CPAC and rank-1, whose best
+        approximations are not nested and have no closed form.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
             groups: of the convolution.
+            moments: of its input patches, see `decompose_`.
         """
         raise NotImplementedError
 
@@ -455,10 +457,19 @@ def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
 
 
 def conditioned(moments: Tensor) -> Tensor:
-    """Moments as a metric: of mean 1 on the diagonal, and positive where the data say nothing (channels that are 0)."""
+    """Moments as a metric: of mean 1 on the diagonal, and positive where the data say nothing (channels that are 0).
+
+    Patches are summed up in single precision, so directions that were not seen may have come out negative: the ridge
+    that mends that is found by trying.
+    """
     scale = moments.diagonal(dim1=1, dim2=2).mean()
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    return moments / scale + RIDGE * identity if scale > 0 else identity.expand_as(moments)
+    if scale <= 0:
+        return identity.expand_as(moments)
+    ridge = RIDGE
+    while torch.linalg.cholesky_ex(metric := moments / scale + ridge * identity).info.any():
+        ridge *= 10
+    return metric
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:

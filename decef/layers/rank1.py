@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, plain_conv
 
 MOST_UNKNOWN = 1024  # in the least-squares problem of one filter
 
@@ -125,9 +125,13 @@ class Rank1Conv2d(FactorizedConv2d):
         return {"chain": [chain], "branches": branches}
 
     @classmethod
-    def spectrum(cls, weight: Tensor, *, groups: int = 1) -> Tensor:
+    def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
         # A rank-1 term has rank 1 in the unfolding channels x space too, whose singular values bound what it keeps.
-        values = torch.linalg.svdvals(weight.detach().to(torch.float64).flatten(2)).square().sum(0)
+        kernels = weight.detach().to(torch.float64)
+        if moments is not None:
+            split = kernels.unflatten(0, (groups, -1))
+            kernels = whitened(split, conditioned(moments.to(kernels)))[0].flatten(0, 1)
+        values = torch.linalg.svdvals(kernels.flatten(2)).square().sum(0)
         return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
