@@ -4,12 +4,13 @@ from decef.atcd import ATCD
 from decef.convert import Plan, convert, fold, plan
 from decef.cost import cost
 from decef.deploy import deploy
-from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
+from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
 from decef.ranks import effective_rank
 
 __all__ = [
     "ATCD",
     "LAYERS",
+    "Basis2021Conv2d",
     "BasisConv2d",
     "CPACConv2d",
     "DeCEFConv2d",
