@@ -21,7 +21,7 @@ from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.moments import input_moments
 from decef.ranks import DEFINITIONS, Budget, effective_rank
-from decef.record import CHECKPOINT, CONFIG, environment
+from decef.record import CHECKPOINT, CONFIG
 from decef.run import build, dense_network
 from decef.train import EVAL_BATCH, evaluate
 
@@ -238,14 +238,13 @@ def removal_table(model: nn.Module, test: Data, *, mean: Tensor, std: Tensor) ->
     return pd.DataFrame(rows)
 
 
-def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str) -> None:
-    """Write `untuned`'s rows as <out>.csv and <out>.md, with what they were made from and on."""
+def write_untuned(rows: Sequence[dict[str, object]], out: Path, what: str, made: Mapping[str, Any]) -> None:
+    """Write `untuned`'s rows as <out>.csv and <out>.md, with what they were made from and the `environment` then."""
     import pandas as pd
 
     frame = pd.DataFrame(rows)
     rows_of = ["layer", "spread", "nearest"]
     shown = frame.pivot_table(index=rows_of, columns="budget", values="top1", sort=False).round(2)
-    made = environment("cpu", torch.get_num_threads())
     dirty = " with uncommitted changes" if made["git_dirty"] else ""
     text = [
         "# Top-1 on CIFAR-10's test images right after decomposition, no fine-tuning",

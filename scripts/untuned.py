@@ -30,7 +30,9 @@ def main() -> None:
     from decef.data.cifar import load_cifar10
     from decef.models import stem_name
     from decef.models.weights import describe_file
+    from decef.record import environment
 
+    made = environment("cpu", torch.get_num_threads())  # of the code that runs, before it may change
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     try:
@@ -61,7 +63,7 @@ def main() -> None:
         fail(str(error))
     source = arguments.network if arguments.weights is None else describe_file(arguments.weights)
     seen = f", {arguments.images} training images" if arguments.images else ""
-    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}")
+    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}", made)
     print(f"wrote {arguments.out}.csv and .md")
 
 

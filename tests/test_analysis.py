@@ -18,6 +18,7 @@ from decef.layers import LAYERS, CPACConv2d
 from decef.models import CifarResNet
 from decef.models.weights import load_weights
 from decef.ranks import effective_rank
+from decef.record import environment
 from decef.run import run
 from decef.train import evaluate
 
@@ -134,7 +135,7 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
     by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
     assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]
     assert by_budget.loc["0.900", "mean_error"] < by_budget.loc["0.300", "mean_error"]
-    write_untuned(rows, tmp_path / "untuned", "a test")
+    write_untuned(rows, tmp_path / "untuned", "a test", environment("cpu", 1))
     text = (tmp_path / "untuned.md").read_text()
     assert f"{dense['top1']:.2f}".rstrip("0") in text
     assert len(pd.read_csv(tmp_path / "untuned.csv")) == 17

@@ -97,7 +97,7 @@ def mirrored(call, tmp_path_factory):
     server, folder = WandbServer(), tmp_path_factory.mktemp("online")
     env = environment(folder, server.url)
     online = ["wandb.mode=online", "wandb.artifacts=true"]
-    done = call(env, "train.py", "-m", "layer=decef", "train.clip=1.0,2.5", *TINY, *online)
+    done = call(env, "train.py", "-m", "layer=decef", "train.label_smoothing=0.0,0.1", *TINY, *online)
     assert done.returncode == 0, done.stderr
     yield server, env
     server.stop()
