@@ -84,7 +84,10 @@ def _resolve_model(settings: dict[str, Any]) -> None:
     if settings.get("weights"):
         # The file's content belongs to the run, its place doesn't.
         settings["weights"] = str(find_weights(settings["weights"]))
-        settings["weights_md5"] = md5_of(Path(settings["weights"]))
+        found = md5_of(Path(settings["weights"]))
+        if settings.get("weights_md5", found) != found:  # of a record that is done again
+            raise ValueError(f"{settings['weights']} is not the file that the run began from: its MD5 is another")
+        settings["weights_md5"] = found
 
 
 def _resolve_layer(config: dict[str, Any]) -> None:

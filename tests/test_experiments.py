@@ -140,6 +140,9 @@ def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
         run(config(tmp_path, layer=energy, model__weights=str(tmp_path / "none.pt")))
     with pytest.raises(InputError, match=r"layer\.rank=2 and layer\.energy=0\.9 are both given"):
         run(config(tmp_path, layer={**energy, "rank": 2}, model__weights=str(weights[0])))
+    again = {"model__weights": str(weights[0]), "model__weights_md5": "0" * 32}
+    with pytest.raises(InputError, match="is not the file that the run began from"):
+        run(config(tmp_path, layer=energy, **again))
     with pytest.raises(InputError, match="does not fit CifarResNet"):
         run(config(tmp_path, layer=energy, model__name="resnet32", model__weights=str(weights[0])))
 
