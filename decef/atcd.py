@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from decef.convert import fold
+from decef.conversion import fold
 from decef.layers import FactorizedConv2d
 
 

@@ -29,8 +29,8 @@ def main() -> None:
 
     import torch
 
-    from decef import bench, bench_networks
-    from decef.record import environment
+    from decef.results import bench_layers, bench_networks
+    from decef.training.record import environment
 
     try:
         device = torch.device(arguments.device)
@@ -46,10 +46,10 @@ def main() -> None:
         out, rows = arguments.out / f"{what}-{suffix}", []
         if what == "layers":
             dtype = getattr(torch, arguments.dtype)
-            for row in bench.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):
+            for row in bench_layers.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):
                 rows.append(row)
                 print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
-                bench.write_layers(rows, out, made)  # after every row: nothing measured is lost
+                bench_layers.write_layers(rows, out, made)  # after every row: nothing measured is lost
         elif what == "networks":
             for row in bench_networks.bench_inference(bench_networks.INFERENCE, arguments.share, device):
                 rows.append(row)

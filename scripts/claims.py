@@ -13,9 +13,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.claims import judge, load_claims, load_measured
-    from decef.claims_text import markdown
-    from decef.tables import load_records
+    from decef.results.claims import judge, load_claims, load_measured
+    from decef.results.claims_page import markdown
+    from decef.results.tables import load_records
 
     if not arguments.results.is_dir():
         fail(f"there is no folder {arguments.results}: train something first, or name another with --results")

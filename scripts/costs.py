@@ -22,9 +22,9 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="put the table into this file too, between its marks")
     arguments = parser.parse_args()
 
-    from decef.analysis import cost_table, write_costs
     from decef.data import dataset
     from decef.layers import LAYERS
+    from decef.results.measure import cost_table, write_costs
 
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")

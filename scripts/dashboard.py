@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print what would be saved; needs no account")
     arguments = parser.parse_args()
 
-    from decef.dashboard import save, spec
+    from decef.results.dashboard import save, spec
 
     try:
         if arguments.dry_run:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cli import CONFIGS, config_of, fail
 
 if TYPE_CHECKING:
-    from decef.evidence import Job
+    from decef.training.evidence import Job
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     if not arguments.hours > 0 or arguments.processes < 1:
         fail("--hours must be above 0 and --processes at least 1")
 
-    from decef.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
-    from decef.run import resolve
+    from decef.training.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
+    from decef.training.run import resolve
 
     def on_device(given: tuple[str, ...]) -> tuple[str, ...]:
         return tuple("train=paper" if a == "train=standard" and arguments.device != "cpu" else a for a in given)

@@ -23,10 +23,10 @@ def main() -> None:
         fail("--weights and --layer say what of a network is wanted: name it with --network")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.analysis import load_networks
-    from decef.filters import input_size_of, write_filters
-    from decef.gallery import draw
     from decef.models.weights import describe_file
+    from decef.results.eigenfilters import input_size_of, write_filters
+    from decef.results.figures import draw
+    from decef.results.measure import load_networks
 
     try:
         if arguments.network:

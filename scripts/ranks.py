@@ -27,10 +27,10 @@ def main() -> None:
     import pandas as pd
     import torch
 
-    from decef.analysis import load_networks, rank_table
-    from decef.figures import plot_ranks, save
     from decef.models.weights import describe_file
-    from decef.record import environment
+    from decef.results.measure import load_networks, rank_table
+    from decef.results.plots import plot_ranks, save
+    from decef.training.record import environment
 
     try:
         networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)

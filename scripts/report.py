@@ -18,11 +18,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.checkpoint import replace_file
-    from decef.claims import judge, load_claims, load_measured
-    from decef.record import read_metrics
-    from decef.report import build
-    from decef.tables import load_records
+    from decef.results.claims import judge, load_claims, load_measured
+    from decef.results.report import build
+    from decef.results.tables import load_records
+    from decef.training.checkpoint import replace_file
+    from decef.training.record import read_metrics
 
     runs = arguments.results / "runs"
     try:

@@ -19,8 +19,8 @@ def main() -> None:
 
     import torch
 
-    from decef.analysis import dataset_of, load_networks, removal_table
-    from decef.record import environment
+    from decef.results.measure import dataset_of, load_networks, removal_table
+    from decef.training.record import environment
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:

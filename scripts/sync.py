@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/")
     arguments = parser.parse_args()
 
-    from decef.tracking import offline_runs, upload
+    from decef.training.tracking import offline_runs, upload
 
     folders = offline_runs(arguments.results)
     if not folders:

@@ -19,7 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.tables import load_records, load_wandb_records, write_tables
+    from decef.results.tables import load_records, load_wandb_records, write_tables
 
     try:
         if arguments.source == "wandb":

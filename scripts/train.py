@@ -28,7 +28,7 @@ SWEEP = "DECEF_SWEEP"  # names the sweep to all of its jobs, which may be other 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from decef.run import InputError, run
+    from decef.training.run import InputError, run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     chosen = HydraConfig.get().runtime.choices.get("experiment")
@@ -56,8 +56,8 @@ def _failures(results: str) -> Path:
 
 def train_again(arguments: list[str]) -> None:
     """`--from FOLDER`, then where to do it, as overrides."""
-    from decef.record import first_difference, read_metrics, replay
-    from decef.run import InputError, run
+    from decef.training.record import first_difference, read_metrics, replay
+    from decef.training.run import InputError, run
 
     if len(arguments) < 2:
         fail("--from needs a run's folder: --from results/runs/<run id>")

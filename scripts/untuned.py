@@ -25,12 +25,12 @@ def main() -> None:
 
     import torch
 
-    from decef.analysis import dataset_of, load_networks, untuned, write_untuned
     from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD
     from decef.data.cifar import load_cifar10
     from decef.models import stem_name
     from decef.models.weights import describe_file
-    from decef.record import environment
+    from decef.results.measure import dataset_of, load_networks, untuned, write_untuned
+    from decef.training.record import environment
 
     made = environment("cpu", torch.get_num_threads())  # of the code that runs, before it may change
     mean: tuple[float, ...] = IMAGENET_MEAN

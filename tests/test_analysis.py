@@ -11,16 +11,16 @@ import yaml
 from test_run import config
 from test_train import DIGITS, network, train
 
-from decef.analysis import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
-from decef.convert import convert
+from decef.conversion import convert
 from decef.data import DATASETS
 from decef.layers import LAYERS, CPACConv2d
 from decef.models import CifarResNet
 from decef.models.weights import load_weights
 from decef.ranks import effective_rank
-from decef.record import environment
-from decef.run import run
-from decef.train import evaluate
+from decef.results.measure import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
+from decef.training.loop import evaluate
+from decef.training.record import environment
+from decef.training.run import run
 
 ROOT = Path(__file__).parents[1]
 weights = Path(os.environ.get("DECEF_DATA", "data")) / "weights" / "resnet20-12fca82f.th"
@@ -150,9 +150,9 @@ def measured(monkeypatch, tmp_path):
         asked.append({name: [round(x, 4) for x in options[name].tolist()] for name in ("mean", "std")})
         return iter(())
 
-    monkeypatch.setattr("decef.analysis.load_networks", lambda name, weights: [(name, CifarResNet(8))])
-    monkeypatch.setattr("decef.analysis.untuned", measure)
-    monkeypatch.setattr("decef.analysis.write_untuned", lambda *args: None)
+    monkeypatch.setattr("decef.results.measure.load_networks", lambda name, weights: [(name, CifarResNet(8))])
+    monkeypatch.setattr("decef.results.measure.untuned", measure)
+    monkeypatch.setattr("decef.results.measure.write_untuned", lambda *args: None)
     monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (DIGITS.load(None)[0], None))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 

@@ -11,10 +11,10 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 from decef import ATCD
-from decef.convert import convert, plan
+from decef.conversion import convert, plan
 from decef.data import normalize
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
-from decef.train import Training
+from decef.training.loop import Training
 
 F64 = torch.float64
 FACTORIZED = {name: cls for name, cls in LAYERS.items() if issubclass(cls, FactorizedConv2d)}

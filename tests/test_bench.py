@@ -6,9 +6,16 @@ import pandas as pd
 import pytest
 import torch
 
-from decef.bench import Shape, auto_score, bench_layers, layer_times, write_layers
-from decef.bench_networks import Case, bench_inference, bench_loops, bench_steps, write_inference, write_training
-from decef.timing import Roofline, interleaved, peak_memory
+from decef.inference.timing import Roofline, interleaved, peak_memory
+from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
+from decef.results.bench_networks import (
+    Case,
+    bench_inference,
+    bench_loops,
+    bench_steps,
+    write_inference,
+    write_training,
+)
 
 TINY = Shape("test", 8, 16, 3, 2, 8)
 CPU = torch.device("cpu")
@@ -17,8 +24,8 @@ MADE = {"git_commit": "0" * 40, "git_dirty": False, "started": "now", "dtype": "
 
 
 def test_times_of_a_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr("decef.bench.SHAPES", (TINY,))
-    monkeypatch.setattr("decef.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.results.bench_layers.SHAPES", (TINY,))
+    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     rows = list(bench_layers(["decef", "basisconv2021"], [0.5], [2], CPU))
     assert [(row["layer"], row["pass"]) for row in rows] == [
         (layer, which) for layer in ("decef", "basisconv2021") for which in ("inference", "training")
@@ -101,8 +108,8 @@ def test_peak_memory_is_what_is_alive_at_once():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("decef.timing.ROUND_SECONDS", 0.001)
-    monkeypatch.setattr("decef.timing.ROUNDS", 1)
+    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.inference.timing.ROUNDS", 1)
 
 
 def test_whole_networks(tmp_path, quick):

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-import decef.claims as claims
-from decef.claims import (
+import decef.results.claims as claims
+from decef.models.weights import describe_file
+from decef.results.claims import (
     FAILS,
     HOLDS,
     MIXED,
@@ -28,10 +29,9 @@ from decef.claims import (
     load_measured,
     same_setting,
 )
-from decef.claims_text import asks_words, figure_lines, markdown
-from decef.models.weights import describe_file
-from decef.statistics import seeds_needed
-from decef.tables import Record
+from decef.results.claims_page import asks_words, figure_lines, markdown
+from decef.results.statistics import seeds_needed
+from decef.results.tables import Record
 
 ROOT = Path(__file__).parents[1]
 #: What the project's notes on the papers have as derived, recalled or unknown: not to be printed as anybody's figure.

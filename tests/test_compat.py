@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
 from decef import Plan, cost, fold
-from decef.convert import convert, plan
+from decef.conversion import convert, plan
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.ranks import Budget, Share
 

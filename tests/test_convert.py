@@ -8,7 +8,7 @@ from test_layers import used
 from torch import nn
 from torch.testing import assert_close
 
-from decef.convert import Plan, convert, fold, plan
+from decef.conversion import Plan, convert, fold, plan
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.ranks import Budget, Fixed, PerLayer, Share

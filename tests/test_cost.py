@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decef.convert import convert, plan
-from decef.cost import cost, input_shapes, layer_macs, total_cost
+from decef.conversion import convert, plan
+from decef.costs import cost, input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d
 from decef.models import create_model
 from decef.ranks import Budget, Candidate, Totals

@@ -130,7 +130,7 @@ def test_nowhere_to_be_found_says_what_was_tried_and_the_ways_out(tmp_path, monk
 
 
 def _torchvision() -> bool:
-    from decef.torchvision_cpu import import_torchvision
+    from decef.data.torchvision_cpu import import_torchvision
 
     return import_torchvision() is not None
 

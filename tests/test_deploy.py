@@ -11,9 +11,9 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import decef
-from decef.deploy import FORMS, forms_of, plain
-from decef.engines import ENGINES, available, load, to_onnx
-from decef.export import export as write
+from decef.inference.deploy import FORMS, forms_of, plain
+from decef.inference.engines import ENGINES, available, load, to_onnx
+from decef.inference.export import export as write
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model
 from decef.ranks import Budget
@@ -145,7 +145,7 @@ def test_deploy_takes_the_fastest(monkeypatch):
     def pretend(steps, **how):
         return {key: slow[key[1] if isinstance(key, tuple) else key] for key in steps}
 
-    monkeypatch.setattr(sys.modules["decef.deploy"], "interleaved", pretend)  # decef.deploy is the function
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved", pretend)
     deployed = decef.deploy(small("decef"), torch.randn(1, 3, 9, 9), engines=["eager"])
     assert deployed.arrangement == "chain"
     assert set(deployed.forms.values()) == {"chain"}

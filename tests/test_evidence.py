@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from decef.evidence import Entry, Job, list_jobs, load_entries, run_jobs
+from decef.training.evidence import Entry, Job, list_jobs, load_entries, run_jobs
 
 ROOT = Path(__file__).parents[1]
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
@@ -99,7 +99,7 @@ def test_every_entry_of_the_list_can_start():
     sys.path.insert(0, str(ROOT / "scripts"))
     from cli import config_of
 
-    from decef.run import resolve
+    from decef.training.run import resolve
 
     entries = load_entries(ROOT / "configs" / "evidence.yaml")
     jobs, blocked = list_jobs(entries, lambda given: resolve(config_of(given)))

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from test_run import config
 
-from decef.analysis import cost_table, load_networks, write_costs
-from decef.convert import plan
+from decef.conversion import plan
 from decef.data import DATASETS, Images, dataset
 from decef.layers import BasisConv2d
 from decef.models import create_model
 from decef.ranks import Energy
-from decef.record import first_difference, read_metrics, replay, run_id
-from decef.run import InputError, build, resolve, run
+from decef.results.measure import cost_table, load_networks, write_costs
+from decef.training.record import first_difference, read_metrics, replay, run_id
+from decef.training.run import InputError, build, resolve, run
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

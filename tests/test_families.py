@@ -9,9 +9,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import decef
+from decef.data.torchvision_cpu import import_torchvision
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.ranks import Budget, Share
-from decef.torchvision_cpu import import_torchvision
 
 torchvision = import_torchvision()
 timm = pytest.importorskip("timm")  # imports torchvision, so it comes after

@@ -13,14 +13,15 @@ from matplotlib.colors import to_hex
 from test_run import config
 from torch import nn
 
-from decef import CPACConv2d, DeCEFConv2d, figures, gallery
-from decef.analysis import load_networks, rank_table
-from decef.convert import convert
-from decef.filters import eigenfilters, significance, write_filters
+from decef import CPACConv2d, DeCEFConv2d
+from decef.conversion import convert
 from decef.models import PlainNet
-from decef.record import read_metrics
-from decef.run import run
-from decef.tables import comparison_groups, load_records, summarize
+from decef.results import figures, plots
+from decef.results.eigenfilters import eigenfilters, significance, write_filters
+from decef.results.measure import load_networks, rank_table
+from decef.results.tables import comparison_groups, load_records, summarize
+from decef.training.record import read_metrics
+from decef.training.run import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,15 +47,15 @@ def lines(axes):
 def test_points_are_the_tables_rows(records):
     frame = summarize(records["cifar10-quick"])
     frame = frame[frame.model == "resnet20"]
-    for panel, cost in zip(figures.plot_tradeoff(frame).axes, ("flops", "params"), strict=True):
+    for panel, cost in zip(plots.plot_tradeoff(frame).axes, ("flops", "params"), strict=True):
         points = {c.get_label(): c.lines[0] for c in panel.containers}
         assert len(points) == len(frame)
         for row, (label, point) in zip(frame.itertuples(), points.items(), strict=True):
             assert label.startswith(row.layer)
             assert label.endswith(f"(n={row.n})")
             assert point.get_xydata().tolist() == [[getattr(row, cost) / 1e6, row.top1]]
-            assert (to_hex(point.get_color()).upper(), point.get_marker()) == figures.LOOK[row.layer]
-        front = figures.pareto(frame, cost)
+            assert (to_hex(point.get_color()).upper(), point.get_marker()) == plots.LOOK[row.layer]
+        front = plots.pareto(frame, cost)
         assert lines(panel)["Pareto front"].get_xydata().tolist() == (
             np.column_stack([front[cost] / 1e6, front.top1]).tolist()
         )
@@ -65,7 +66,7 @@ def test_points_are_the_tables_rows(records):
 
 def test_intervals_are_drawn_where_there_are_seeds(records):
     frame = summarize(records["digits-atcd"])
-    (left, _) = figures.plot_tradeoff(frame).axes
+    (left, _) = plots.plot_tradeoff(frame).axes
     for row, container in zip(frame.itertuples(), left.containers, strict=True):
         ((_, low), (_, high)) = container.lines[2][0].get_segments()[0]
         assert (low, high) == pytest.approx((row.top1_low, row.top1_high))
@@ -79,7 +80,7 @@ def test_curves_are_the_metrics_mean_and_range(records):
         for r, metrics in zip(group, rows, strict=True)
         for row in metrics
     )
-    _, right = figures.plot_training(frame).axes
+    _, right = plots.plot_training(frame).axes
     seeds = np.array([[row["test_top1"] for row in metrics] for metrics in rows])
     assert lines(right)["rank1 (n=3)"].get_ydata() == pytest.approx(seeds.mean(0))
     band = right.collections[0].get_paths()[0].vertices
@@ -90,7 +91,7 @@ def test_curves_are_the_metrics_mean_and_range(records):
 
 def test_untuned_curves_are_the_csv():
     frame = pd.read_csv(ROOT / "results" / "untuned" / "resnet20.csv")
-    drawn = lines(figures.plot_untuned(frame).axes[0])
+    drawn = lines(plots.plot_untuned(frame).axes[0])
     for nearest, prefix in (("outputs", "{}"), ("kernels", "_{}, kernels")):
         for layer in ("decef", "basisconv", "cpac", "rank1"):
             rows = frame[(frame.layer == layer) & (frame.spread == "energy") & (frame.nearest == nearest)]
@@ -105,7 +106,7 @@ def test_eigenfilters_are_those_of_the_layer():
     layer = DeCEFConv2d(8, 16, 3, rank=2)
     found = eigenfilters(layer.weight, channels=4)
     assert found.channels == [0, 2, 5, 7]
-    images = [a.get_images()[0].get_array() for a in figures.plot_eigenfilters(found).axes if a.get_images()]
+    images = [a.get_images()[0].get_array() for a in plots.plot_eigenfilters(found).axes if a.get_images()]
     assert np.array(images).reshape(4, 2, 3, 3) == pytest.approx(np.array(found.filters))
     basis = torch.tensor(found.filters, dtype=torch.float32).flatten(2)
     torch.testing.assert_close(basis @ basis.mT, torch.eye(2).expand(4, 2, 2))
@@ -120,7 +121,7 @@ def test_significance_is_sorted_and_complete():
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), "cpac", rank=4)
     found = significance(model, (4, 8, 8))
-    drawn = lines(figures.plot_significance(found).axes[0])
+    drawn = lines(plots.plot_significance(found).axes[0])
     for name, module in model.named_modules():
         if isinstance(module, CPACConv2d):
             expected = np.sort(module.significance().numpy())[::-1]
@@ -174,14 +175,14 @@ def test_deleted_and_drawn_again_figures_are_the_same_files(drawn):
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "ranks-gone.png").write_bytes(b"of data that are no longer there")
-    gallery.draw(results)
+    figures.draw(results)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_ranks_in_training_are_the_checkpoints_tables(drawn):
     _, _, tables = drawn
     frame = pd.concat(table.assign(epoch=i + 1) for i, table in enumerate(tables))
-    axes = figures.plot_ranks_in_training(frame, 0.3).axes[0]
+    axes = plots.plot_ranks_in_training(frame, 0.3).axes[0]
     mean = lines(axes)["mean over convolutions"]
     assert mean.get_xydata().tolist() == [[i + 1, pytest.approx(t.threshold.mean())] for i, t in enumerate(tables)]
     for name in tables[0]["name"]:
@@ -190,7 +191,7 @@ def test_ranks_in_training_are_the_checkpoints_tables(drawn):
 
 def test_cost_bars_are_the_ranks_that_ran(records):
     group = [r for r in records["cifar10-quick"] if r.model == "resnet20" and r.asked in ("dense", "0.667 of FLOPs")]
-    (drawing,) = gallery.costs(ROOT / "results", group)
+    (drawing,) = figures.costs(ROOT / "results", group)
     macs = {r.layer: r.summary["macs"] for r in group} | {"conv2d": group[0].summary["dense"]["macs"]}
     linear = 64 * 10
     for panel in drawing.figure.axes:
@@ -205,7 +206,7 @@ def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(tmp_path):
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said == [
-        f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in gallery.KINDS
+        f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in figures.KINDS
     ]
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["README.md"]
 
@@ -213,7 +214,7 @@ def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(tmp_path):
 def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):
     model = convert(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), "decef", rank=3)
     write_filters(model, tmp_path / "filters" / "x", made_from={"weights": None}, input_size=(4, 8, 8))
-    (drawing,) = gallery.filters(tmp_path, [])
+    (drawing,) = figures.filters(tmp_path, [])
     assert drawing.name == "eigenfilters-x"
     assert len(json.loads((tmp_path / "filters" / "x.json").read_text())["eigenfilters"]["filters"][0]) == 3
 

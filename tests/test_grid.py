@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-import decef.run
+import decef.training.run
 from decef.data import DATASETS, FOLDERS, Images, dataset
 from decef.layers import LAYERS
-from decef.run import run
+from decef.training.run import run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 #: Other depths of a CIFAR ResNet and larger networks of torchvision and timm are the same code and take longer.
@@ -76,8 +76,8 @@ SAME_IMAGES = ("cifar100", "svhn", "fashion_mnist", "imagefolder")
 
 def run_cells(cells, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.ERROR)
-    monkeypatch.setattr(decef.run, "dataset", tiny)
-    monkeypatch.setattr(decef.run, "environment", lambda device, threads: {"started": "now"})
+    monkeypatch.setattr(decef.training.run, "dataset", tiny)
+    monkeypatch.setattr(decef.training.run, "environment", lambda device, threads: {"started": "now"})
     done = 0
     for data, model, layer in cells:
         settings = config(data, model, layer, tmp_path)

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from decef.convert import convert, plan
-from decef.cost import total_cost
+from decef.conversion import convert, plan
+from decef.costs import total_cost
+from decef.data.torchvision_cpu import import_torchvision
 from decef.models import create_model
-from decef.torchvision_cpu import import_torchvision
 
 # Parameters and MACs (convolutions and classifier) as published or worked out from the papers' tables.
 CIFAR = {

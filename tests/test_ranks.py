@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from decef import cost, effective_rank
-from decef.convert import convert, plan
+from decef.conversion import convert, plan
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.ranks import DEFINITIONS, Budget, Candidate, EffectiveRank, Energy, Fixed, PerLayer, Share, Totals
 

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from decef.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
-from decef.report import VERDICTS, build
-from decef.tables import Record
+from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
+from decef.results.report import VERDICTS, build
+from decef.results.tables import Record
 
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
 HOSTILE = '</script><script>window.entered = 1</script><img src=x onerror="window.entered=1">\'&{{ 7*7 }}'

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from decef.checkpoint import load_checkpoint, save_checkpoint
 from decef.models.weights import find_weights
-from decef.record import RunRecord, first_difference, read_metrics, recorded, replay, run_id
-from decef.run import InputError, resolve, run
-from decef.tracking import Tracker, resolve_mode
-from decef.trainconfig import TrainConfig
+from decef.training.checkpoint import load_checkpoint, save_checkpoint
+from decef.training.config import TrainConfig
+from decef.training.record import RunRecord, first_difference, read_metrics, recorded, replay, run_id
+from decef.training.run import InputError, resolve, run
+from decef.training.tracking import Tracker, resolve_mode
 
 CONFIG = {
     "dataset": {"name": "digits", "root": None, "train_size": 256, "crop_padding": 1, "flip": False},
@@ -72,7 +72,7 @@ def test_a_run_leaves_its_record(finished):
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     results, summary = finished
-    monkeypatch.setattr("decef.run.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("decef.training.run.fit", lambda *a, **k: pytest.fail("trained again"))
     assert run(config(results, device="cpu", wandb__project="other")) == summary
 
 
@@ -84,14 +84,14 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
         save(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decef.run.save_checkpoint", save_then_stop)
+    monkeypatch.setattr("decef.training.run.save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path))
     folder = tmp_path / "runs" / expected["id"]
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "test_top1": 0.0}\n{"epo')  # logged, then killed before the checkpoint
-    monkeypatch.setattr("decef.run.save_checkpoint", save)
+    monkeypatch.setattr("decef.training.run.save_checkpoint", save)
     summary = run(config(tmp_path))
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
     assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
@@ -218,14 +218,22 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
         save(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decef.run.save_checkpoint", save_then_stop)
-    monkeypatch.setattr("decef.train.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked)
-    monkeypatch.setattr("decef.run.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked)
+    monkeypatch.setattr("decef.training.run.save_checkpoint", save_then_stop)
+    monkeypatch.setattr(
+        "decef.training.loop.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked
+    )
+    monkeypatch.setattr(
+        "decef.training.run.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked
+    )
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path))
-    monkeypatch.setattr("decef.run.save_checkpoint", save)
-    monkeypatch.setattr("decef.train.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked)
-    monkeypatch.setattr("decef.run.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked)
+    monkeypatch.setattr("decef.training.run.save_checkpoint", save)
+    monkeypatch.setattr(
+        "decef.training.loop.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked
+    )
+    monkeypatch.setattr(
+        "decef.training.run.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked
+    )
     with pytest.raises(InputError, match=r"same run done otherwise \(layer\.implementation\): go on as it says"):
         run(config(tmp_path, layer__implementation="factorized"))
     assert run(config(tmp_path))["precision"] == "fp32"
@@ -318,7 +326,7 @@ def test_wandb_offline_without_a_key(tmp_path, monkeypatch, caplog):
 def test_disabled_needs_no_wandb(tmp_path):
     code = """
 import sys; sys.modules["wandb"] = None  # importing it fails
-from decef.tracking import Tracker, resolve_mode
+from decef.training.tracking import Tracker, resolve_mode
 t = Tracker("disabled", run_id="x", folder=None, config={}, group="", tags=[], project="p")
 t.log({"a": 1}); t.finish({})
 try: resolve_mode("offline")
@@ -330,7 +338,7 @@ except ValueError as error: print(error)
 
 def test_stem_and_classifier_are_factorised_when_asked():
     from decef.data import DATASETS
-    from decef.run import build
+    from decef.training.run import build
 
     layer = {"name": "cpac", "rank": 5, "flops": None}
     for stem, classifier in ((True, False), (False, True)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from decef.statistics import differences, estimate, holm, p_value, rank_correlation, seeds_needed
+from decef.results.statistics import differences, estimate, holm, p_value, rank_correlation, seeds_needed
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])

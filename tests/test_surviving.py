@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_run import CONFIG
 
-from decef.tables import load_records, write_tables
+from decef.results.tables import load_records, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DRIVER = r"""
 import json, os, resource, signal, sys
 import torch
-import decef.checkpoint, decef.record, decef.run, decef.tables, decef.train
+import decef.training.checkpoint, decef.training.record, decef.training.run, decef.results.tables, decef.training.loop
 from pathlib import Path
 
 def die():
@@ -36,15 +36,15 @@ def dying(function, call, first=lambda *args: None):
     return patched
 
 def in_a_step():
-    decef.train.Training.step = dying(decef.train.Training.step, 2)
+    decef.training.loop.Training.step = dying(decef.training.loop.Training.step, 2)
 
 def in_evaluation():
-    decef.train.evaluate = dying(decef.train.evaluate, 1)
+    decef.training.loop.evaluate = dying(decef.training.loop.evaluate, 1)
 
 def in_a_checkpoint():
     def half(path, data):
         path.with_name(path.name + ".partial").write_bytes(bytes(data)[: len(data) // 2])
-    decef.checkpoint.replace_file = dying(decef.checkpoint.replace_file, 1, half)
+    decef.training.checkpoint.replace_file = dying(decef.training.checkpoint.replace_file, 1, half)
 
 def before_the_checkpoint_is_in_place():
     real = os.replace
@@ -58,7 +58,7 @@ def in_the_metrics():
     def half(record, metrics):
         with (record.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics)[:20])
-    decef.record.RunRecord.add_epoch = dying(decef.record.RunRecord.add_epoch, 1, half)
+    decef.training.record.RunRecord.add_epoch = dying(decef.training.record.RunRecord.add_epoch, 1, half)
 
 def in_the_summary():
     real = os.replace
@@ -81,8 +81,8 @@ for moment in sys.argv[2:]:
         try:
             globals()[moment]()
             for config in json.loads(sys.argv[1]):
-                decef.run.run(config)
-        except decef.run.InputError as error:
+                decef.training.run.run(config)
+        except decef.training.run.InputError as error:
             print("refused:", error, flush=True)
             os._exit(2)
         os._exit(0)

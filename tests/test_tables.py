@@ -5,7 +5,7 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
-from decef.tables import load_records, summarize, write_tables
+from decef.results.tables import load_records, summarize, write_tables
 
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
 

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
-from decef.convert import convert, plan
+from decef.conversion import convert, plan
 from decef.data import DATASETS, Images
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import CifarResNet
-from decef.train import evaluate, fit, lr_at, make_optimizer, penalties
-from decef.trainconfig import TrainConfig
+from decef.training.config import TrainConfig
+from decef.training.loop import evaluate, fit, lr_at, make_optimizer, penalties
 
 CONFIG = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
 DIGITS = DATASETS["digits"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from test_train import CONFIG, train
 
-from decef.distributed import Processes
 from decef.models import PlainNet
-from decef.train import check_possible
+from decef.training.distributed import Processes
+from decef.training.loop import check_possible
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,9 +17,9 @@ from test_cli import ROOT, command
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import ENTITY, WandbServer
 
-from decef.dashboard import spec
-from decef.tables import load_records, write_tables
-from decef.tracking import Tracker, offline_runs
+from decef.results.dashboard import spec
+from decef.results.tables import load_records, write_tables
+from decef.training.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
 
@@ -36,7 +36,7 @@ def environment(folder, url):
 # Every command line is a process of its own, with its own environment and folder; they share the slow imports.
 DRIVER = r"""
 import json, os, runpy, sys
-import decef.dashboard, decef.run, decef.tables, hydra, wandb
+import decef.results.dashboard, decef.training.run, decef.results.tables, hydra, wandb
 for line in sys.stdin:
     command, environment, folder = json.loads(line)
     child = os.fork()
@@ -166,7 +166,7 @@ def test_a_run_that_wandb_refuses_on_its_way_is_left_for_sync(call, tmp_path):
     (tmp_path / "runs" / "a" / "summary.json").write_text('{"status": "finished"}')
     script = tmp_path / "track.py"
     script.write_text(
-        "from decef.tracking import *; import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from decef.training.tracking import *; import logging; logging.basicConfig(level=logging.INFO)\n"
         "t = Tracker('online', run_id='a', folder=Path('runs/a'), config={}, group='g', tags=[], project='decef')\n"
         "t.log({'epoch': 1, 'test_top1': 10.0}); t.finish({'test_top1': 10.0})\n"
     )
@@ -207,7 +207,7 @@ SLOW = r"""
 import os, signal, threading
 from pathlib import Path
 from wandb.sdk.lib.service.service_connection import ServiceConnection
-from decef.tracking import Tracker, offline_runs
+from decef.training.tracking import Tracker, offline_runs
 
 told = ServiceConnection.inform_finish
 

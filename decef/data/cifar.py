@@ -13,7 +13,7 @@ import torch
 
 from decef.data.images import Images
 from decef.data.search import download, search_path
-from decef.torchvision_cpu import import_torchvision
+from decef.data.torchvision_cpu import import_torchvision
 
 TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_FILE = "test_batch"

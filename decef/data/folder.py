@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from decef.data.images import Batch, Part, parts
 from decef.data.search import search_path
-from decef.torchvision_cpu import import_torchvision
+from decef.data.torchvision_cpu import import_torchvision
 
 log = logging.getLogger(__name__)
 

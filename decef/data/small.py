@@ -17,7 +17,7 @@ import torch
 
 from decef.data.images import Images
 from decef.data.search import download, search_path, stratified_split
-from decef.torchvision_cpu import import_torchvision
+from decef.data.torchvision_cpu import import_torchvision
 
 SPLIT_TEST_IMAGES = 1_500  # of the 10,000 in MNIST's test part
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from decef.data.torchvision_cpu import import_torchvision
 from decef.models.mobilenet import MobileNetV1, MobileNetV2
 from decef.models.plain import PlainNet
 from decef.models.published import CPACNet, Rank1Net
 from decef.models.resnet_cifar import CifarResNet
 from decef.models.vgg import CifarVGG16
-from decef.torchvision_cpu import import_torchvision
 
 #: Every network of this package by name. Options that are off are left out by configs and records, so off is what each
 #: option is by default.

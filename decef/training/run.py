@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from decef.checkpoint import load_checkpoint, save_checkpoint
-from decef.convert import Plan, convert, layer_type, plan
-from decef.cost import total_cost
+from decef.conversion import Plan, convert, layer_type, plan
+from decef.costs import total_cost
 from decef.data import Data, Dataset, Images, count_classes, dataset
 from decef.data.search import stratified_subset
-from decef.distributed import Processes, joined, launched
 from decef.models import create_model, stem_name
 from decef.models.weights import find_weights, load_weights, md5_of
 from decef.ranks import Budget, Energy, Fixed, Rule
-from decef.record import RunRecord, environment, plain
-from decef.tracking import Tracker, resolve_mode
-from decef.train import Metrics, State, check_possible, fit, resolve_precision
-from decef.trainconfig import TrainConfig
+from decef.training.checkpoint import load_checkpoint, save_checkpoint
+from decef.training.config import TrainConfig
+from decef.training.distributed import Processes, joined, launched
+from decef.training.loop import Metrics, State, check_possible, fit, resolve_precision
+from decef.training.record import RunRecord, environment, plain
+from decef.training.tracking import Tracker, resolve_mode
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def run(config: Mapping[str, Any], precision: str | None = None) -> dict[str, An
     """Train what `config` says, unless that has been done, and return the record's summary.
 
     Args:
-        config: what `configs/train.yaml` composes to, or `decef.record.replay` returns, as plain data.
+        config: what `configs/train.yaml` composes to, or `decef.training.record.replay` returns, as plain data.
         precision: what `train.precision` "auto" is to mean; None is what is best on this device.
 
     Raises:

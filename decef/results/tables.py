@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from decef.checkpoint import replace_file
-from decef.claims import load_figures, same_setting
 from decef.layers import LAYERS
-from decef.record import CONFIG, FORMAT, SUMMARY, identity
-from decef.run import DEFAULT_DECAY, OF_REPLACEMENT
-from decef.statistics import differences, estimate
-from decef.tracking import check_account
+from decef.results.claims import load_figures, same_setting
+from decef.results.statistics import differences, estimate
+from decef.training.checkpoint import replace_file
+from decef.training.record import CONFIG, FORMAT, SUMMARY, identity
+from decef.training.run import DEFAULT_DECAY, OF_REPLACEMENT
+from decef.training.tracking import check_account
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Record:
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """What the run is but for its seed: its config without what cannot have an effect, see `decef.record`."""
+        """What the run is but for its seed: its config without what cannot have an effect, see `decef.training.record`."""
         return {key: value for key, value in identity(self.config).items() if key != "seed"}
 
     @property

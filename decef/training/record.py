@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from decef.checkpoint import replace_file
+from decef.training.checkpoint import replace_file
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT, LOCK = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", ".lock"
 TIMES = ("images_per_second", "seconds")  # in metrics: what no two runs have in common
@@ -73,7 +73,7 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def replay(folder: Path) -> tuple[dict[str, Any], str]:
-    """The config and the precision with which `decef.run.run` does a recorded run again.
+    """The config and the precision with which `decef.training.run.run` does a recorded run again.
 
     Returns:
         The config, to which the caller adds where to do it (`results`, `device`, `wandb`, `progress`,
@@ -220,7 +220,7 @@ def cpu_name() -> str:
 
 def _git(*args: str) -> str | None:
     try:
-        root = Path(__file__).resolve().parents[1]
+        root = Path(__file__).resolve().parents[2]
         done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decef.checkpoint import replace_file
-from decef.convert import layer_type, plan
+from decef.conversion import layer_type, plan
+from decef.inference.timing import ROUNDS, Roofline, interleaved, peak_memory
 from decef.layers import FactorizedConv2d
 from decef.ranks import Budget
-from decef.timing import ROUNDS, Roofline, interleaved, peak_memory
+from decef.training.checkpoint import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd

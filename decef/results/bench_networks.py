@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from decef.bench import write
-from decef.convert import convert
-from decef.cost import total_cost
+from decef.conversion import convert
+from decef.costs import total_cost
 from decef.data import DATASETS, Images
-from decef.deploy import deploy
-from decef.engines import available
+from decef.data.torchvision_cpu import import_torchvision
+from decef.inference.deploy import deploy
+from decef.inference.engines import available
+from decef.inference.timing import Roofline, interleaved, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model, stem_name
 from decef.ranks import Budget
-from decef.timing import Roofline, interleaved, peak_memory
-from decef.torchvision_cpu import import_torchvision
-from decef.train import Training, network_input
-from decef.trainconfig import TrainConfig
+from decef.results.bench_layers import write
+from decef.training.config import TrainConfig
+from decef.training.loop import Training, network_input
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from decef import figures
-from decef.checkpoint import replace_file
-from decef.convert import plan
+from decef.conversion import plan
 from decef.data import dataset
-from decef.filters import EigenFilters
-from decef.record import METRICS, read_metrics
-from decef.run import dense_network
-from decef.tables import Record, comparison_groups, experiments, load_records, summarize
+from decef.results import plots
+from decef.results.eigenfilters import EigenFilters
+from decef.results.tables import Record, comparison_groups, experiments, load_records, summarize
+from decef.training.checkpoint import replace_file
+from decef.training.record import METRICS, read_metrics
+from decef.training.run import dense_network
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def draw(results: Path) -> list[Path]:
         if not found:
             log.info("skipped: there is no data for %s; make it with %s", kind, command)
         for drawing in found:
-            figures.save(drawing.figure, folder / drawing.name)
+            plots.save(drawing.figure, folder / drawing.name)
         drawings += found
     names = {drawing.name for drawing in drawings}
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
@@ -75,7 +75,7 @@ def tradeoffs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
                 f"{title}: test top-1 of the last epoch against FLOPs and parameters. Mean over n seeds; bars: 95 % "
                 "interval of the mean, where n > 1. Grey: the Pareto front."
             )
-            yield Drawing(f"accuracy-{name}", figures.plot_tradeoff(frame), shows, _folders(group))
+            yield Drawing(f"accuracy-{name}", plots.plot_tradeoff(frame), shows, _folders(group))
 
 
 def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -89,7 +89,7 @@ def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             "greatest, where n > 1."
         )
         sources = [f"{folder}/{METRICS}" for folder in _folders(group)]
-        yield Drawing(f"training-{name}", figures.plot_training(frame), shows, sources)
+        yield Drawing(f"training-{name}", plots.plot_training(frame), shows, sources)
 
 
 def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -98,11 +98,11 @@ def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         ran = {record.config["layer"]["name"]: record for record in reversed(group) if record.summary.get("ranks")}
         if len({record.config["layer"]["name"] for record in group}) < 2 or not ran:
             continue
-        order = [layer for layer in figures.LOOK if layer in ran]
+        order = [layer for layer in plots.LOOK if layer in ran]
         settings = "; ".join(f"{layer}: {ran[layer].asked}" for layer in order)
         shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
         plans = {layer: _plan(ran[layer]) for layer in order}
-        yield Drawing(f"costs-{name}", figures.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
+        yield Drawing(f"costs-{name}", plots.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
 
 
 def untuned(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -113,7 +113,7 @@ def untuned(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             "network's FLOPs; ranks by the energy they keep for their FLOPs. Filled, solid: nearest in the layers' "
             "outputs on training images; open, dashed: nearest in their kernels. Grey line: the dense network."
         )
-        yield Drawing(f"untuned-{path.stem}", figures.plot_untuned(pd.read_csv(path)), shows, [f"untuned/{path.name}"])
+        yield Drawing(f"untuned-{path.stem}", plots.plot_untuned(pd.read_csv(path)), shows, [f"untuned/{path.name}"])
 
 
 def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -123,7 +123,7 @@ def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             f"{name}: effective rank of every kernel wider than 1x1, mean over input channels (singular values of at "
             f"least {threshold:g} of the largest); dashed: random kernels of the same shapes."
         )
-        figure = figures.plot_ranks(tables, threshold)
+        figure = plots.plot_ranks(tables, threshold)
         yield Drawing(f"ranks-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
 
 
@@ -134,7 +134,7 @@ def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Draw
         if len(tables) > 1 and all(epochs.values()):
             frame = pd.concat(t.assign(epoch=int(label.split()[1])) for label, t in tables.items())
             shows = f"{name}: effective rank after every epoch, a line a convolution; black: mean over convolutions."
-            figure = figures.plot_ranks_in_training(frame, threshold)
+            figure = plots.plot_ranks_in_training(frame, threshold)
             yield Drawing(f"ranks-by-epoch-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
 
 
@@ -148,7 +148,7 @@ def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             f"{path.stem}, {data['layer']}: eigen-filters (left singular vectors, norm 1, sign chosen) of input "
             f"channels at even distances, with their singular values; {weights}."
         )
-        figure = figures.plot_eigenfilters(EigenFilters(**data["eigenfilters"]))
+        figure = plots.plot_eigenfilters(EigenFilters(**data["eigenfilters"]))
         yield Drawing(f"eigenfilters-{path.stem}", figure, shows, source)
         share = data["decomposed_to_flops"]
         how = f"decomposed to {share:g} of the FLOPs, not trained further" if share else "as trained"
@@ -158,7 +158,7 @@ def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
                 f"that they make, sorted, over the largest: {SIGNIFICANCE[kind]}; {weights}."
             )
             name = f"significance-{kind}-{path.stem}"
-            yield Drawing(name, figures.plot_significance(layers), shows, source)
+            yield Drawing(name, plots.plot_significance(layers), shows, source)
 
 
 #: What may be drawn, the command that makes its data, and what draws it.
@@ -210,7 +210,7 @@ def _metrics(results: Path, records: Sequence[Record]) -> pd.DataFrame:
         if frame.empty
         else frame.sort_values(
             ["layer", "setting", "seed", "epoch"],
-            key=lambda c: c.map(list(figures.LOOK).index) if c.name == "layer" else c,
+            key=lambda c: c.map(list(plots.LOOK).index) if c.name == "layer" else c,
         )
     )
 

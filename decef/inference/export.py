@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from decef.deploy import FORMS, deploy, plain
-from decef.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
-from decef.timing import interleaved
+from decef.inference.deploy import FORMS, deploy, plain
+from decef.inference.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
+from decef.inference.timing import interleaved
 
 
 def export(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from decef.record import SUMMARY, run_id
+from decef.training.record import SUMMARY, run_id
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decef.record import SUMMARY
+from decef.training.record import SUMMARY
 
 log = logging.getLogger(__name__)
 

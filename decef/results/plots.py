@@ -1,6 +1,6 @@
 """Figures: readable at column width, told apart without colour, as PNG and SVG.
 
-Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.gallery` draws all of a results folder.
+Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.results.figures` draws all of a results folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from decef.filters import EigenFilters
+from decef.results.eigenfilters import EigenFilters
 
 #: Colour (Okabe and Ito's palette) and marker of every layer type, in all figures.
 LOOK = {
@@ -69,7 +69,7 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
     """Top-1 against FLOPs and against parameters, with the Pareto front.
 
     Args:
-        frame: `decef.tables.summarize`'s rows of one network. Bars are the 95 % interval of the mean.
+        frame: `decef.results.tables.summarize`'s rows of one network. Bars are the 95 % interval of the mean.
     """
     figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -103,7 +103,7 @@ def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 @_styled
 def plot_untuned(frame: pd.DataFrame) -> Figure:
-    """Top-1 right after decomposition against the share of FLOPs; `decef.analysis.untuned`'s rows, ranks by energy."""
+    """Top-1 right after decomposition against the share of FLOPs; `decef.results.measure.untuned`'s rows, ranks by energy."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
     dense = frame[frame.layer == "conv2d"].iloc[0]
@@ -212,7 +212,7 @@ def plot_training(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def plot_eigenfilters(found: EigenFilters) -> Figure:
-    """Eigen-filters as images, a row an input channel, with their singular values (`decef.filters.eigenfilters`)."""
+    """Eigen-filters as images, a row an input channel, with their singular values (`decef.results.eigenfilters.eigenfilters`)."""
     rows, columns = len(found.channels), len(found.values[0])
     figure = Figure(figsize=(WIDTH, 3.7 / columns * rows * 1.33 + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -236,7 +236,7 @@ def plot_significance(layers: Mapping[str, Sequence[float]]) -> Figure:
     """Sorted significance of CP components, a line a layer, dark near the input.
 
     Args:
-        layers: by layer in the network's order, largest first (`decef.filters.significance`).
+        layers: by layer in the network's order, largest first (`decef.results.eigenfilters.significance`).
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from decef.atcd import ATCD
 from decef.data import Data, normalize
-from decef.distributed import Processes
 from decef.layers import Basis2021Conv2d, DeCEFConv2d, FactorizedConv2d
-from decef.trainconfig import TrainConfig
+from decef.training.config import TrainConfig
+from decef.training.distributed import Processes
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite

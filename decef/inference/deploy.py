@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from decef.convert import replace_modules
-from decef.engines import available, check_engine, check_equal, load, load_all
+from decef.conversion import replace_modules
+from decef.inference.engines import available, check_engine, check_equal, load, load_all
+from decef.inference.timing import interleaved
 from decef.layers import FactorizedConv2d
-from decef.timing import interleaved
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | 
         model: any network that takes one tensor and gives one; it stays as it is.
         example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on. Other shapes still
             run where the engine is torch.
-        engines: of `decef.engines.ENGINES`; None is all that are installed.
+        engines: of `decef.inference.engines.ENGINES`; None is all that are installed.
 
     Raises:
         ValueError: the network doesn't run on the example, an engine that isn't there, or no candidate gives the

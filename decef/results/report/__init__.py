@@ -17,11 +17,11 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from decef.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict, load_papers
-from decef.claims_text import asks_words, figure_lines
 from decef.layers import LAYERS
-from decef.record import CONFIG, METRICS, SUMMARY
-from decef.tables import Record, cells, comparison_groups, experiments, summarize
+from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict, load_papers
+from decef.results.claims_page import asks_words, figure_lines
+from decef.results.tables import Record, cells, comparison_groups, experiments, summarize
+from decef.training.record import CONFIG, METRICS, SUMMARY
 
 #: What `metrics.jsonl` has to draw, as the page names it.
 CURVES = {
@@ -56,9 +56,9 @@ def build(
     """The page as HTML; the same input, the same text.
 
     Args:
-        records: finished runs, see `decef.tables.load_records`.
-        metrics: their epochs by run id, see `decef.record.read_metrics`; a run without has no curve.
-        verdicts: claims and what came out, see `decef.claims.judge`.
+        records: finished runs, see `decef.results.tables.load_records`.
+        metrics: their epochs by run id, see `decef.training.record.read_metrics`; a run without has no curve.
+        verdicts: claims and what came out, see `decef.results.claims.judge`.
     """
     groups = [_group(number, name, group) for number, (name, group) in enumerate(comparison_groups(records).items())]
     epochs = [epoch for run in metrics.values() for epoch in run]
@@ -162,4 +162,4 @@ def _yaml(value: Mapping[str, Any]) -> str:
 
 
 def _file(name: str) -> str:
-    return (files("decef.report") / name).read_text(encoding="utf-8")
+    return (files("decef.results.report") / name).read_text(encoding="utf-8")

@@ -11,9 +11,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from decef.checkpoint import load_checkpoint
-from decef.convert import Plan, convert, plan
-from decef.cost import total_cost
+from decef.conversion import Plan, convert, plan
+from decef.costs import total_cost
 from decef.data import Data, Dataset, dataset, normalize
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.factorized import evaluating
@@ -21,9 +20,10 @@ from decef.models import create_model
 from decef.models.weights import load_weights
 from decef.moments import input_moments
 from decef.ranks import DEFINITIONS, Budget, effective_rank
-from decef.record import CHECKPOINT, CONFIG
-from decef.run import build, dense_network
-from decef.train import EVAL_BATCH, evaluate
+from decef.training.checkpoint import load_checkpoint
+from decef.training.loop import EVAL_BATCH, evaluate
+from decef.training.record import CHECKPOINT, CONFIG
+from decef.training.run import build, dense_network
 
 if TYPE_CHECKING:
     import pandas as pd

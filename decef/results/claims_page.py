@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from decef.claims import SHARES, Claim, Figure, Verdict, load_papers, selector_words
+from decef.results.claims import SHARES, Claim, Figure, Verdict, load_papers, selector_words
 
 MEASURES = {"product": "norm (the product of its factors' norms)", "channels": "channel factor's norm"}
 
@@ -40,7 +40,7 @@ def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
     lines = [
         "# The papers' claims, and what came out here",
         "",
-        "Made by `make claims` from the run records and decef/claims.yaml. Top-1 is the test accuracy of the last",
+        "Made by `make claims` from the run records and decef/results/claims.yaml. Top-1 is the test accuracy of the last",
         "epoch. Square brackets hold 95 % intervals, Student's t over seeds, each by itself; differences are paired by",
         "seed, in the same precision. Each line of a claim is a comparison with what was asked. It is decided when a",
         "two-sided t test at 0.05 says so; p-values are corrected for the number of comparisons in the claim (Holm).",

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from decef.run import OF_REPLACEMENT
-from decef.statistics import (
+from decef.results.statistics import (
     ALPHA,
     MOST_SEEDS,
     Estimate,
@@ -35,11 +34,12 @@ from decef.statistics import (
     rank_correlation,
     seeds_needed,
 )
+from decef.training.run import OF_REPLACEMENT
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from decef.tables import Record
+    from decef.results.tables import Record
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measured | None = N
 
     Args:
         claim: one of `load_claims()`.
-        records: finished runs, see `decef.tables.load_records`. A run that diverged is not among them.
+        records: finished runs, see `decef.results.tables.load_records`. A run that diverged is not among them.
         measured: see `load_measured`.
 
     Raises:
@@ -536,7 +536,7 @@ def _chosen(
 
 
 def _experiments(records: Iterable[Record]) -> list[list[Record]]:
-    from decef.tables import experiments  # which shows figures beside results, and needs this module for that
+    from decef.results.tables import experiments  # which shows figures beside results, and needs this module for that
 
     return experiments(records)
 
@@ -601,7 +601,7 @@ def _costs(record: Record) -> str:
 
 def _mixed(records: Iterable[Record]) -> str:
     """The precisions of runs that have several."""
-    from decef.tables import precision_words
+    from decef.results.tables import precision_words
 
     words = precision_words(records)
     return f", precision {words}" if words.startswith("mixed") else ""
@@ -611,7 +611,7 @@ def _other_precision(
     group: Iterable[Record], against: Mapping[tuple[int, str | None], Record], control: Mapping[str, Any]
 ) -> str:
     """Says which runs are not paired although the control has their seed, as it ran in another precision."""
-    from decef.tables import precision_words
+    from decef.results.tables import precision_words
 
     seeds = {seed for seed, _ in against}
     ours = {record.pair[0]: record for record in group if record.pair not in against and record.pair[0] in seeds}
@@ -647,7 +647,7 @@ def selector_words(selector: Mapping[str, Any]) -> str:
 
 @cache
 def _read() -> dict[str, Any]:
-    return dict(yaml.safe_load((files("decef") / "claims.yaml").read_text()))
+    return dict(yaml.safe_load((files("decef.results") / "claims.yaml").read_text()))
 
 
 def _known(what: str, name: object, known: Iterable[object], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from decef.tracking import check_account
+from decef.training.tracking import check_account
 
 NAME = "decef"
 VIEW = "decefdashboard"  # in the workspace's address, by which it is found again

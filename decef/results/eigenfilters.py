@@ -12,15 +12,15 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from decef.analysis import kernels
-from decef.checkpoint import replace_file
-from decef.convert import convert
+from decef.conversion import convert
 from decef.data import dataset
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.decef import stack_filters
 from decef.models import stem_name
 from decef.ranks import Budget
-from decef.record import CONFIG, environment
+from decef.results.measure import kernels
+from decef.training.checkpoint import replace_file
+from decef.training.record import CONFIG, environment
 
 SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
 
@@ -79,7 +79,7 @@ def significance(model: nn.Module, input_size: Sequence[int], kind: str = "produ
 
 
 def input_size_of(network: str) -> tuple[int, ...]:
-    """Shape of one input of a network as `decef.analysis.load_networks` takes it: a run's folder, or a name."""
+    """Shape of one input of a network as `decef.results.measure.load_networks` takes it: a run's folder, or a name."""
     if Path(network).is_dir():
         return dataset(yaml.safe_load((Path(network) / CONFIG).read_text())["dataset"]).input_size
     return (3, 224, 224) if "/" in network else (3, 32, 32)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from decef.cost import input_shapes, layer_macs, total_cost
+from decef.costs import input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import bar, moments_on
 from decef.ranks import Budget, Candidate, Fixed, PerLayer, Rule, Share, Totals, as_rule

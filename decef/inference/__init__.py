@@ -1,0 +1,1 @@
+"""A trained network, fast: its forms and engines, measured, and files for other engines."""

@@ -1,0 +1,1 @@
+"""From a config to a record: build a network, train it, write down what came out."""
