@@ -1,10 +1,11 @@
 """Low-rank convolution layers: DeCEF, BasisConv, CPAC and rank-1, against the plain Conv2d."""
 
 from decef.atcd import ATCD
-from decef.conversion import Plan, convert, fold, plan
+from decef.conversion import convert, fold
 from decef.costs import cost
 from decef.inference.deploy import deploy
 from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
+from decef.plans import Plan, plan
 from decef.ranks import effective_rank
 
 __all__ = [

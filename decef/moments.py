@@ -1,8 +1,8 @@
-"""Second moments of what convolutions receive: the metric in which a kernel's error is that of its output.
+"""Second moments of what convolutions receive. They tell how far a change of a kernel changes the layer's output.
 
-For a kernel W, one filter a row, and input patches x, the squared error of the output that an approximation V makes is
-`sum ||(W - V) x||^2 = tr((W - V) S (W - V)^T)` with `S = sum x x^T`: the error of the kernel in the metric S. A few
-hundred images without labels give an S that is good enough.
+Let W be a kernel with a filter in each row, V an approximation of it, and x the input patches. The squared error of the
+output is `sum ||(W - V) x||^2 = tr((W - V) S (W - V)^T)` with the second moments `S = sum x x^T`: the squared norm of
+W - V in the metric S. A few hundred images, without labels, are enough to estimate S.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def input_moments(
 
     Args:
         model: any network; it stays as it is.
-        names: of its `torch.nn.Conv2d`s.
-        inputs: batches for the network, `(B, ...)` tensors on its device, or tuples of which they are the first, as a
-            DataLoader yields. It is gone through once, or several times where the moments don't fit into `memory`.
-        memory: bytes of moments that are collected in one pass.
+        names: which of its `torch.nn.Conv2d`s.
+        inputs: batches for the network: tensors `(B, ...)` on its device, or tuples that begin with one, as a
+            DataLoader yields them. They are iterated over once for every pass, see `memory`.
+        memory: bytes of moments that are collected in one pass over `inputs`; what does not fit takes further passes.
         progress: show a bar.
 
     Returns:
@@ -39,7 +39,7 @@ def input_moments(
         A convolution that does not run is not among them.
 
     Raises:
-        ValueError: `inputs` yields nothing, or can be gone through only once where several passes are needed.
+        ValueError: `inputs` yields nothing, or, as an iterator does, nothing any more in a further pass.
     """
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
@@ -60,7 +60,7 @@ def moments_on(
     *,
     progress: bool = False,
 ) -> Mapping[str, Tensor]:
-    """What `data` say: nothing, moments that were collected before, or inputs on which they are collected now."""
+    """Moments from `data`: none, those that it is already, or those that are collected on it now."""
     if isinstance(data, Mapping):
         return data
     return {} if data is None else input_moments(model, names, data, progress=progress)
@@ -76,7 +76,7 @@ def bar(items: Sequence[_T], what: str, progress: bool) -> Iterable[_T]:
 
 
 def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[str, nn.Conv2d]]:
-    """Convolutions whose moments fit into memory together, a single one if need be."""
+    """Groups of convolutions whose moments fit into memory together; one that alone doesn't is a group by itself."""
     chosen: dict[str, nn.Conv2d] = {}
     used = 0
     for name, conv in convolutions.items():
@@ -94,7 +94,7 @@ def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[st
 def _collect(
     model: nn.Module, wanted: dict[str, nn.Conv2d], inputs: Iterable[object]
 ) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """Sums of moments, numbers of patches, and how many batches there were."""
+    """Sum of moments and number of patches of each convolution, and the number of batches."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     batches = 0
@@ -119,11 +119,14 @@ def _collect(
 
 
 def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """The patches that a convolution multiplies its kernel with, `(groups, d, patches)`, some images at a time.
+    """The patches that a convolution multiplies its kernel with, in single precision, some images at a time.
 
     Args:
         conv: the convolution, of any padding, stride, dilation and groups.
         x: its input `(B, in_channels, H, W)`.
+
+    Yields:
+        `(groups, d, patches)`, with d as in `input_moments`.
     """
     pads = conv._reversed_padding_repeated_twice
     if any(pads):

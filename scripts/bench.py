@@ -29,8 +29,8 @@ def main() -> None:
 
     import torch
 
-    from decef.results import bench_layers, bench_networks
-    from decef.training.record import environment
+    from decef.results import bench_inference, bench_layers, bench_training
+    from decef.training.recorder import environment
 
     try:
         device = torch.device(arguments.device)
@@ -51,16 +51,16 @@ def main() -> None:
                 print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
                 bench_layers.write_layers(rows, out, made)  # after every row: nothing measured is lost
         elif what == "networks":
-            for row in bench_networks.bench_inference(bench_networks.INFERENCE, arguments.share, device):
+            for row in bench_inference.bench_inference(bench_inference.INFERENCE, arguments.share, device):
                 rows.append(row)
                 print({k: v for k, v in row.items() if k != "candidates"}, flush=True)
-                bench_networks.write_inference(rows, out, made)
+                bench_inference.write_inference(rows, out, made)
         else:
-            loops = bench_networks.bench_loops(device)
-            for row in bench_networks.bench_steps(bench_networks.TRAINING, arguments.share, device):
+            loops = bench_training.bench_loops(device)
+            for row in bench_training.bench_steps(bench_training.TRAINING, arguments.share, device):
                 rows.append(row)
                 print(row, flush=True)
-                bench_networks.write_training(rows, loops, out, made)
+                bench_training.write_training(rows, loops, out, made)
         print(f"wrote {out}.json and .md")
 
 

@@ -13,9 +13,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.results.claims import judge, load_claims, load_measured
+    from decef.results.claims import judge, load_claims
     from decef.results.claims_page import markdown
-    from decef.results.tables import load_records
+    from decef.results.findings import load_measured
+    from decef.training.record import load_records
 
     if not arguments.results.is_dir():
         fail(f"there is no folder {arguments.results}: train something first, or name another with --results")

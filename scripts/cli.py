@@ -1,11 +1,13 @@
 """What the command lines share: Hydra arguments checked before anything is imported or run."""
 
+from __future__ import annotations
+
 import difflib
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -13,6 +15,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    from decef.training.config import RunConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIBRARIES = ("timm", "torchvision")  # whose models are named <library>/<name>
@@ -78,22 +83,22 @@ def _check_choices(group: str, values: list[str]) -> None:
             fail(f"there is no {group} '{value}'{_near(value, choices)}; there are {', '.join(choices)}")
 
 
-def model_config(name: str) -> dict[str, Any]:
-    """What `model=<name>` composes to, as plain data."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=[f"model={name}"]).model)  # type: ignore[return-value]
+def run_config(overrides: Sequence[str]) -> RunConfig:
+    """What scripts/train.py composes from overrides.
 
+    Raises:
+        ValueError: an override is wrong.
+    """
+    from decef.training.config import RunConfig
 
-def config_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """What scripts/train.py composes from overrides, as plain data."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             composed = compose("train", overrides=expand(list(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"{' '.join(overrides)}: {' '.join(str(error).split())}") from error
-        return {**OmegaConf.to_container(composed, resolve=True), "experiment": None}  # type: ignore[dict-item]
+        plain: Any = OmegaConf.to_container(composed, resolve=True)
+        return RunConfig.from_dict({**plain, "experiment": None})
 
 
 def _check_keys(overrides: list[str]) -> None:

@@ -6,7 +6,7 @@ python scripts/costs.py --out results/costs --readme README.md
 import argparse
 from pathlib import Path
 
-from cli import fail, model_config
+from cli import fail, run_config
 
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn", "mobilenetv1", "mobilenetv2")
 IMAGENET = ("resnet18", "resnet34", "resnet50", "vgg16_imagenet", "vgg16_bn_imagenet", "mobilenetv1_imagenet",
@@ -24,18 +24,18 @@ def main() -> None:
 
     from decef.data import dataset
     from decef.layers import LAYERS
-    from decef.results.measure import cost_table, write_costs
+    from decef.results.costs import cost_table, write_costs
 
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")
-    imagenet = dataset({"name": "imagenet", "size": 224, "num_classes": 1000})
+    imagenet = dataset("imagenet", size=224, num_classes=1000)
     networks = []
-    for names, data in ((CIFAR, dataset({"name": "cifar10"})), (IMAGENET, imagenet)):
+    for names, data in ((CIFAR, dataset("cifar10")), (IMAGENET, imagenet)):
         for name in names:
-            config = model_config(name)
-            networks.append((name, config, data))
+            networks.append((name, run_config([f"model={name}"]).model, data))
             if name in PAIRS:
-                networks.append((f"{name}, pairs dense", config | {"dense_pairs": True}, data))
+                pairs_dense = run_config([f"model={name}", "model.dense_pairs=true"]).model
+                networks.append((f"{name}, pairs dense", pairs_dense, data))
     rows = []
     for row in cost_table(networks, list(LAYERS), arguments.flops):
         rows.append(row)

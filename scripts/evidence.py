@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import CONFIGS, config_of, fail
+from cli import CONFIGS, fail, run_config
 
 if TYPE_CHECKING:
     from decef.training.evidence import Job
@@ -32,7 +32,6 @@ def main() -> None:
         fail("--hours must be above 0 and --processes at least 1")
 
     from decef.training.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
-    from decef.training.run import resolve
 
     def on_device(given: tuple[str, ...]) -> tuple[str, ...]:
         return tuple("train=paper" if a == "train=standard" and arguments.device != "cpu" else a for a in given)
@@ -43,7 +42,7 @@ def main() -> None:
         if unknown:
             fail(f"no entry {', '.join(sorted(unknown))}; there are {', '.join(entry.name for entry in entries)}")
         chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
-        jobs, blocked = list_jobs(chosen, lambda given: resolve(config_of(on_device(given))))
+        jobs, blocked = list_jobs(chosen, lambda given: run_config(on_device(given)).resolved())
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():

@@ -24,9 +24,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.models.weights import describe_file
-    from decef.results.eigenfilters import input_size_of, write_filters
+    from decef.results.eigenfilters import write_filters
     from decef.results.figures import draw
-    from decef.results.measure import load_networks
+    from decef.results.networks import input_size_of, load_networks
 
     try:
         if arguments.network:

@@ -28,9 +28,10 @@ def main() -> None:
     import torch
 
     from decef.models.weights import describe_file
-    from decef.results.measure import load_networks, rank_table
+    from decef.results.effective_ranks import rank_table
+    from decef.results.networks import load_networks
     from decef.results.plots import plot_ranks, save
-    from decef.training.record import environment
+    from decef.training.recorder import environment
 
     try:
         networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)

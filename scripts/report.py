@@ -18,11 +18,11 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.results.claims import judge, load_claims, load_measured
+    from decef.results.claims import judge, load_claims
+    from decef.results.findings import load_measured
     from decef.results.report import build
-    from decef.results.tables import load_records
     from decef.training.checkpoint import replace_file
-    from decef.training.record import read_metrics
+    from decef.training.record import load_records
 
     runs = arguments.results / "runs"
     try:
@@ -32,9 +32,8 @@ def main() -> None:
         fail(str(error))
     if not records:
         fail(f"there is no finished run in {runs}: train something first, make quickstart for one")
-    metrics = {record.summary["id"]: read_metrics(runs / record.summary["id"]) for record in records}
     path = arguments.results / "report.html"
-    replace_file(path, build(records, metrics, verdicts).encode())
+    replace_file(path, build(records, verdicts).encode())
     print(f"wrote {path}: {len(records)} runs, {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -19,16 +19,18 @@ def main() -> None:
 
     import torch
 
-    from decef.results.measure import dataset_of, load_networks, removal_table
-    from decef.training.record import environment
+    from decef.results.networks import load_networks
+    from decef.results.significance import removal_table
+    from decef.training.record import load_config
+    from decef.training.recorder import environment
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:
         try:
-            data = dataset_of(run)
+            data = load_config(run).dataset.dataset()
             _, model = load_networks(str(run))[-1]
             _, test = data.load(arguments.root)
-            table = removal_table(model, test, mean=torch.tensor(data.mean), std=torch.tensor(data.std))
+            table = removal_table(model, test)
         except (ValueError, FileNotFoundError) as error:
             fail(str(error))
         print(f"{run.name}:")

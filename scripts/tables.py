@@ -19,7 +19,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.results.tables import load_records, load_wandb_records, write_tables
+    from decef.results.tables import load_wandb_records, write_tables
+    from decef.training.record import load_records
 
     try:
         if arguments.source == "wandb":

@@ -14,7 +14,9 @@ import logging
 import os
 import sys
 import uuid
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 from cli import check_arguments, expand, fail
@@ -28,12 +30,14 @@ SWEEP = "DECEF_SWEEP"  # names the sweep to all of its jobs, which may be other 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from decef.training.run import InputError, run
+    from decef.training.config import InputError, RunConfig
+    from decef.training.run import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     chosen = HydraConfig.get().runtime.choices.get("experiment")
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     try:
-        run({**OmegaConf.to_container(cfg, resolve=True), "experiment": chosen})  # type: ignore[dict-item]
+        run(RunConfig.from_dict({**settings, "experiment": chosen}))
     except Exception as error:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             if isinstance(error, InputError):
@@ -56,8 +60,9 @@ def _failures(results: str) -> Path:
 
 def train_again(arguments: list[str]) -> None:
     """`--from FOLDER`, then where to do it, as overrides."""
+    from decef.training.config import InputError
     from decef.training.record import first_difference, read_metrics, replay
-    from decef.training.run import InputError, run
+    from decef.training.run import run
 
     if len(arguments) < 2:
         fail("--from needs a run's folder: --from results/runs/<run id>")
@@ -70,16 +75,19 @@ def train_again(arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         config, precision = replay(source)
-        config["dataset"] |= {"root": places["dataset.root"], "workers": 0}
-        if places["model.weights"]:
-            config["model"]["weights"] = places["model.weights"]
-        results = places["results"] or "replayed"
-        wandb = {"mode": "disabled", "project": None, "entity": None, "group": None, "artifacts": False}
-        here = {"results": results, "device": places["device"] or "auto", "wandb": wandb}
-        summary = run({**config, **here, "progress": True, "keep_checkpoints": False}, precision)
+        results = Path(places["results"] or "replayed")
+        config = replace(
+            config,
+            dataset=replace(config.dataset, root=places["dataset.root"]),
+            model=replace(config.model, weights=places["model.weights"] or config.model.weights),
+            results=results,
+            device=places["device"] or "auto",
+            progress=True,
+        )
+        summary = run(config, precision)
     except (InputError, ValueError, FileNotFoundError) as error:
         fail(str(error))
-    epoch = first_difference(read_metrics(source), read_metrics(Path(results) / "runs" / summary["id"]))
+    epoch = first_difference(read_metrics(source), read_metrics(results / "runs" / summary["id"]))
     if epoch is not None:
         sys.exit(f"not the same from epoch {epoch} on: another machine or other versions? {source} says what it ran on")
     print(f"the same in all {summary['epochs']} epochs")

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import runpy
 import subprocess
@@ -8,27 +9,27 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from test_run import config
-from test_train import DIGITS, network, train
+from support import DIGITS, ROOT, composed, config, network, train
 
 from decef.conversion import convert
-from decef.data import DATASETS
+from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, dataset
 from decef.layers import LAYERS, CPACConv2d
 from decef.models import CifarResNet
 from decef.models.weights import load_weights
 from decef.ranks import effective_rank
-from decef.results.measure import kernels, load_networks, rank_table, removal_table, untuned, write_untuned
+from decef.results.effective_ranks import kernels, rank_table
+from decef.results.networks import load_networks
+from decef.results.significance import removal_table
+from decef.results.without_finetuning import without_finetuning, write_rows
 from decef.training.loop import evaluate
-from decef.training.record import environment
+from decef.training.recorder import environment
 from decef.training.run import run
 
-ROOT = Path(__file__).parents[1]
 weights = Path(os.environ.get("DECEF_DATA", "data")) / "weights" / "resnet20-12fca82f.th"
 
 
 def scores(model):
-    _, test = DIGITS.load(None)
-    return evaluate(model, test, mean=torch.tensor(DIGITS.mean), std=torch.tensor(DIGITS.std))
+    return evaluate(model, DIGITS[1])
 
 
 def test_rank_table_stands_beside_random_kernels():
@@ -96,12 +97,9 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
 
 @pytest.mark.skipif(not weights.is_file(), reason="no trained weights under $DECEF_DATA or data/")
 def test_published_weights_classify_cifar10():
-    from decef.data.cifar import load_cifar10
-
     ((_, model),) = load_networks("resnet20", weights=weights)
-    _, test = load_cifar10()
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    _, top1 = evaluate(model, test.subset(slice(0, 1000)), mean=mean, std=std)
+    _, test = dataset("cifar10", mean=IMAGENET_MEAN, std=IMAGENET_STD).load()
+    _, top1 = evaluate(model, test.subset(slice(0, 1000)))
     assert 89 < top1 < 95  # 91.73 on all of them, as published
 
 
@@ -112,14 +110,12 @@ def trained():
     return model
 
 
-def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
-    seen, test = DIGITS.load(None)
+def test_accuracy_without_finetuning_falls_with_the_budget(trained, tmp_path):
+    seen, test = DIGITS
     rows = list(
-        untuned(
+        without_finetuning(
             trained,
             test,
-            mean=torch.tensor(DIGITS.mean),
-            std=torch.tensor(DIGITS.std),
             layers=["decef", "basisconv"],
             shares=[0.3, 0.9],
             exclude="conv1",
@@ -135,7 +131,7 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
     by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
     assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]
     assert by_budget.loc["0.900", "mean_error"] < by_budget.loc["0.300", "mean_error"]
-    write_untuned(rows, tmp_path / "untuned", "a test", environment("cpu", 1))
+    write_rows(rows, tmp_path / "untuned", "a test", environment("cpu", 1))
     text = (tmp_path / "untuned.md").read_text()
     assert f"{dense['top1']:.2f}".rstrip("0") in text
     assert len(pd.read_csv(tmp_path / "untuned.csv")) == 17
@@ -143,28 +139,31 @@ def test_untuned_accuracy_falls_with_the_budget(trained, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """What scripts/untuned.py would measure with, for a network and options on its command line."""
+    """What scripts/without_finetuning.py would measure with, for a network and options on its command line."""
     asked = []
 
     def measure(model, test, **options):
-        asked.append({name: [round(x, 4) for x in options[name].tolist()] for name in ("mean", "std")})
+        asked.append({"mean": list(test.mean), "std": list(test.std)})
         return iter(())
 
-    monkeypatch.setattr("decef.results.measure.load_networks", lambda name, weights: [(name, CifarResNet(8))])
-    monkeypatch.setattr("decef.results.measure.untuned", measure)
-    monkeypatch.setattr("decef.results.measure.write_untuned", lambda *args: None)
-    monkeypatch.setattr("decef.data.cifar.load_cifar10", lambda root: (DIGITS.load(None)[0], None))
+    monkeypatch.setattr("decef.results.networks.load_networks", lambda name, weights: [(name, CifarResNet(8))])
+    monkeypatch.setattr("decef.results.without_finetuning.without_finetuning", measure)
+    monkeypatch.setattr("decef.results.without_finetuning.write_rows", lambda *args: None)
+    few = dataclasses.replace(DATASETS["cifar10"], read=lambda root: DIGITS)
+    monkeypatch.setitem(DATASETS, "cifar10", few)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
 
     def call(network, *options):
-        monkeypatch.setattr(sys, "argv", ["untuned.py", str(network), *options, "--out", str(tmp_path / "out")])
-        runpy.run_path(str(ROOT / "scripts" / "untuned.py"), run_name="__main__")
+        monkeypatch.setattr(
+            sys, "argv", ["without_finetuning.py", str(network), *options, "--out", str(tmp_path / "out")]
+        )
+        runpy.run_path(str(ROOT / "scripts" / "without_finetuning.py"), run_name="__main__")
         return asked.pop()
 
     return call
 
 
-def test_untuned_normalises_as_the_network_was_trained(measured, tmp_path, capsys):
+def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path, capsys):
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert measured("resnet20") == imagenet
     given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
@@ -173,7 +172,8 @@ def test_untuned_normalises_as_the_network_was_trained(measured, tmp_path, capsy
 
     def write(**settings):
         (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"dataset": settings}))
+        whole = {**composed(), "dataset": settings}
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(whole))
         return tmp_path / "run"
 
     known = DATASETS["cifar10"]
@@ -221,22 +221,21 @@ def test_removal_table_is_what_each_component_is_worth():
     model = network("cpac")
     train(model, size=1437)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, test = DIGITS.load(None)
-    mean, std = torch.tensor(DIGITS.mean), torch.tensor(DIGITS.std)
-    table = removal_table(model, test, mean=mean, std=std)
+    _, test = DIGITS
+    table = removal_table(model, test)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     layers = {name: m for name, m in model.named_modules() if isinstance(m, CPACConv2d)}
     assert list(table.layer.unique()) == list(layers)
     row = table.iloc[-1]
     layer = layers[row.layer]
     assert row["product"] == pytest.approx(layer.significance()[row.component].item())
-    loss, top1 = evaluate(model, test, mean=mean, std=std)
+    loss, top1 = evaluate(model, test)
     layer.remove_(torch.tensor([row.component]))
-    loss_without, top1_without = evaluate(model, test, mean=mean, std=std)
+    loss_without, top1_without = evaluate(model, test)
     assert row.loss_rise == pytest.approx(loss_without - loss)
     assert row.top1_drop == pytest.approx(top1 - top1_without)
     with pytest.raises(ValueError, match="no CPAC layer"):
-        removal_table(network("decef"), test, mean=mean, std=std)
+        removal_table(network("decef"), test)
 
 
 def test_significance_is_the_norm_of_a_component_whatever_its_factors_scale():

@@ -5,15 +5,15 @@ import dataclasses
 
 import pytest
 import torch
-from test_train import CONFIG, DIGITS, Memory, network, train
+from support import DIGITS, TRAIN, Memory, network, train
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 from decef import ATCD
-from decef.conversion import convert, plan
-from decef.data import normalize
+from decef.conversion import convert
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d, Rank1Conv2d
+from decef.plans import plan
 from decef.training.loop import Training
 
 F64 = torch.float64
@@ -267,7 +267,7 @@ def test_a_frozen_basis_stays_and_a_trained_one_moves():
 
 @pytest.mark.parametrize("layer", ["decef", "cpac", "rank1"])
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(layer):
-    config = dataclasses.replace(CONFIG, epochs=3, atcd=3)  # 4 steps an epoch
+    config = dataclasses.replace(TRAIN, epochs=3, atcd=3)  # 4 steps an epoch
     options = {"implementation": "factorized"}
     whole, state = network(layer, **options), Memory(stop_after=1)
     expected = train(whole, config, size=256)
@@ -288,7 +288,7 @@ def test_what_fit_trains_is_not_what_it_trains_without_atcd():
     runs = []
     for atcd in (None, 1, "epoch"):
         model = network("rank1", implementation="reconstructed")
-        train(model, dataclasses.replace(CONFIG, epochs=1, atcd=atcd), size=256)
+        train(model, dataclasses.replace(TRAIN, epochs=1, atcd=atcd), size=256)
         runs.append(model.layer1[0].conv1.compose())
     assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(runs, runs[1:] + runs[:1], strict=True))
 
@@ -302,17 +302,17 @@ def statistics(model):
 @pytest.mark.parametrize("layer", ["decef", "rank1"])
 def test_fit_measures_batch_norms_statistics_of_the_projected_kernels(layer, monkeypatch):
     """Those that the dense twin gathered in the epoch are of kernels that are not in the low-rank set."""
-    images, _ = DIGITS.load(None)
+    images, _ = DIGITS
     images = dataclasses.replace(images.subset(slice(0, 512)), crop_padding=1)  # what `train` trains on
     errors, kernels, losses = [], [], []
     for recalibrate in (Training.recalibrate, lambda self, inputs: None):
         monkeypatch.setattr(Training, "recalibrate", recalibrate)
         model = network(layer, implementation="reconstructed")
-        losses.append(train(model, dataclasses.replace(CONFIG, epochs=2, atcd="epoch"))[-1]["test_loss"])
+        losses.append(train(model, dataclasses.replace(TRAIN, epochs=2, atcd="epoch"))[-1]["test_loss"])
         kernels.append(model.layer3[0].conv2.compose())
-        own, normal = copy.deepcopy(model), [torch.tensor(values) for values in (DIGITS.mean, DIGITS.std)]
+        own = copy.deepcopy(model)
         again = [batch for epoch in range(4) for batch in images.batches(64, torch.Generator().manual_seed(epoch))]
-        update_bn([normalize(batch, *normal) for batch, _ in again], own)
+        update_bn([images.normalize(batch) for batch, _ in again], own)
         errors.append((statistics(model) - statistics(own)).norm() / statistics(own).norm())
     assert torch.equal(*kernels)
     assert errors[0] < 0.3 * errors[1]
@@ -359,6 +359,6 @@ def test_consecutive_1d_layers_do_not_train_where_atcd_does(separate_init, atcd,
     request.addfinalizer(lambda: torch.set_flush_denormal(False))
     options = {"implementation": "factorized" if atcd is None else "reconstructed"}
     model = without_normalisation(separate_init=separate_init, **options)
-    config = dataclasses.replace(CONFIG, epochs=6, weight_decay=0.0, atcd=atcd)
+    config = dataclasses.replace(TRAIN, epochs=6, weight_decay=0.0, atcd=atcd)
     top1 = train(model, config, size=1437)[-1]["train_top1"]
     assert top1 > 50 if trains else top1 < 15

@@ -7,20 +7,21 @@ import pytest
 import torch
 
 from decef.inference.timing import Roofline, interleaved, peak_memory
+from decef.results.bench_inference import Case, bench_inference, write_inference
 from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
-from decef.results.bench_networks import (
-    Case,
-    bench_inference,
-    bench_loops,
-    bench_steps,
-    write_inference,
-    write_training,
-)
+from decef.results.bench_training import bench_loops, bench_steps, write_training
 
 TINY = Shape("test", 8, 16, 3, 2, 8)
 CPU = torch.device("cpu")
 ROOFLINE = Roofline(flops=1e9, bandwidth=1e9)
-MADE = {"git_commit": "0" * 40, "git_dirty": False, "started": "now", "dtype": "float32", "machine": "a test"}
+MADE = {
+    "git_commit": "0" * 40,
+    "git_dirty": False,
+    "started": "now",
+    "dtype": "float32",
+    "device": "cpu",
+    "machine": "a test",
+}
 
 
 def test_times_of_a_layer(tmp_path, monkeypatch):

@@ -4,14 +4,14 @@ import json
 import runpy
 import shlex
 from collections import Counter
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from support import ROOT
 
-import decef.results.claims as claims
 from decef.models.weights import describe_file
+from decef.results import claims, findings, published
 from decef.results.claims import (
     FAILS,
     HOLDS,
@@ -20,20 +20,15 @@ from decef.results.claims import (
     ONE_SEED,
     UNDECIDED,
     Claim,
-    Figure,
-    Measured,
     judge,
     load_claims,
-    load_figures,
-    load_known_weights,
-    load_measured,
-    same_setting,
 )
-from decef.results.claims_page import asks_words, figure_lines, markdown
+from decef.results.claims_page import asks_words, markdown
+from decef.results.findings import Measured, load_measured
+from decef.results.published import Published, load_known_weights, load_published, published_lines
 from decef.results.statistics import seeds_needed
-from decef.results.tables import Record
+from decef.training.record import recorded, to_record
 
-ROOT = Path(__file__).parents[1]
 #: What the project's notes on the papers have as derived, recalled or unknown: not to be printed as anybody's figure.
 NOT_READ = [
     *(f"D{i}" for i in range(15, 24)),
@@ -50,7 +45,15 @@ def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", trai
     """A run with a config as records have it, options that are off among them."""
     dataset, precision = options.pop("dataset", {}), options.pop("precision", "bf16")
     name = "-".join(map(str, [layer, model, train, atcd, *dataset, *options.values(), flops, f"s{seed}"]))
-    training = {"name": train, "epochs": 9, "weight_decay": 5e-4, "atcd": atcd, "decay": None}
+    training = {
+        "name": train,
+        "epochs": 9,
+        "batch_size": 128,
+        "lr": 0.2,
+        "weight_decay": 5e-4,
+        "atcd": atcd,
+        "decay": None,
+    }
     settings = {"name": model, "shortcut": "A", "weights": None}
     if layer == "conv2d":
         flops = params = 1
@@ -69,7 +72,7 @@ def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", trai
     }
     dense = {"params": 1000, "trainable_params": 1000, "flops": 9000}
     summary = {"id": name, "test_top1": top1, "dense": dense, "flops": 9000 * flops, "precision": precision}
-    return Record(config, summary | {"params": 1000 * params, "trainable_params": 1000 * params})
+    return to_record(config, summary | {"params": 1000 * params, "trainable_params": 1000 * params})
 
 
 def runs(layer, *top1, **options):
@@ -80,7 +83,9 @@ def claim(figures=(), **asks):
     return Claim("test", "ours", "a statement", "nowhere", asks, "a command", figures)
 
 
-NO_WORSE = claim(kind="no_worse", runs={"dataset.name": "cifar10", "layer.name": "decef"}, flops=[0.6, 0.7], margin=0.5)
+NON_INFERIOR = claim(
+    kind="non_inferior", runs={"dataset.name": "cifar10", "layer.name": "decef"}, flops=[0.6, 0.7], margin=0.5
+)
 DENSE = runs("conv2d", 90.0, 91.0, 92.0)
 
 
@@ -97,8 +102,8 @@ DENSE = runs("conv2d", 90.0, 91.0, 92.0)
         ([87.0, 91.0, 95.0], UNDECIDED),  # no loss on average, but what a spread
     ],
 )
-def test_no_worse(ours, verdict):
-    got = judge(NO_WORSE, [*DENSE, *runs("decef", *ours, flops=0.667, rank=4)])
+def test_non_inferior(ours, verdict):
+    got = judge(NON_INFERIOR, [*DENSE, *runs("decef", *ours, flops=0.667, rank=4)])
     assert got.verdict == verdict
     assert [e.verdict for e in got.evidence] == ([ONE_SEED] if len(ours) == 1 else [verdict] if ours else [])
     if len(ours) == 3:
@@ -112,31 +117,28 @@ def test_no_worse(ours, verdict):
 def test_runs_are_paired_by_seed_and_compared_with_their_twins_alone():
     far = [record("conv2d", 0, 50.0, model="resnet56"), record("conv2d", 0, 50.0, train="paper")]
     ours = runs("decef", 89.0, 90.1, 90.9, 99.0, 99.0, rank=4)  # two seeds that Conv2d lacks would hide the loss
-    (evidence,) = judge(NO_WORSE, [*far, *ours, *DENSE]).evidence
+    (evidence,) = judge(NON_INFERIOR, [*far, *ours, *DENSE]).evidence
     assert evidence.verdict == FAILS
     assert "-1.00 [" in evidence.result
     assert "over 3 of the seeds" in evidence.result
-    (lonely,) = judge(NO_WORSE, [*far, *ours]).evidence
+    (lonely,) = judge(NON_INFERIOR, [*far, *ours]).evidence
     assert lonely.verdict == NOT_TESTED
     assert "no run of conv2d" in lonely.result
 
 
 def test_runs_of_other_costs_layers_and_data_are_no_evidence():
     small, other = runs("decef", 1.0, 1.1, 1.2, flops=0.2), runs("cpac", 1.0, 1.1, 1.2)
-    elsewhere = runs("decef", 1.0, 1.1, 1.2)
-    for run in elsewhere:
-        run.config["dataset"]["name"] = "digits"
-    assert judge(NO_WORSE, [*DENSE, *small, *other, *elsewhere]) == claims.Verdict(NOT_TESTED)
+    elsewhere = runs("decef", 1.0, 1.1, 1.2, dataset={"name": "digits"})
+    assert judge(NON_INFERIOR, [*DENSE, *small, *other, *elsewhere]) == claims.Verdict(NOT_TESTED)
 
 
 def test_dense_twins_have_neither_what_layers_are_replaced_nor_how_those_are_trained():
     ours = runs("decef", 90.0, 91.1, 91.9, rank=4, dense_stem=False, exclude="layer1.*", decay="kernel")
-    assert judge(NO_WORSE, [*DENSE, *ours]).verdict == HOLDS
-    assert not {"dense_stem", "exclude"} & set(DENSE[0].config["model"])
+    assert judge(NON_INFERIOR, [*DENSE, *ours]).verdict == HOLDS
 
 
 def test_a_low_rank_control_replaces_the_same_layers():
-    ask = claim(kind="no_worse", runs={"layer.name": "decef"}, control={"layer.name": "cpac"}, margin=0.5)
+    ask = claim(kind="non_inferior", runs={"layer.name": "decef"}, control={"layer.name": "cpac"}, margin=0.5)
     control, other = runs("cpac", 90.0, 91.0, rank=4), runs("cpac", 10.0, 11.0, rank=4, dense_stem=False)
     (evidence,) = judge(ask, [*control, *other, *runs("decef", 90.0, 91.1, rank=4)]).evidence
     assert "against 90.50 %" in evidence.result
@@ -144,13 +146,13 @@ def test_a_low_rank_control_replaces_the_same_layers():
 
 def test_runs_of_another_precision_are_not_paired():
     ours = runs("decef", 90.0, 91.1, 91.9, rank=4, precision="fp32")
-    got = judge(NO_WORSE, [*DENSE, *ours])
+    got = judge(NON_INFERIOR, [*DENSE, *ours])
     assert got.verdict == NOT_TESTED
     assert got.words == "1 has nothing to be compared with"
     assert "3 not paired with conv2d, whose precision differs (fp32 here, bf16 there)" in got.evidence[0].result
 
     ours[:2] = runs("decef", 90.0, 91.1, rank=4)
-    (evidence,) = judge(NO_WORSE, [*DENSE, *ours]).evidence
+    (evidence,) = judge(NON_INFERIOR, [*DENSE, *ours]).evidence
     assert "precision mixed: " in evidence.what
     assert "1 not paired with conv2d, whose precision differs (fp32 here, bf16 there)" in evidence.result
     assert "+0.05 [" in evidence.result
@@ -170,11 +172,11 @@ def test_a_row_that_mixes_precisions_says_so():
 def test_a_seed_that_stands_twice_is_refused_by_the_names_of_both_runs():
     ours, again = runs("decef", 90.0, 91.1, rank=4), record("decef", 1, 91.2, rank=4, implementation="factorized")
     with pytest.raises(ValueError, match=rf"{ours[1].summary['id']} and {again.summary['id']} are one experiment"):
-        judge(NO_WORSE, [*DENSE, *ours, again])
+        judge(NON_INFERIOR, [*DENSE, *ours, again])
     dense = record("conv2d", 1, 91.0, precision="fp32")
     dense.summary["id"] = "elsewhere"
     with pytest.raises(ValueError, match="elsewhere are one experiment"):
-        judge(NO_WORSE, [*DENSE, dense, *ours])
+        judge(NON_INFERIOR, [*DENSE, dense, *ours])
 
 
 def networks(**by_name):
@@ -202,40 +204,40 @@ BETTER, WORSE, UNCLEAR = (0.0, 0.1, -0.1), (-2.0, -2.1, -1.9), (-3.0, 1.0, 2.0)
     ],
 )
 def test_comparisons_are_summed_up_and_counted(differences, verdict, words):
-    got = judge(NO_WORSE, networks(**{f"net{i}": d for i, d in enumerate(differences)}))
+    got = judge(NON_INFERIOR, networks(**{f"net{i}": d for i, d in enumerate(differences)}))
     assert (got.verdict, got.words) == (verdict, words)
     assert got.open == (verdict in (NOT_TESTED, UNDECIDED))
 
 
 def test_one_that_holds_among_many_undecided_is_no_holding_in_part():
     exact = (0.001, 0.0, -0.001)
-    got = judge(NO_WORSE, networks(good=exact, **{f"net{i}": UNCLEAR for i in range(8)}))
+    got = judge(NON_INFERIOR, networks(good=exact, **{f"net{i}": UNCLEAR for i in range(8)}))
     assert Counter(e.verdict for e in got.evidence) == {HOLDS: 1, UNDECIDED: 8}
     assert got.verdict == UNDECIDED
     assert got.words == "1 of 9 comparisons decided: 1 holds, 0 don't; 8 need more seeds"
-    page = markdown([(NO_WORSE, got)])
+    page = markdown([(NON_INFERIOR, got)])
     assert f"| [test](#test) | too few seeds to say | {got.words} |" in page
     assert "in part" not in page
 
 
 def test_many_comparisons_ask_more_of_each():
     close = (-0.1, 0.1, 0.3)  # p = 0.035 against -0.5
-    alone = judge(NO_WORSE, networks(net=close))
+    alone = judge(NON_INFERIOR, networks(net=close))
     assert alone.verdict == HOLDS
     assert "(p = 0.035)" in alone.evidence[0].result
-    among = judge(NO_WORSE, networks(net=close, other=UNCLEAR))
+    among = judge(NON_INFERIOR, networks(net=close, other=UNCLEAR))
     assert [e.verdict for e in among.evidence] == [UNDECIDED, UNDECIDED]
     assert "(p = 0.07; about 4 seeds needed)" in among.evidence[0].result
     # Holm, not Bonferroni: what is beyond doubt makes it no harder for the other.
-    assert judge(NO_WORSE, networks(net=close, other=(0.001, 0.0, -0.001))).verdict == HOLDS
+    assert judge(NON_INFERIOR, networks(net=close, other=(0.001, 0.0, -0.001))).verdict == HOLDS
 
 
 def test_the_seeds_that_a_decision_would_need():
-    (evidence,) = judge(NO_WORSE, networks(net=UNCLEAR)).evidence
+    (evidence,) = judge(NON_INFERIOR, networks(net=UNCLEAR)).evidence
     expected = seeds_needed(UNCLEAR, -0.5)
     assert expected > 3
     assert f"; about {expected} seeds needed)" in evidence.result
-    (evidence,) = judge(NO_WORSE, networks(net=(-2.5, -0.5, 1.501))).evidence
+    (evidence,) = judge(NON_INFERIOR, networks(net=(-2.5, -0.5, 1.501))).evidence
     assert "; more than 1000 seeds needed)" in evidence.result
 
 
@@ -251,7 +253,7 @@ def test_a_control_that_differs_in_the_training():
     assert judge(atcd, [*plain, *runs("rank1", 80.0, 81.0, 82.0, rank=1, atcd=1)]).verdict == UNDECIDED
     assert judge(atcd, plain).verdict == NOT_TESTED
     twice = runs("rank1", 80.0, rank=1, decay="kernel")
-    with pytest.raises(ValueError, match="atcd-better's control: narrow"):
+    with pytest.raises(ValueError, match="claim atcd-better: both .* narrow it"):
         judge(atcd, [*plain, *better, *twice])
 
 
@@ -319,8 +321,8 @@ def test_trains_without_a_control():
 )
 def test_reaches(top1, verdict):
     where = {"paper": "ours", "layer": "decef", "network": "resnet20", "dataset": "cifar10", "where": "", "status": ""}
-    figure = Figure(id="X1", metric="top1", setting="rank 4", value=92.95, **where)
-    cost = Figure(id="X1", metric="params", setting="rank 4", value=1000, **where)
+    figure = Published(id="X1", metric="top1", setting="rank 4", value=92.95, **where)
+    cost = Published(id="X1", metric="params", setting="rank 4", value=1000, **where)
     other = runs("decef", 50.0, 51.0, rank=3)
     got = judge(claim([figure, cost], kind="reaches", tolerance=0.3), [*runs("decef", *top1, rank=4), *other])
     assert got.verdict == verdict
@@ -361,7 +363,7 @@ def origins(names, md5=None):
 def test_ranks_over_depth(tmp_path, monkeypatch, tables, verdicts, overall):
     (tmp_path / "ranks").mkdir()
     known, made = origins([f"run{i}" for i in range(len(tables))])
-    monkeypatch.setattr(claims, "load_known_weights", lambda: known)
+    monkeypatch.setattr(findings, "load_known_weights", lambda: known)
     for i, table in enumerate(tables):
         table.to_csv(tmp_path / "ranks" / f"run{i}.csv", index=False)
         (tmp_path / "ranks" / f"run{i}.json").write_text(json.dumps(made[f"run{i}"]))
@@ -385,8 +387,8 @@ def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
         "alone": None,
         "trained": {"network": "resnet20", "weights": f"resnet20.th (MD5 {md5})"},
         "trained2": {"network": "resnet20", "weights": f"copy.th (MD5 {md5})"},
-        dense.summary["id"]: {"network": "somewhere/runs/it", "weights": None},
-        decef.summary["id"]: {"network": "somewhere/runs/it", "weights": None},
+        dense.id: {"network": "somewhere/runs/it", "weights": None},
+        decef.id: {"network": "somewhere/runs/it", "weights": None},
     }
     for name, made in tables.items():
         ranks(FALLING, RANDOM).to_csv(tmp_path / "ranks" / f"{name}.csv", index=False)
@@ -398,7 +400,7 @@ def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
     for name in ("random", "unknown", "renamed", "broken", "alone"):
         assert f"ranks/{name}.csv is of unknown origin" in caplog.text
     assert "ranks/trained2.csv is of the same network as ranks/trained.csv" in caplog.text
-    assert decef.summary["id"] not in caplog.text  # known, and no dense network
+    assert decef.id not in caplog.text  # known, and no dense network
     unfinished = judge(ask, [], load_measured(tmp_path))
     assert unfinished.evidence[0].runs == ("ranks/trained.csv",)
 
@@ -413,7 +415,7 @@ def test_ranks_over_training_and_of_dense_networks_alone():
     dense = runs("conv2d", 90.0, 91.0)
 
     def verdict(*tables, of=dense):
-        names = [run.summary["id"] for run in of]
+        names = [run.id for run in of]
         return judge(ask, of, Measured(dict(zip(names, tables, strict=False)))).verdict
 
     assert verdict(settling, settling) == HOLDS
@@ -430,23 +432,23 @@ def test_a_figure_is_of_its_task_alone():
     def tile(**options):
         return record("cpac", 0, 93.0, model="cpacnet", rank=2, dataset={"name": "magnetic_tile", **options})
 
-    figures = [f for f in load_figures() if f.dataset == "magnetic_tile" and f.metric == "top1"]
+    figures = [f for f in load_published() if f.dataset == "magnetic_tile" and f.metric == "top1"]
     assert {f.id for f in figures} == {"C12", "C13", "C14"}
     published, split = tile(as_published=True), tile(as_published=False)
-    assert {f.id for f in figures if same_setting(f, published)} == {"C12", "C14"}
-    assert not any(same_setting(f, split) for f in figures)
-    assert not any(same_setting(f, tile(as_published=True, train_size=50)) for f in figures)
-    assert all("on magnetic_tile as_published, " in line for line in figure_lines(figures))
+    assert {f.id for f in figures if f.fits(published)} == {"C12", "C14"}
+    assert not any(f.fits(split) for f in figures)
+    assert not any(f.fits(tile(as_published=True, train_size=50)) for f in figures)
+    assert all("on magnetic_tile as_published, " in line for line in published_lines(figures))
 
-    mnist = [f for f in load_figures() if f.id == "C8"]
+    mnist = [f for f in load_published() if f.id == "C8"]
     whole, part = (
         record("cpac", 0, 96.0, model="cpacnet", rank=2, dataset={"name": "mnist", "split_test": split_test})
         for split_test in (False, True)
     )
-    assert [f.setting for f in mnist if same_setting(f, whole)] == ["rank 2"]
-    assert not any(same_setting(f, part) for f in mnist)
+    assert [f.setting for f in mnist if f.fits(whole)] == ["rank 2"]
+    assert not any(f.fits(part) for f in mnist)
     ask = claim(mnist, kind="reaches", tolerance=1)
-    assert [e.runs for e in judge(ask, [whole, part]).evidence] == [(whole.summary["id"],)]
+    assert [e.runs for e in judge(ask, [whole, part]).evidence] == [(whole.id,)]
 
 
 # claims.yaml ------------------------------------------------------------------------------------------------------
@@ -461,18 +463,18 @@ def test_every_claim_can_be_judged_and_told():
 
 
 def test_only_what_was_read_is_there():
-    text = (ROOT / "decef" / "claims.yaml").read_text()
-    ids = {figure.id for figure in load_figures()}
+    text = "".join((ROOT / "decef" / "results" / name).read_text() for name in ("claims.yaml", "published.yaml"))
+    ids = {figure.id for figure in load_published()}
     assert {"1f38c81cdebd6bcce9b03d082161a36c", "48a2383e717f38f02934658ab8d4d9a2"} <= set(load_known_weights())
     assert {"A1", "D8", "B5", "B12", "B21", "C10", "C13", "R12", "R13"} <= ids
     assert not ids & set(NOT_READ)
-    assert {figure.id for one in load_claims() for figure in one.figures} <= ids
+    assert {figure.id for one in load_claims() for figure in one.published} <= ids
     assert "recalled" not in text.lower()
-    assert {figure.status for figure in load_figures()} == {"verified", "verified-code"}
+    assert {figure.status for figure in load_published()} == {"verified", "verified-code"}
 
 
 def test_figures_agree_with_each_other():
-    by = {(f.id, f.dataset, f.network, f.metric, f.setting): f.value for f in load_figures()}
+    by = {(f.id, f.dataset, f.network, f.metric, f.setting): f.value for f in load_published()}
     b12 = {metric: by["B12", "cifar10", "resnet56", metric, "energy 0.63"] for metric in ("flops", "params")}
     share = by["B12", "cifar10", "resnet56", "flops_ratio", "energy 0.63"]
     assert b12["flops"] / share == pytest.approx(2 * 125_485_056, rel=1e-3)
@@ -483,7 +485,7 @@ def test_figures_agree_with_each_other():
         assert by["C15", "mnist", "cpacnet", "params_ratio", f"rank {rank}"] == pytest.approx(
             15 * rank / 72, abs=0.0051
         )
-    for figure in load_figures():
+    for figure in load_published():
         if figure.metric.startswith("top1"):
             assert (figure.layer == "conv2d") == (figure.setting == "dense")
             assert 0 < figure.value < 100
@@ -512,12 +514,12 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("figures: [B12, B21]", "figures: [B12, B99]", "basisconv-resnet56 has figure 'B99'"),
-        ("kind: reaches, tolerance: 0.3", "kind: reach, tolerance: 0.3", "has kind 'reach'; there are no_worse"),
+        ("published: [B12, B21]", "published: [B12, B99]", "basisconv-resnet56 has published value 'B99'"),
+        ("kind: reaches, tolerance: 0.3", "kind: reach, tolerance: 0.3", "has kind 'reach'; there are non_inferior"),
         ("paper: atcd", "paper: actd", "atcd-better has paper 'actd'"),
         ("- id: atcd-better", "- id: fair-fight", "fair-fight stands there twice"),
         ("status: verified,", "status: recalled,", "A1 has status 'recalled'"),
-        ("values: {dense: 91.73}", "values: {dense: none}", "figure A1 cannot be read"),
+        ("values: {dense: 91.73}", "values: {dense: none}", "A1 cannot be read"),
         ("{network: resnet20, source", "{net: resnet20, source", "its weights cannot be read: 'network'"),
         (
             "    note: >-\n      after runs",
@@ -526,12 +528,16 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
         ),
     ],
 )
-def test_mistakes_in_the_file_are_named(monkeypatch, old, new, message):
-    text = (ROOT / "decef" / "claims.yaml").read_text()
-    assert old in text
-    monkeypatch.setattr(claims, "_read", lambda: yaml.safe_load(text.replace(old, new, 1)))
-    monkeypatch.setattr(claims, "load_figures", claims.load_figures.__wrapped__)
-    read = claims.load_known_weights if "weights" in message else claims.load_claims
+def test_mistakes_in_the_files_are_named(monkeypatch, old, new, message):
+    changed = 0
+    for module, name in ((claims, "claims.yaml"), (published, "published.yaml")):
+        text = (ROOT / "decef" / "results" / name).read_text()
+        changed += old in text
+        content = yaml.safe_load(text.replace(old, new, 1))
+        monkeypatch.setattr(module, "_read", lambda content=content: content)
+    assert changed == 1
+    monkeypatch.setattr(claims, "load_published", load_published.__wrapped__)
+    read = load_known_weights if "weights" in message else load_claims
     with pytest.raises(ValueError, match=message):
         read.__wrapped__()
 
@@ -547,9 +553,9 @@ def test_the_page_is_the_same_whatever_the_order_of_the_runs():
 
 def test_the_command_line_writes_the_same_bytes_twice(tmp_path, monkeypatch, capsys):
     for run in [*DENSE, *runs("decef", 90.0, 91.1, 91.9, rank=4)]:
-        folder = tmp_path / "runs" / run.summary["id"]
+        folder = tmp_path / "runs" / run.id
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(run.config))
+        (folder / "config.yaml").write_text(yaml.safe_dump(recorded(run.config)))
         (folder / "summary.json").write_text(json.dumps(run.summary | {"status": "finished"}))
     monkeypatch.syspath_prepend(ROOT / "scripts")
     monkeypatch.setattr("sys.argv", ["claims.py", "--results", str(tmp_path)])
@@ -575,7 +581,7 @@ def test_significance_by_what_removal_costs(rises, verdict):
     records, tables = runs("cpac", *[90.0] * len(rises), rank=3), {}
     for found, rise in zip(records, rises, strict=True):
         table = {"layer": "conv1", "component": [0, 1, 2], "product": [1.0, 2.0, 3.0], "loss_rise": rise}
-        tables[found.summary["id"]] = pd.DataFrame(table)
+        tables[found.id] = pd.DataFrame(table)
     got = judge(claim(kind="significance", measure="product"), records, Measured(significance=tables))
     assert got.verdict == verdict
     assert judge(claim(kind="significance", measure="product"), records).verdict == NOT_TESTED

@@ -13,8 +13,9 @@ from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 
 from decef import Plan, cost, fold
-from decef.conversion import convert, plan
+from decef.conversion import convert
 from decef.layers import LAYERS, FactorizedConv2d
+from decef.plans import plan
 from decef.ranks import Budget, Share
 
 F64 = torch.float64

@@ -8,9 +8,10 @@ from test_layers import used
 from torch import nn
 from torch.testing import assert_close
 
-from decef.conversion import Plan, convert, fold, plan
+from decef.conversion import convert, fold
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
+from decef.plans import Plan, plan
 from decef.ranks import Budget, Fixed, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
@@ -169,6 +170,27 @@ def test_ranks_by_rule():
     assert by_rule.ranks == {"1": 2}
     assert by_rule.rows[0].reason == "rank 7 would cost no less than dense"
     assert plan(model, "decef", rank=lambda candidates, totals: {"1": 1}).ranks == {"1": 1}  # not named: stays dense
+
+
+def test_a_rule_of_ones_own_may_say_that_its_ranks_are_final():
+    def most(candidates, totals):
+        return {c.name: c.max_rank for c in candidates}
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    assert plan(model, "decef", rank=most).ranks == {}
+    most.ranks_are_final = True
+    assert plan(model, "decef", rank=most).ranks == {"0": 9, "1": 4}
+
+
+def test_only_a_rule_that_names_layers_is_called_where_there_is_no_candidate():
+    def dearest(candidates, totals):
+        return {max(candidates, key=lambda c: c.params).name: 1}
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    assert plan(model, "decef", rank=dearest).ranks == {"1": 1}
+    assert plan(model, "conv2d", rank=dearest).ranks == plan(model, "conv2d", rank=Budget(params=0.1)).ranks == {}
+    with pytest.raises(ValueError, match="no such layer: 0"):
+        plan(model, "conv2d", rank={"0": 1})
 
 
 def test_per_layer_ranks_that_do_not_fit():

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decef.conversion import convert, plan
+from decef.conversion import convert
 from decef.costs import cost, input_shapes, layer_macs, total_cost
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d
 from decef.models import create_model
+from decef.plans import plan
 from decef.ranks import Budget, Candidate, Totals
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]

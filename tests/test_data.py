@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decef.data import DATASETS, Images, cifar, normalize
+from decef.data import DATASETS, Images, cifar
 from decef.data.cifar import load_cifar10
 
 real = Path(os.environ.get("DECEF_DATA", "data"))
@@ -166,7 +166,7 @@ def test_digits_are_the_bundled_ones_and_normalised():
     assert test.labels.bincount().min() >= 34  # stratified
     again, _ = info.load(None)
     assert torch.equal(train.images, again.images)
-    x = normalize(train.images, torch.tensor(info.mean), torch.tensor(info.std))
+    x = train.normalize(train.images)
     torch.testing.assert_close(torch.stack([x.mean(), x.std()]), torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
 
 

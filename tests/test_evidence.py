@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
+from support import ROOT, config
 
 from decef.training.evidence import Entry, Job, list_jobs, load_entries, run_jobs
 
-ROOT = Path(__file__).parents[1]
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
 
@@ -83,25 +82,25 @@ def test_entries_that_cannot_be_read(tmp_path):
 
 def test_seeds_come_after_settings():
     entry = Entry("e", "", "a=1", 2, 1.0, {"b": [True, None, 1], "c": ["x"]})
-    jobs, _ = list_jobs([entry], composed_like)
+    given = []
+    jobs, _ = list_jobs([entry], lambda arguments: named(arguments, given))
     assert [" ".join(job.arguments) for job in jobs] == [
         *("a=1 b=true c=x seed=0", "a=1 b=null c=x seed=0", "a=1 b=1 c=x seed=0"),
         *("a=1 b=true c=x seed=1", "a=1 b=null c=x seed=1", "a=1 b=1 c=x seed=1"),
     ]
 
 
-def composed_like(arguments):
-    groups = {"dataset": {"name": "d"}, "model": {"name": "m"}, "layer": {"name": "l"}, "train": {"name": "t"}}
-    return {**groups, "seed": 0, "arguments": list(arguments)}
+def named(arguments, given):
+    """A config for each setting, which is another run than those of the others."""
+    given.append(arguments)
+    return config("results", train__epochs=len(given))
 
 
 def test_every_entry_of_the_list_can_start():
     sys.path.insert(0, str(ROOT / "scripts"))
-    from cli import config_of
-
-    from decef.training.run import resolve
+    from cli import run_config
 
     entries = load_entries(ROOT / "configs" / "evidence.yaml")
-    jobs, blocked = list_jobs(entries, lambda given: resolve(config_of(given)))
+    jobs, blocked = list_jobs(entries, lambda given: run_config(given).resolved())
     assert all("file of weights" in reason for reason in blocked.values())
     assert len(jobs) > 100

@@ -2,34 +2,26 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 from PIL import Image
-from test_run import config
+from support import ROOT, composed, config
 
-from decef.conversion import plan
-from decef.data import DATASETS, Images, dataset
+from decef.data import DATASETS, Images
 from decef.layers import BasisConv2d
 from decef.models import create_model
+from decef.plans import plan
 from decef.ranks import Energy
-from decef.results.measure import cost_table, load_networks, write_costs
-from decef.training.record import first_difference, read_metrics, replay, run_id
-from decef.training.run import InputError, build, resolve, run
+from decef.results.costs import cost_table, write_costs
+from decef.results.networks import load_networks
+from decef.training.build import build
+from decef.training.config import InputError, RunConfig
+from decef.training.record import first_difference, load_config, read_metrics, replay, run_id
+from decef.training.run import run
 
-ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
-
-
-def composed(*overrides):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
 
 
 def sweep_of(name):
@@ -46,10 +38,10 @@ def test_every_experiment_can_start(name, tmp_path):
         if name == "basisconv_resnet56":
             torch.save(create_model("resnet56", num_classes=10).state_dict(), tmp_path / "weights.pt")
             overrides.append(f"model.weights={tmp_path / 'weights.pt'}")
-        given = resolve(composed(f"experiment={name}", *overrides))
-        with torch.device("cpu" if given["model"].get("weights") else "meta"):
-            model, made, _ = build(given, dataset(given["dataset"]))
-        assert bool(made.ranks) == (given["layer"]["name"] != "conv2d")
+        given = RunConfig.from_dict(composed(f"experiment={name}", *overrides)).resolved()
+        with torch.device("cpu" if given.model.weights else "meta"):
+            model, made, _ = build(given.model, given.layer, given.dataset.dataset())
+        assert bool(made.ranks) == (given.layer.name != "conv2d")
         assert sum(p.numel() for p in model.parameters()) > 0
 
 
@@ -64,12 +56,12 @@ def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path,
         known = DATASETS[data["name"]]
         generator = torch.Generator().manual_seed(0)
 
-        def load(root, **options):
+        def read(root, **options):
             pixels = torch.randint(0, 256, (24, *known.input_size), generator=generator.manual_seed(0))
             images = Images(pixels.to(torch.uint8), torch.arange(24) % known.num_classes)
             return images.subset(slice(0, 16)), images.subset(slice(16, None))
 
-        monkeypatch.setitem(DATASETS, data["name"], dataclasses.replace(known, load=load))
+        monkeypatch.setitem(DATASETS, data["name"], dataclasses.replace(known, read=read))
     else:
         for part in ("train", "val"):
             for label in ("a", "b"):
@@ -82,13 +74,17 @@ def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path,
         torch.save(create_model("resnet56", num_classes=10).state_dict(), tmp_path / "weights.pt")
         given["model"]["weights"] = str(tmp_path / "weights.pt")
     given["train"] |= {"epochs": 2, "batch_size": min(given["train"]["batch_size"], 8)}
-    here = {"wandb": {**given["wandb"], "mode": "disabled"}, "device": "cpu", "progress": False, "experiment": None}
-    summary = run({**given, **here, "results": str(tmp_path / "one")})
+    here = {"wandb": {"mode": "disabled"}, "device": "cpu", "progress": False, "experiment": None}
+    summary = run(RunConfig.from_dict({**given, **here, "results": tmp_path / "one"}))
     again, precision = replay(tmp_path / "one" / "runs" / summary["id"])
-    again["dataset"] |= {"root": data["root"], "workers": 0}
-    if given["model"].get("weights"):
-        again["model"]["weights"] = given["model"]["weights"]
-    run({**again, **here, "keep_checkpoints": False, "results": str(tmp_path / "other")}, precision)
+    again = dataclasses.replace(
+        again,
+        dataset=dataclasses.replace(again.dataset, root=data["root"]),
+        model=dataclasses.replace(again.model, weights=given["model"].get("weights")),
+        device="cpu",
+        results=tmp_path / "other",
+    )
+    run(again, precision)
     one, other = (read_metrics(tmp_path / part / "runs" / summary["id"]) for part in ("one", "other"))
     assert len(one) == 2
     assert first_difference(one, other) is None
@@ -148,7 +144,7 @@ def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
 
 
 def test_the_table_of_costs_and_its_place_in_the_readme(tmp_path):
-    model, mobile = (composed(f"model={name}")["model"] for name in ("resnet20", "mobilenetv1"))
+    model, mobile = (RunConfig.from_dict(composed(f"model={name}")).model for name in ("resnet20", "mobilenetv1"))
     networks = [("resnet20", model, DATASETS["cifar10"]), ("mobilenetv1", mobile, DATASETS["cifar10"])]
     rows = list(cost_table(networks, ["conv2d", "decef"], 0.667))
     assert rows[0]["params"] == 269_722
@@ -172,11 +168,11 @@ def test_records_in_the_repository_are_found_again():
     for folder in sorted((ROOT / "results" / "runs").iterdir()):
         if not (folder / "summary.json").is_file() or folder.name.startswith("digits-resnet"):
             continue
-        record = yaml.safe_load((folder / "config.yaml").read_text())
+        config = load_config(folder)
         summary = json.loads((folder / "summary.json").read_text())
-        assert run_id(record) == folder.name
-        if record["model"].get("weights"):
+        assert run_id(config) == folder.name
+        if config.model.weights:
             continue  # its ranks are those of the weights, which are not in the repository
-        _, made, dense = build(record, dataset(record["dataset"]))
+        _, made, dense = build(config.model, config.layer, config.dataset.dataset())
         assert made.ranks == summary["ranks"]
         assert dense == summary["dense"]

@@ -3,27 +3,26 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from test_run import config
+from support import ROOT, config
 from torch import nn
 
 from decef import CPACConv2d, DeCEFConv2d
 from decef.conversion import convert
 from decef.models import PlainNet
 from decef.results import figures, plots
+from decef.results.comparisons import comparison_groups
+from decef.results.effective_ranks import rank_table
 from decef.results.eigenfilters import eigenfilters, significance, write_filters
-from decef.results.measure import load_networks, rank_table
-from decef.results.tables import comparison_groups, load_records, summarize
-from decef.training.record import read_metrics
+from decef.results.networks import load_networks
+from decef.results.tables import summarize
+from decef.training.record import load_records, read_metrics
 from decef.training.run import run
-
-ROOT = Path(__file__).parents[1]
 
 
 def figures_script(*arguments):
@@ -74,7 +73,7 @@ def test_intervals_are_drawn_where_there_are_seeds(records):
 
 def test_curves_are_the_metrics_mean_and_range(records):
     group = [r for r in records["digits-atcd"] if r.setting == "rank 1"]
-    rows = [read_metrics(ROOT / "results" / "runs" / r.summary["id"]) for r in group]
+    rows = [read_metrics(ROOT / "results" / "runs" / r.id) for r in group]
     frame = pd.DataFrame(
         {"layer": "rank1", "setting": "rank 1", "seed": r.config["seed"], **row}
         for r, metrics in zip(group, rows, strict=True)
@@ -90,8 +89,8 @@ def test_curves_are_the_metrics_mean_and_range(records):
 
 
 def test_untuned_curves_are_the_csv():
-    frame = pd.read_csv(ROOT / "results" / "untuned" / "resnet20.csv")
-    drawn = lines(plots.plot_untuned(frame).axes[0])
+    frame = pd.read_csv(ROOT / "results" / "without_finetuning" / "resnet20.csv")
+    drawn = lines(plots.plot_without_finetuning(frame).axes[0])
     for nearest, prefix in (("outputs", "{}"), ("kernels", "_{}, kernels")):
         for layer in ("decef", "basisconv", "cpac", "rank1"):
             rows = frame[(frame.layer == layer) & (frame.spread == "energy") & (frame.nearest == nearest)]
@@ -144,8 +143,8 @@ def drawn(tmp_path_factory):
     ]
     pd.concat(tables).to_csv(results / "ranks" / "training.csv", index=False)
     (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
-    (results / "untuned").mkdir()
-    shutil.copy(ROOT / "results" / "untuned" / "resnet20.csv", results / "untuned")
+    (results / "without_finetuning").mkdir()
+    shutil.copy(ROOT / "results" / "without_finetuning" / "resnet20.csv", results / "without_finetuning")
     done = figures_script("--results", results, "--network", folder)
     assert done.returncode == 0, done.stderr
     return results, done, tables
@@ -156,7 +155,15 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
     assert "skipped" not in done.stderr
     written = {path.stem for path in (results / "figures").glob("*.png")}
     assert written == {path.stem for path in (results / "figures").glob("*.svg")}
-    kinds = ("accuracy-", "training-", "costs-", "untuned-", "ranks-training", "ranks-by-epoch-", "eigenfilters-")
+    kinds = (
+        "accuracy-",
+        "training-",
+        "costs-",
+        "without-finetuning-",
+        "ranks-training",
+        "ranks-by-epoch-",
+        "eigenfilters-",
+    )
     for kind in (*kinds, "significance-product-", "significance-channels-"):
         assert sum(name.startswith(kind) for name in written) == 1, kind
     (run_id,) = (path.name for path in (results / "runs").glob("*cpac*"))
@@ -190,7 +197,9 @@ def test_ranks_in_training_are_the_checkpoints_tables(drawn):
 
 
 def test_cost_bars_are_the_ranks_that_ran(records):
-    group = [r for r in records["cifar10-quick"] if r.model == "resnet20" and r.asked in ("dense", "0.667 of FLOPs")]
+    group = [
+        r for r in records["cifar10-quick"] if r.model == "resnet20" and r.rank_setting in ("dense", "0.667 of FLOPs")
+    ]
     (drawing,) = figures.costs(ROOT / "results", group)
     macs = {r.layer: r.summary["macs"] for r in group} | {"conv2d": group[0].summary["dense"]["macs"]}
     linear = 64 * 10

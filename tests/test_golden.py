@@ -9,14 +9,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from support import composed
 
+from decef.training.config import RunConfig
 from decef.training.record import read_metrics
 from decef.training.run import run
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
 # Without batch norm between the layers rounding stays where it is: instruction sets differ in the sixth digit.
 COMMON = (
@@ -39,11 +37,8 @@ CASES = {
 
 def curve(*overrides):
     """Training and test loss of every epoch."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", overrides=[*COMMON, *overrides]), resolve=True)
     with tempfile.TemporaryDirectory() as results:
-        summary = run({**config, "results": results, "experiment": None})
+        summary = run(RunConfig.from_dict({**composed(*COMMON, *overrides), "results": results, "experiment": None}))
         rows = read_metrics(Path(results) / "runs" / summary["id"])
     return [[round(row[key], 7) for key in ("train_loss", "test_loss")] for row in rows]
 

@@ -6,20 +6,16 @@ import json
 import logging
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from support import composed as compose
 
-import decef.training.run
-from decef.data import DATASETS, FOLDERS, Images, dataset
+from decef.data import DATASETS, FOLDERS, Images
 from decef.layers import LAYERS
+from decef.training.config import DatasetConfig, RunConfig
 from decef.training.run import run
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 #: Other depths of a CIFAR ResNet and larger networks of torchvision and timm are the same code and take longer.
 ARCHITECTURES = ("resnet20", "vgg16_bn", "mobilenetv1", "mobilenetv2", "plain", "resnet18", "timm")
 SMALLER = {"timm": {"name": "timm/resnet10t"}, "plain": {"width": 0.1}}
@@ -29,9 +25,7 @@ PAIRS = ("decef", "rank1")
 
 @cache
 def composed(folder, name):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.to_container(compose("train", overrides=[f"{folder}={name}"]))[folder]
+    return compose(f"{folder}={name}")[folder]
 
 
 def group(folder, name):
@@ -56,9 +50,12 @@ def config(data, model, layer, results):
     }  # fmt: skip
 
 
+REAL = DatasetConfig.dataset
+
+
 def tiny(settings):
     """A dataset of noise in the real one's shape; its files have tests of their own."""
-    real = dataset(settings)
+    real = REAL(settings)
     generator = torch.Generator().manual_seed(0)
     size = real.input_size if real.input_size[1] < 64 else (real.input_size[0], 32, 32)
 
@@ -66,7 +63,7 @@ def tiny(settings):
         pixels = torch.randint(0, 256, (n, *size), generator=generator, dtype=torch.uint8)
         return Images(pixels, torch.arange(n) % real.num_classes)
 
-    return replace(real, input_size=size, load=lambda root: (images(8), images(4)))
+    return replace(real, input_size=size, read=lambda root: (images(8), images(4)))
 
 
 DATA = (*DATASETS, *FOLDERS)
@@ -76,12 +73,12 @@ SAME_IMAGES = ("cifar100", "svhn", "fashion_mnist", "imagefolder")
 
 def run_cells(cells, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.ERROR)
-    monkeypatch.setattr(decef.training.run, "dataset", tiny)
-    monkeypatch.setattr(decef.training.run, "environment", lambda device, threads: {"started": "now"})
+    monkeypatch.setattr(DatasetConfig, "dataset", tiny)
+    monkeypatch.setattr("decef.training.recorder.environment", lambda device, threads: {"started": "now"})
     done = 0
     for data, model, layer in cells:
-        settings = config(data, model, layer, tmp_path)
-        if dataset(settings["dataset"]).input_size[0] == 1 and settings["model"]["name"].startswith("torchvision/"):
+        settings = RunConfig.from_dict(config(data, model, layer, tmp_path))
+        if REAL(settings.dataset).input_size[0] == 1 and settings.model.name.startswith("torchvision/"):
             continue  # torchvision's networks take colour images only; timm's take both
         summary = run(settings)
         record = json.loads((tmp_path / "runs" / summary["id"] / "summary.json").read_text())

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from decef.conversion import convert, plan
+from decef.conversion import convert
 from decef.costs import total_cost
 from decef.data.torchvision_cpu import import_torchvision
 from decef.models import create_model
+from decef.plans import plan
 
 # Parameters and MACs (convolutions and classifier) as published or worked out from the papers' tables.
 CIFAR = {

@@ -8,8 +8,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from decef import cost, effective_rank
-from decef.conversion import convert, plan
+from decef.conversion import convert
 from decef.layers import LAYERS, BasisConv2d, CPACConv2d, DeCEFConv2d, FactorizedConv2d
+from decef.plans import plan
 from decef.ranks import DEFINITIONS, Budget, Candidate, EffectiveRank, Energy, Fixed, PerLayer, Share, Totals
 
 F64 = torch.float64

@@ -1,18 +1,25 @@
+import dataclasses
 import html
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+import vl_convert
 import yaml
 
+from decef.layers import LAYERS
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
+from decef.results.look import DARK, LOOK, PATHS
 from decef.results.report import VERDICTS, build
-from decef.results.tables import Record
+from decef.training.record import to_record
 
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
 HOSTILE = '</script><script>window.entered = 1</script><img src=x onerror="window.entered=1">\'&{{ 7*7 }}'
+SVG = "{http://www.w3.org/2000/svg}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--virtual-time-budget=10000", "--dump-dom"]
@@ -20,12 +27,12 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromiu
 
 
 def run(layer, seed, top1, dataset="cifar10", share=0.667, **text):
-    """A finished run and its epochs; `text` gives its id, network and the like."""
+    """A finished run; `text` gives its id, network and the like."""
     config = {
         "dataset": {"name": dataset},
         "model": {"name": text.get("model", "resnet20"), "dense_stem": True},
         "layer": {"name": layer, **({} if layer == "conv2d" else {"flops": share})},
-        "train": {"name": text.get("schedule", "quick"), "epochs": 3, "batch_size": 128, "schedule": "onecycle"},
+        "train": {"name": text.get("schedule", "quick"), "epochs": 3, "batch_size": 128, "lr": 0.1},
         "seed": seed,
     }
     summary = {
@@ -41,13 +48,11 @@ def run(layer, seed, top1, dataset="cifar10", share=0.667, **text):
         "epochs": 3,
     }
     epochs = [{"epoch": e, "test_top1": top1 - 30 / e, "train_loss": 2.0 / e, "val_top1": None} for e in (1, 2, 3)]
-    return Record(config, summary), epochs
+    return to_record(config, summary, epochs)
 
 
-def page(*runs):
-    records = [record for record, _ in runs]
-    verdicts = [(claim, judge(claim, records)) for claim in load_claims()]
-    return build(records, {record.summary["id"]: epochs for record, epochs in runs}, verdicts)
+def page(*records):
+    return build(records, [(claim, judge(claim, records)) for claim in load_claims()])
 
 
 def grid():
@@ -57,32 +62,76 @@ def grid():
 
 
 class Parsed(HTMLParser):
-    """Every address that a page names, its scripts and its text."""
+    """Every address that a page names, its scripts, its style and its text."""
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.addresses, self.scripts, self.words, self.ids, self.inside = [], [], [], "", [], ""
+        self.tags, self.addresses, self.scripts, self.ids = [], [], [], []
+        self.words = self.style = self.inside = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.inside = tag
+        self.scripts += [""] if tag == "script" else []
         for key, value in attributes:
             self.addresses += [value] if key in ("src", "href", "xlink:href", "srcset", "action", "data") else []
             self.ids += [value] if key == "id" else []
+            self.style += value if key == "style" else ""
 
     def handle_endtag(self, tag):
         self.inside = ""
 
     def handle_data(self, data):
         if self.inside == "script":
-            self.scripts.append(data)
+            self.scripts[-1] += data
+        elif self.inside == "style":
+            self.style += data
         else:
             self.words += data
 
     @property
     def data(self):
         return json.loads(self.scripts[0])
+
+
+class Drawn:
+    """A chart as Vega-Lite draws it with these parameters, without a browser: its marks by layer."""
+
+    def __init__(self, spec, **parameters):
+        known = {parameter["name"]: parameter["value"] for parameter in spec["params"]}
+        assert parameters.keys() <= known.keys()
+        values = [{"name": name, "value": value} for name, value in {**known, **parameters}.items()]
+        spec = {**spec, "width": 400, "params": values}
+        self.svg = ElementTree.fromstring(vl_convert.vegalite_to_svg(spec, show_warnings=True, allowed_base_urls=[]))
+        self.words = [text.text for text in self.svg.iter(f"{SVG}text")]
+
+    def marks(self, layer):
+        groups = [group for group in self.svg.iter(f"{SVG}g") if f"{layer}_marks" in group.get("class", "").split()]
+        return [mark for group in groups for mark in group]
+
+    def paths(self, layer):
+        return [path for group in self.marks(layer) for path in group.iter(f"{SVG}path")]
+
+    def points(self):
+        """Where every row's point is, by the beginning of its label."""
+        return {mark.get("aria-label").split(";")[0]: place(mark) for mark in self.marks("points")}
+
+
+def place(mark):
+    return tuple(numbers(mark.get("transform")))
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"-?[\d.]+", text)]
+
+
+def charts(*records):
+    """Of every table its charts: top-1 against FLOPs, against parameters, training."""
+    found = {}
+    for name, spec in Parsed(page(*records)).data["charts"].items():
+        found.setdefault(name.partition("-")[0], []).append(spec)
+    return list(found.values())
 
 
 def test_same_records_same_page_that_loads_nothing():
@@ -95,8 +144,11 @@ def test_same_records_same_page_that_loads_nothing():
     assert fragments
     assert fragments <= set(parsed.ids)
     assert len(parsed.ids) == len(set(parsed.ids))
-    assert "url(" not in text
-    assert "@import" not in text
+    assert "url(" not in parsed.style
+    assert "@import" not in parsed.style
+    assert '"url"' not in parsed.scripts[0]  # where Vega-Lite would look for data
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in text  # and no eval
+    assert len(text.encode()) < 3e6
 
 
 def test_tables_claims_and_records_stand_in_the_html_itself():
@@ -112,14 +164,14 @@ def test_tables_claims_and_records_stand_in_the_html_itself():
     assert untested.experiment in words
     assert 'href="runs/cifar10-decef-0.667-s1/metrics.jsonl"' in text
     assert (
-        yaml.safe_dump(grid()[0][0].config, sort_keys=False).split()
-        == words[words.index("dataset: name: cifar10") : words.index("seed: 0") + 7].split()
+        yaml.safe_dump(grid()[0].settings, sort_keys=False).split()
+        == words[words.index("format: 2") : words.index("seed: 0") + 7].split()
     )
 
 
 def test_verdicts_stand_with_how_many_comparisons_were_decided():
     claims = dict(zip((HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED), load_claims(), strict=False))
-    text = build([], {}, [(claim, Verdict(verdict)) for verdict, claim in claims.items()])
+    text = build([], [(claim, Verdict(verdict)) for verdict, claim in claims.items()])
     words = " ".join(Parsed(text).words.split())
     assert " ".join(f"1 {verdict}" for verdict in VERDICTS) in words
     for verdict, claim in claims.items():
@@ -135,9 +187,8 @@ def test_verdicts_stand_with_how_many_comparisons_were_decided():
 
 def test_foreign_text_stays_text():
     names = {key: f"{key} {HOSTILE}" for key in ("id", "model", "machine", "schedule")}
-    record, epochs = run("decef", 0, 90.0, f"dataset {HOSTILE}", **names)
-    parsed = Parsed(page((record, epochs)))
-    assert parsed.tags.count("script") == 2
+    parsed = Parsed(page(run("decef", 0, 90.0, f"dataset {HOSTILE}", **names)))
+    assert parsed.tags.count("script") == 3
     assert "img" not in parsed.tags
     ((row,),) = parsed.data["groups"]
     assert (row["dataset"], row["schedule"]) == (f"dataset {HOSTILE}", names["schedule"])
@@ -145,18 +196,124 @@ def test_foreign_text_stays_text():
 
 
 def test_what_json_lacks_is_left_out():
-    record, epochs = run("decef", 0, 90.0)
-    epochs[1]["train_loss"] = float("nan")
-    ((row,),) = Parsed(page((record, epochs))).data["groups"]
-    assert row["runs"][0]["train_loss"] == [2.0, None, pytest.approx(0.666667)]
-    assert row["numbers"]["top1_low"] is None
-    assert "val_top1" not in row["runs"][0]
+    record = run("decef", 0, 90.0)
+    record.metrics[1]["train_loss"] = float("nan")
+    flops, _, training = charts(record)[0]
+    (curve,) = training["data"]["values"]
+    assert curve["train_loss"] == [2.0, None, pytest.approx(0.666667)]
+    assert "val_top1" not in curve
+    assert flops["data"]["values"][0]["low"] is None
 
 
 def test_no_runs_and_no_epochs_make_a_page_too():
     assert "0 finished runs" in Parsed(page()).words
-    record, _ = run("conv2d", 0, 90.0)
-    assert Parsed(build([record], {}, [])).data["metrics"] == []
+    record = dataclasses.replace(run("conv2d", 0, 90.0), metrics=())
+    assert len(charts(record)[0]) == 2  # no training curves
+
+
+def test_layer_types_look_the_same_in_tables_charts_and_figures():
+    assert list(LOOK) == list(DARK) == list(LAYERS)
+    records = [run(layer, 0, 90.0 + i) for i, layer in enumerate(LAYERS)]
+    text = page(*records)
+    for colors in ({layer: color for layer, (color, _) in LOOK.items()}, DARK):
+        assert ":root {" + "".join(f" --{layer}: {color};" for layer, color in colors.items()) in text
+    flops, _, training = charts(*records)[0]
+    points = {mark.get("aria-label").split(",")[1].split(";")[0].strip(): mark for mark in Drawn(flops).marks("points")}
+    for layer, (color, marker) in LOOK.items():
+        mark = f'style="color: var(--{layer})" aria-hidden="true"><path d="{PATHS[marker]}"/></svg>{layer}</td>'
+        assert mark in text
+        assert points[layer].get("fill") == f"var(--{layer}, {color})"
+    assert len({mark.get("d") for mark in points.values()}) == len(LAYERS)
+    shapes = flops["layer"][-1]["layer"][-1]["encoding"]["shape"]["scale"]
+    assert dict(zip(shapes["domain"], shapes["range"], strict=True)) == {
+        k: PATHS[marker] for k, (_, marker) in LOOK.items()
+    }
+    assert {mark.get("stroke") for mark in Drawn(training).paths("lines")} == {p.get("fill") for p in points.values()}
+
+
+def test_accuracy_against_cost_has_points_intervals_and_the_front(capfd):
+    (flops, params, _), _ = charts(*grid())
+    for spec, title in ((flops, "FLOPs"), (params, "parameters")):
+        chart = Drawn(spec)
+        assert title in chart.words
+        points = chart.points()
+        assert list(points) == ["resnet20, conv2d", "resnet20, decef, 0.667 of FLOPs", "resnet20, cpac, 0.667 of FLOPs"]
+        dense, decef, cpac = points.values()
+        assert dense[1] < decef[1] < cpac[1]  # the more accurate, the higher
+        assert decef[0] == cpac[0] < dense[0]
+        bars = chart.marks("intervals")  # cpac has one seed
+        assert [place(bar)[0] for bar in bars] == [dense[0], decef[0]]
+        assert [place(bar)[1] + float(bar.get("y2")) / 2 for bar in bars] == pytest.approx([dense[1], decef[1]])
+        (front,) = chart.paths("front")
+        steps = [*decef, dense[0], decef[1], *dense]
+        assert numbers(front.get("d")) == pytest.approx(steps, abs=0.01)
+    label = chart.marks("points")[1].get("aria-label")
+    assert "top-1 90.00 ± 0.92 % [87.72, 92.28], n = 3" in label
+    assert "against Conv2d -1.00 [-1.50, -0.50]; 667 parameters, 0.01 MFLOPs" in label
+    assert "WARN" not in capfd.readouterr().err
+
+
+def test_points_that_would_lie_on_better_ones_are_moved_aside():
+    spread = {
+        "decef": (89.0, 90.0, 91.0),
+        "cpac": (88.9, 89.9, 90.9),
+        "basisconv": (88.8, 89.8, 90.8),
+        "rank1": (20.0,),
+    }
+    records = [run(layer, seed, value) for layer, values in spread.items() for seed, value in enumerate(values)]
+    spec = charts(*records)[0][0]
+    left, best, right, low = (
+        Drawn(spec).points()[f"resnet20, {x}, 0.667 of FLOPs"][0] for x in ("basisconv", "decef", "cpac", "rank1")
+    )
+    assert (left, right) == (best - 12, best + 12)
+    assert low == best  # far below, it is in nobody's way
+    alone = Drawn(spec, shown=["0-1"]).points()
+    assert [x for x, _ in alone.values()] == [best]
+
+
+def test_costs_far_apart_stand_on_a_logarithmic_axis():
+    records = [run("decef", 0, 80.0, share=0.01), run("decef", 0, 85.0, share=0.1), run("conv2d", 0, 90.0)]
+    chart = Drawn(charts(*records)[0][0])
+    dense, small, medium = (x for x, _ in chart.points().values())
+    assert dense - medium == pytest.approx(medium - small, rel=0.05)
+    assert "FLOPs, logarithmic" in chart.words
+
+
+def test_filters_reach_the_charts():
+    (flops, _, training), digits = charts(*grid())
+    assert list(Drawn(flops, shown=["0-1", "1-0"]).points()) == ["resnet20, decef, 0.667 of FLOPs"]
+    assert len(Drawn(digits[0]).points()) == 2
+    nothing = Drawn(flops, shown=[])
+    assert "nothing to draw" in nothing.words
+    assert not nothing.points()
+    assert "nothing to draw" not in Drawn(flops).words
+    lines = Drawn(training, shown=["0-2"]).paths("lines")
+    assert [line.get("aria-label") for line in lines] == ["resnet20, cpac, 0.667 of FLOPs, seed 0"]
+
+
+def test_curves_are_of_the_metric_and_the_seeds_that_are_chosen(capfd):
+    (_, _, training), _ = charts(*grid())
+    mean, each = Drawn(training), Drawn(training, seeds="lines", metric="train_loss")
+    assert [line.get("aria-label") for line in mean.paths("lines")] == [
+        "resnet20, conv2d, mean of 3 seeds",
+        "resnet20, decef, 0.667 of FLOPs, mean of 3 seeds",
+        "resnet20, cpac, 0.667 of FLOPs, seed 0",
+    ]
+    assert (len(mean.paths("bands")), len(each.paths("bands"))) == (2, 0)
+    assert len(each.paths("lines")) == 7
+    assert mean.words == ["1", "2", "3", "epoch", *(str(value) for value in range(50, 90, 5))]
+    assert each.words[4:] == ["0.6", "0.8", "1.0", "1.2", "1.4", "1.6", "1.8", "2.0"]
+    assert "WARN" not in capfd.readouterr().err
+    training["data"]["values"] = [{**run, "val_top1": [None] * 3} for run in training["data"]["values"]]
+    assert "no such metric was recorded" in Drawn(training, metric="val_top1").words
+
+
+def test_settings_of_a_layer_type_differ_by_their_lines():
+    records = [run("decef", 0, 90.0, share=share) for share in (0.5, 0.667, 0.8)]
+    lines = Drawn(charts(*records)[0][2]).paths("lines")
+    dashes = [line.get("stroke-dasharray").replace(",", " ") for line in lines]
+    assert len(set(dashes)) == 3
+    assert all(f'stroke-dasharray="{dash}"' in page(*records) for dash in dashes)  # in the legend
 
 
 STEPS = """
@@ -164,40 +321,49 @@ const all = (selector, where = document) => [...where.querySelectorAll(selector)
 const seen = (selector) => all(selector).filter((e) => !e.closest("[hidden]"));
 const layers = () =>
   all("[data-group='0'] tbody tr", document.getElementById("results")).map((row) => row.cells[1].textContent.trim());
-const view = () => ({rows: seen("tr[data-row]").length, runs: seen(".run").length, curves: seen("[data-curve]").length,
-  points: seen("[data-chart=flops] [data-point]").length, address: decodeURIComponent(location.hash),
-  count: document.querySelector("output").value});
+const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const view = async () => { await sleep(300); return {rows: seen("tr[data-row]").length, runs: seen(".run").length,
+  curves: seen(".lines_marks path").length, points: seen("[data-chart$='-0'] .points_marks path").length,
+  legend: seen(".legend li").length, address: decodeURIComponent(location.hash),
+  count: document.querySelector("output").value}; };
 const form = document.querySelector(".controls");
 const choose = (key, value) => { form.querySelector(`[name=${key}]`).value = value;
   form.dispatchEvent(new Event("change", {bubbles: true})); return view(); };
-const found = {first: layers(), start: view()};
+(async () => {
+await sleep(2000);
+const found = {first: layers(), start: await view()};
 const head = all("#results th").find((th) => th.textContent === "top-1 %");
 for (const key of ["once", "twice"]) {
   head.querySelector("button").click();
   found[key] = [layers(), head.getAttribute("aria-sort")];
 }
-const height = (id) => document.querySelector(`[data-chart=params] [data-point="${id}"]`).getBoundingClientRect().top;
-found.higher = height("0-0") < height("0-2");
-const point = document.querySelector("[data-point='0-1']");
+const point = document.querySelector(".points_marks [aria-label^='resnet20, decef']");
 point.focus();
-found.tip = document.getElementById("tip").hidden ? "" : document.getElementById("tip").textContent;
-found.bands = seen(".band").length;
-found.lines = choose("seeds", "lines");
-found.loss = [choose("metric", "train_loss"), seen("[data-chart=curves] figcaption").map((e) => e.textContent)];
-found.digits = choose("dataset", "digits");
-choose("dataset", "");
+found.tip = document.querySelector("#vg-tooltip-element.visible")?.textContent;
+point.blur();
+found.left = document.querySelector("#vg-tooltip-element.visible") === null;
+found.bands = seen(".bands_marks path").length;
+found.lines = await choose("seeds", "lines");
+found.loss = [await choose("metric", "train_loss"), seen("figcaption[data-metric]").map((e) => e.textContent)];
+found.digits = await choose("dataset", "digits");
+await choose("dataset", "");
 form.querySelector("[value=decef]").click();
-found.layer = view();
+found.layer = await view();
 const link = document.querySelector(".claim a[href='#run-cifar10-decef-0.667-s0']");
 link.click();
-found.run = [document.getElementById("run-cifar10-decef-0.667-s0").open, view()];
+found.run = [document.getElementById("run-cifar10-decef-0.667-s0").open, await view()];
+document.querySelector(".points_marks [aria-label^='resnet20, decef']")
+  .dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+found.point = await view();
 location.hash = "#dataset=digits&seeds=lines&network=unknown";
-addEventListener("hashchange", () => {
-  found.shared = view();
+addEventListener("hashchange", async () => {
+  found.shared = await view();
   form.querySelector("[name=reset]").click();
-  found.reset = view();
-  report({...found, errors, entered: window.entered === undefined});
+  found.reset = await view();
+  const widths = all(".plot svg").map((e) => e.getBoundingClientRect().width);
+  report({...found, errors, entered: window.entered === undefined, widths: [Math.min(...widths), Math.max(...widths)]});
 });
+})();
 """
 WATCH = """<script>const errors = [];
 addEventListener("error", (event) => { errors.push(String(event.message)); report({errors}); });
@@ -222,8 +388,8 @@ def test_sorting_filters_and_charts_in_a_browser(tmp_path):
     hostile = run("basisconv", 0, 50.0, "hostile", id=f"id {HOSTILE}", model=f"model {HOSTILE}")
     text = (
         page(*grid(), hostile)
-        .replace("<head>", f"<head>{WATCH}")
-        .replace("</body>", f"<script>{STEPS}</script></body>")
+        .replace("<head>", f"<head>{WATCH}", 1)
+        .replace("</body>\n</html>", f"<script>{STEPS}</script></body></html>")
     )
     found = browse(text, tmp_path)
     assert found["errors"] == []
@@ -231,39 +397,41 @@ def test_sorting_filters_and_charts_in_a_browser(tmp_path):
     assert found["first"] == ["conv2d", "decef", "cpac"]
     assert found["once"] == [["conv2d", "decef", "cpac"], "descending"]
     assert found["twice"] == [["cpac", "decef", "conv2d"], "ascending"]
-    assert found["higher"]
     assert "resnet20, decef" in found["tip"]
     assert "90.00 ± 0.92 %" in found["tip"]
-    counts = ("rows", "points", "curves", "runs")
-    assert [found["start"][key] for key in counts] == [6, 6, 6, 10]
+    assert found["left"]
+    counts = ("rows", "points", "curves", "legend", "runs")
+    assert [found["start"][key] for key in counts] == [6, 6, 6, 6, 10]
     assert (found["start"]["address"], found["start"]["count"]) == ("", "10 of 10 runs")
     assert found["bands"] == 2
-    assert [found["lines"][key] for key in counts] == [6, 6, 10, 10]
+    assert [found["lines"][key] for key in counts] == [6, 6, 10, 6, 10]
     assert found["loss"][0]["address"] == "#metric=train_loss&seeds=lines"
     assert set(found["loss"][1]) == {"Training: training loss"}
-    assert [found["digits"][key] for key in counts] == [2, 2, 2, 2]
+    assert [found["digits"][key] for key in counts] == [2, 2, 2, 2, 2]
     assert found["digits"]["address"] == "#dataset=digits&metric=train_loss&seeds=lines"
-    assert [found["layer"][key] for key in counts] == [5, 5, 7, 7]
+    assert [found["layer"][key] for key in counts] == [5, 5, 7, 5, 7]
     assert "layer=conv2d,basisconv,cpac,rank1" in found["layer"]["address"]
     opened, after = found["run"]
     assert opened
     assert after["rows"] == 6  # its filter would have hidden the run
     assert after["address"].endswith("at=run-cifar10-decef-0.667-s0")
-    assert [found["shared"][key] for key in counts] == [2, 2, 2, 2]
+    assert found["point"]["address"].endswith("at=runs-0-1")
+    assert [found["shared"][key] for key in counts] == [2, 2, 2, 2, 2]
     assert found["reset"]["count"] == "10 of 10 runs"
+    assert 200 < found["widths"][0] == found["widths"][1]  # those that a filter had hidden too
 
 
 @needs_browser
 def test_no_sideways_scrolling_on_a_phone(tmp_path):
     phone = f"""<!doctype html><head>{WATCH}</head><body><iframe style="width:360px;height:700px;border:0"
       srcdoc="{html.escape(page(*grid()))}"></iframe><script>
-      onload = () => {{
+      onload = () => setTimeout(() => {{
         const inner = document.querySelector("iframe").contentWindow, root = inner.document.documentElement;
         for (const details of root.querySelectorAll("details")) details.open = true;
         const table = root.querySelector("#results .scroll"), plots = root.querySelectorAll(".plot svg");
         report({{window: inner.innerWidth, page: root.scrollWidth, table: table.scrollWidth > table.clientWidth,
           charts: Math.max(...Array.from(plots, (e) => e.getBoundingClientRect().right))}});
-      }};</script></body>"""
+      }}, 3000);</script></body>"""
     found = browse(phone, tmp_path)
     assert found["window"] == 360
     assert found["page"] <= 360

@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import json
 import shutil
@@ -8,38 +7,17 @@ import sys
 import pytest
 import torch
 import yaml
+from support import config
 
+from decef.data import DATASETS
 from decef.models.weights import find_weights
+from decef.training.build import build
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
-from decef.training.config import TrainConfig
-from decef.training.record import RunRecord, first_difference, read_metrics, recorded, replay, run_id
-from decef.training.run import InputError, resolve, run
+from decef.training.config import InputError, TrainConfig
+from decef.training.record import first_difference, read_metrics, recorded, replay, run_id
+from decef.training.recorder import Recorder
+from decef.training.run import run
 from decef.training.tracking import Tracker, resolve_mode
-
-CONFIG = {
-    "dataset": {"name": "digits", "root": None, "train_size": 256, "crop_padding": 1, "flip": False},
-    "model": {"name": "resnet20", "shortcut": "A", "dense_stem": True, "factorize_classifier": False},
-    "layer": {"name": "decef", "rank": 2, "flops": None, "implementation": "reconstructed"},
-    "train": {"name": "smoke", "epochs": 2, "batch_size": 64, "lr": 0.1, "scales": [[0.5, 0.5]]},
-    "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None},
-    "experiment": None,
-    "seed": 0,
-    "device": "cpu",
-    "threads": None,
-    "progress": False,
-    "keep_checkpoints": False,
-}
-
-
-def config(results, **changes):
-    new = {**copy.deepcopy(CONFIG), "results": str(results)}
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        if name:
-            new[group][name] = value
-        else:
-            new[group] = value
-    return new
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +42,7 @@ def test_a_run_leaves_its_record(finished):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert rows[-1]["test_top1"] == summary["test_top1"]
     written = yaml.safe_load((folder / "config.yaml").read_text())
-    assert written == recorded(resolve(config(results)))
+    assert written == recorded(config(results).resolved())
     assert written["format"] == 2
     assert {f.name for f in dataclasses.fields(TrainConfig)} - set(written["train"]) == {"orthogonality"}  # the layer's
     assert written["dataset"]["mean"] == [0.2874]
@@ -84,14 +62,14 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
         save(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decef.training.run.save_checkpoint", save_then_stop)
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path))
     folder = tmp_path / "runs" / expected["id"]
     assert json.loads((folder / "summary.json").read_text())["status"] == "interrupted"
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "test_top1": 0.0}\n{"epo')  # logged, then killed before the checkpoint
-    monkeypatch.setattr("decef.training.run.save_checkpoint", save)
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
     summary = run(config(tmp_path))
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
     assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
@@ -99,7 +77,7 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
-    record = RunRecord(tmp_path, resolve(config(tmp_path)))
+    record = Recorder(config(tmp_path).resolved())
     record.path.mkdir(parents=True)
     save_checkpoint(record.checkpoint, {"epoch": 1, "config": {"seed": 5}, "model": {}, "optimizer": {}})
     with pytest.raises(InputError, match="of another config: move it away"):
@@ -130,7 +108,7 @@ def test_a_failed_run_says_why_in_its_record(tmp_path):
 
 
 def test_two_processes_cannot_be_at_one_run(tmp_path):
-    record = RunRecord(tmp_path, resolve(config(tmp_path)))
+    record = Recorder(config(tmp_path).resolved())
     with record.open(), pytest.raises(InputError, match="another process is at this run"):
         run(config(tmp_path))
 
@@ -143,7 +121,7 @@ def test_an_unwritable_results_folder(tmp_path):
 
 def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
     def name(**changes):
-        return run_id(resolve(config(tmp_path, **changes)))
+        return run_id(config(tmp_path, **changes).resolved())
 
     first = name()
     assert first.startswith("digits-resnet20-decef-r2-smoke-s0-")
@@ -170,7 +148,7 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
 def test_a_dense_run_is_one_run_whatever_its_layers_options_say(tmp_path):
     dense = {"name": "conv2d", "rank": None, "flops": None, "energy": None}
     names = {
-        run_id(resolve(config(tmp_path, layer={**dense, **layer}, **changes)))
+        run_id(config(tmp_path, layer={**dense, **layer}, **changes).resolved())
         for layer, changes in (
             ({}, {}), ({"flops": 0.667}, {}), ({"rank": 3}, {}), ({}, {"model__dense_stem": False}),
             ({}, {"model__exclude": "layer1*"}), ({}, {"model__min_kernel_size": 3}), ({}, {"train__decay": "kernel"}),
@@ -184,9 +162,7 @@ def test_a_record_is_done_again_to_the_bit(finished, tmp_path):
     results, summary = finished
     folder = results / "runs" / summary["id"]
     again, precision = replay(folder)
-    again["dataset"]["root"] = None
-    places = {key: CONFIG[key] for key in ("wandb", "device", "progress", "keep_checkpoints")}
-    assert run({**again, **places, "results": str(tmp_path)}, precision)["id"] == summary["id"]
+    assert run(dataclasses.replace(again, results=tmp_path, device="cpu"), precision)["id"] == summary["id"]
     one, other = (read_metrics(r / "runs" / summary["id"]) for r in (results, tmp_path))
     assert first_difference(one, other) is None
     other[1]["test_loss"] += 1e-9
@@ -218,22 +194,12 @@ def test_a_run_goes_on_as_it_began(tmp_path, monkeypatch):
         save(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decef.training.run.save_checkpoint", save_then_stop)
-    monkeypatch.setattr(
-        "decef.training.loop.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked
-    )
-    monkeypatch.setattr(
-        "decef.training.run.resolve_precision", lambda device, asked: "fp32" if asked == "auto" else asked
-    )
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save_then_stop)
+    monkeypatch.setattr("decef.training.run.resolve_precision", lambda device, asked: "fp32")
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path))
-    monkeypatch.setattr("decef.training.run.save_checkpoint", save)
-    monkeypatch.setattr(
-        "decef.training.loop.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked
-    )
-    monkeypatch.setattr(
-        "decef.training.run.resolve_precision", lambda device, asked: "bf16" if asked == "auto" else asked
-    )
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
+    monkeypatch.setattr("decef.training.run.resolve_precision", lambda device, asked: "bf16")
     with pytest.raises(InputError, match=r"same run done otherwise \(layer\.implementation\): go on as it says"):
         run(config(tmp_path, layer__implementation="factorized"))
     assert run(config(tmp_path))["precision"] == "fp32"
@@ -298,7 +264,7 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
     ],
 )
 def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch, changes, message):
-    monkeypatch.setattr("decef.data.digits.load_digits", lambda root: pytest.fail("data was loaded"))
+    monkeypatch.setattr("decef.training.run._load_data", lambda job: pytest.fail("data was loaded"))
     with pytest.raises(InputError, match=message):
         run(config(tmp_path, **changes))
     assert not (tmp_path / "runs").exists()
@@ -336,20 +302,12 @@ except ValueError as error: print(error)
     assert "wandb is not installed" in out.stdout
 
 
-def test_stem_and_classifier_are_factorised_when_asked():
-    from decef.data import DATASETS
-    from decef.training.run import build
-
-    layer = {"name": "cpac", "rank": 5, "flops": None}
+def test_stem_and_classifier_are_factorised_when_asked(tmp_path):
     for stem, classifier in ((True, False), (False, True)):
         for shortcut in "AB":
-            settings = {
-                "name": "resnet20",
-                "shortcut": shortcut,
-                "dense_stem": stem,
-                "factorize_classifier": classifier,
-            }
-            model, plan, _ = build({"model": settings, "layer": layer}, DATASETS["digits"])
+            model = {"name": "resnet20", "shortcut": shortcut, "dense_stem": stem, "factorize_classifier": classifier}
+            given = config(tmp_path, model=model, layer={"name": "cpac", "rank": 5})
+            network, plan, _ = build(given.model, given.layer, DATASETS["digits"])
             assert ("conv1" in plan.ranks, "linear" in plan.ranks) == (not stem, classifier)
             assert len(plan.ranks) == 18 + (not stem) + classifier
-            assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+            assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

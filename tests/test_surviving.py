@@ -1,18 +1,15 @@
 """Runs that are killed at the worst moments, full disks, two sweeps at once: for real, in processes of their own."""
 
-import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_run import CONFIG
+from support import ROOT, settings
 
-from decef.results.tables import load_records, write_tables
-
-ROOT = Path(__file__).resolve().parents[1]
+from decef.results.tables import write_tables
+from decef.training.record import load_records
 
 # Every moment is a process of its own, which dies as kill -9 and a full disk have it; they share the imports.
 DRIVER = r"""
@@ -58,7 +55,7 @@ def in_the_metrics():
     def half(record, metrics):
         with (record.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics)[:20])
-    decef.training.record.RunRecord.add_epoch = dying(decef.training.record.RunRecord.add_epoch, 1, half)
+    decef.training.recorder.Recorder.epoch = dying(decef.training.recorder.Recorder.epoch, 1, half)
 
 def in_the_summary():
     real = os.replace
@@ -81,8 +78,8 @@ for moment in sys.argv[2:]:
         try:
             globals()[moment]()
             for config in json.loads(sys.argv[1]):
-                decef.training.run.run(config)
-        except decef.training.run.InputError as error:
+                decef.training.run.run(decef.training.config.RunConfig.from_dict(config))
+        except decef.training.config.InputError as error:
             print("refused:", error, flush=True)
             os._exit(2)
         os._exit(0)
@@ -92,10 +89,7 @@ for moment in sys.argv[2:]:
 
 
 def config(results, **changes):
-    new = {**copy.deepcopy(CONFIG), "results": str(results), "threads": 1, **changes}
-    new["train"] |= {"epochs": 4, "schedule": "onecycle"}
-    new["dataset"] |= {"train_size": 128}
-    return new
+    return settings(results, threads=1, train__epochs=4, dataset__train_size=128, **changes)
 
 
 def drive(configs, *moments):
@@ -160,9 +154,9 @@ def test_two_sweeps_at_once_leave_whole_records(tmp_path):
         assert said.splitlines()[-1] == "never 0" or "another process is at this run" in said
     drive(configs, "never")  # what one left out because the other was at it
     records = load_records(tmp_path)
-    assert sorted(r.config["seed"] for r in records) == [0, 1, 2]
+    assert sorted(r.config.seed for r in records) == [0, 1, 2]
     for record in records:
-        folder = tmp_path / "runs" / record.summary["id"]
+        folder = tmp_path / "runs" / record.id
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 

@@ -5,7 +5,8 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
-from decef.results.tables import load_records, summarize, write_tables
+from decef.results.tables import summarize, write_tables
+from decef.training.record import load_records
 
 DENSE = {"params": 1000, "macs": 4000, "flops": 8000, "trainable_params": 1000}
 
@@ -35,7 +36,7 @@ def add(
         "dataset": {"name": "cifar10", **(dataset or {})},
         "model": {"name": model, "shortcut": "A", "weights_md5": weights},
         "layer": {"name": layer, **layer_options},
-        "train": {"name": schedule, "epochs": 3, "batch_size": 128, "schedule": "onecycle", **(train or {})},
+        "train": {"name": schedule, "epochs": 3, "batch_size": 128, "lr": 0.1, **(train or {})},
         "seed": seed,
     }
     if layer != "conv2d":
@@ -190,7 +191,7 @@ def test_unfinished_and_unreadable_runs_are_left_out_and_named(tmp_path, caplog)
     (add(tmp_path, "cpac", 0, 90.0, rank=2) / "summary.json").write_text('{"id": ')
     with caplog.at_level("INFO"):
         records = load_records(tmp_path)
-    assert [r.config["layer"]["name"] for r in records] == ["conv2d"]
+    assert [r.layer for r in records] == ["conv2d"]
     assert "decef-quick-resnet20-0-2-None-fp32 is running" in caplog.text
     assert "cpac-quick-resnet20-0-2-None-fp32 cannot be read" in caplog.text
 

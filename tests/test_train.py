@@ -3,56 +3,12 @@ import math
 
 import pytest
 import torch
+from support import DIGITS, TRAIN, Memory, network, train
 
-from decef.conversion import convert, plan
 from decef.data import DATASETS, Images
 from decef.layers import LAYERS, FactorizedConv2d
-from decef.models import CifarResNet
-from decef.training.config import TrainConfig
-from decef.training.loop import evaluate, fit, lr_at, make_optimizer, penalties
-
-CONFIG = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
-DIGITS = DATASETS["digits"]
-
-
-class Memory:
-    """A state that remembers, and can stop the training after some epoch as a kill would."""
-
-    def __init__(self, stop_after=None):
-        self.saved, self.stop_after = None, stop_after
-
-    def load(self):
-        return self.saved
-
-    def save(self, state):
-        clone = lambda v: v.clone() if isinstance(v, torch.Tensor) else v  # noqa: E731
-        self.saved = torch.utils._pytree.tree_map(clone, dict(state))
-        if state["epoch"] == self.stop_after:
-            raise KeyboardInterrupt
-
-
-def network(layer="conv2d", seed=0, **options):
-    torch.manual_seed(seed)
-    model = CifarResNet(8, in_channels=1)
-    rank = 12 if layer.startswith("basisconv") else 4
-    return convert(model, plan(model, layer, rank=rank, exclude="conv1", **options), from_scratch=True)
-
-
-def train(model, config=CONFIG, state=None, seed=0, size=512):
-    images, test = DIGITS.load(None)
-    metrics, dtype = [], next(model.parameters()).dtype
-    fit(
-        model,
-        dataclasses.replace(images.subset(slice(0, size)), crop_padding=1),
-        test,
-        config,
-        mean=torch.tensor(DIGITS.mean, dtype=dtype),
-        std=torch.tensor(DIGITS.std, dtype=dtype),
-        seed=seed,
-        state=state or Memory(),
-        on_epoch=metrics.append,
-    )
-    return metrics
+from decef.training.loop import evaluate, fit
+from decef.training.optim import lr_at, make_optimizer, penalties
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -60,7 +16,7 @@ def test_every_layer_type_learns_the_digits(layer):
     model = network(layer)
     frozen = {k: p.clone() for k, p in model.named_parameters() if not p.requires_grad}
     assert bool(frozen) == (layer == "basisconv")
-    metrics = train(model, dataclasses.replace(CONFIG, epochs=8), size=1437)
+    metrics = train(model, dataclasses.replace(TRAIN, epochs=8), size=1437)
     assert [m["epoch"] for m in metrics] == list(range(1, 9))
     assert metrics[-1]["test_top1"] > 85
     assert metrics[-1]["train_loss"] < 0.5 * metrics[0]["train_loss"]
@@ -69,7 +25,7 @@ def test_every_layer_type_learns_the_digits(layer):
 
 
 def test_both_implementations_train_alike():
-    config = dataclasses.replace(CONFIG, epochs=1)
+    config = dataclasses.replace(TRAIN, epochs=1)
     runs = [train(network("decef", implementation=i).double(), config) for i in ("factorized", "reconstructed")]
     assert runs[0][-1]["train_loss"] == pytest.approx(runs[1][-1]["train_loss"], rel=1e-5)
 
@@ -77,7 +33,7 @@ def test_both_implementations_train_alike():
 def test_a_seed_repeats_bit_for_bit_and_another_does_not():
     models = [network(seed=s) for s in (0, 0, 1)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
-        train(model, dataclasses.replace(CONFIG, epochs=1), seed=seed)
+        train(model, dataclasses.replace(TRAIN, epochs=1), seed=seed)
     first, second, other = [torch.cat([p.flatten() for p in m.parameters()]) for m in models]
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -99,11 +55,11 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one():
 
 def test_a_diverging_run_says_so():
     with pytest.raises(FloatingPointError, match=r"from step \d+ on \(learning rate .*smaller train\.lr"):
-        train(network(), dataclasses.replace(CONFIG, lr=1e20))
+        train(network(), dataclasses.replace(TRAIN, lr=1e20))
 
 
 def test_validation_images_are_not_trained_on():
-    images, test = DIGITS.load(None)
+    images, test = DIGITS
     seen = []
 
     class Spy(torch.nn.Module):
@@ -117,12 +73,10 @@ def test_validation_images_are_not_trained_on():
             return self.linear(x.flatten(1))
 
     metrics = []
-    config = dataclasses.replace(CONFIG, epochs=2, validation=0.25, batch_size=1)
-    numbered = Images(torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 1, 8, 8), images.labels[:80])
-    fit(
-        Spy(), numbered, test, config, mean=torch.zeros(1), std=torch.ones(1) / 255,
-        seed=0, state=Memory(), on_epoch=metrics.append,
-    )  # fmt: skip
+    config = dataclasses.replace(TRAIN, epochs=2, validation=0.25, batch_size=1)
+    pixels = torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 1, 8, 8)
+    numbered = Images(pixels, images.labels[:80], std=(1 / 255,))
+    fit(Spy(), numbered, test, config, seed=0, state=Memory(), on_epoch=metrics.append)
     assert len({int(x[0, 0]) for x in seen}) == 60
     assert 0 <= metrics[-1]["val_top1"] <= 100
     assert metrics[-1]["val_loss"] > 0
@@ -130,16 +84,16 @@ def test_validation_images_are_not_trained_on():
 
 def test_evaluate_against_a_hand_count():
     model = network().eval()
-    _, test = DIGITS.load(None)
-    mean, std = torch.tensor(DIGITS.mean), torch.tensor(DIGITS.std)
-    logits = model((test.images / 255 - mean) / std)
-    loss, top1 = evaluate(model, test, mean=mean, std=std)
+    _, test = DIGITS
+    known = DATASETS["digits"]
+    logits = model((test.images / 255 - torch.tensor(known.mean)) / torch.tensor(known.std))
+    loss, top1 = evaluate(model, test)
     assert top1 == pytest.approx(100 * (logits.argmax(1) == test.labels).double().mean().item())
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, test.labels).item(), rel=1e-4)
 
 
 def test_learning_rates():
-    onecycle = dataclasses.replace(CONFIG, lr=1.0, warmup=0.2)
+    onecycle = dataclasses.replace(TRAIN, lr=1.0, warmup=0.2)
     assert [lr_at(onecycle, d) for d in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     cosine = dataclasses.replace(onecycle, schedule="cosine", warmup=0.0)
     assert [lr_at(cosine, d) for d in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
@@ -154,12 +108,12 @@ def test_images_are_smaller_where_the_schedule_says_so():
     model.conv1.register_forward_pre_hook(
         lambda module, args: sizes.append(args[0].shape[2]) if module.training else None
     )
-    train(model, dataclasses.replace(CONFIG, scales=((0.5, 0.5), (0.75, 0.75))), size=64)
+    train(model, dataclasses.replace(TRAIN, scales=((0.5, 0.5), (0.75, 0.75))), size=64)
     assert sizes == [4, 4, 6, 8]
 
 
 def test_orthogonality_holds_the_filters_and_takes_their_weight_decay():
-    config = dataclasses.replace(CONFIG, orthogonality=0.1, weight_decay=0.01)
+    config = dataclasses.replace(TRAIN, orthogonality=0.1, weight_decay=0.01)
     model = network("decef")
     groups = make_optimizer(model, config).param_groups
     free = list(groups[1]["params"])
@@ -175,14 +129,14 @@ def test_orthogonality_holds_the_filters_and_takes_their_weight_decay():
 
 
 def test_the_2021_basis_keeps_its_weight_decay_beside_the_penalty():
-    config = dataclasses.replace(CONFIG, orthogonality=0.1, weight_decay=0.01)
+    config = dataclasses.replace(TRAIN, orthogonality=0.1, weight_decay=0.01)
     assert [g["weight_decay"] for g in make_optimizer(network("basisconv2021"), config).param_groups] == [0.01]
 
 
 @pytest.mark.parametrize("layer", ["decef", "cpac", "rank1"])
 def test_kernel_decay_is_the_dense_networks(layer):
     """The factors get the gradient of weight_decay / 2 ||W||^2 of the composed kernel, and no other decay."""
-    config = dataclasses.replace(CONFIG, decay="kernel", weight_decay=0.02)
+    config = dataclasses.replace(TRAIN, decay="kernel", weight_decay=0.02)
     model = network(layer).double()
     layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
     factors = [p for m in layers for p in m.factors().values()]
@@ -200,14 +154,14 @@ def test_kernel_decay_is_the_dense_networks(layer):
 def test_kernel_decay_trains_another_network():
     def kernels(decay):
         model = network("cpac")
-        train(model, dataclasses.replace(CONFIG, decay=decay, weight_decay=0.05, epochs=2), size=256)
+        train(model, dataclasses.replace(TRAIN, decay=decay, weight_decay=0.05, epochs=2), size=256)
         return torch.cat([m.compose().flatten() for m in model.modules() if isinstance(m, FactorizedConv2d)])
 
     assert not torch.allclose(kernels("factors"), kernels("kernel"), rtol=0.01)
 
 
 def test_bf16_trains_too():
-    metrics = train(network("rank1"), dataclasses.replace(CONFIG, precision="bf16", epochs=1), size=128)
+    metrics = train(network("rank1"), dataclasses.replace(TRAIN, precision="bf16", epochs=1), size=128)
     assert math.isfinite(metrics[0]["train_loss"])
 
 
@@ -228,4 +182,4 @@ def test_bf16_trains_too():
 )
 def test_settings_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **change)
+        dataclasses.replace(TRAIN, **change)

@@ -4,17 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_train import CONFIG, train
+from support import ROOT, TRAIN, train
 
 from decef.models import PlainNet
 from decef.training.distributed import Processes
 from decef.training.loop import check_possible
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def plain(seed=0):
@@ -24,17 +21,17 @@ def plain(seed=0):
 
 def test_fp16_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match=r"train\.precision=fp16 needs a GPU"):
-        train(plain(), dataclasses.replace(CONFIG, precision="fp16"))
+        train(plain(), dataclasses.replace(TRAIN, precision="fp16"))
 
 
 def test_fewer_images_than_a_batch():
-    metrics = train(plain(), dataclasses.replace(CONFIG, epochs=1, batch_size=128), size=50)
+    metrics = train(plain(), dataclasses.replace(TRAIN, epochs=1, batch_size=128), size=50)
     assert metrics[0]["train_top1"] >= 0
 
 
 def test_a_batch_that_processes_cannot_share():
     with pytest.raises(ValueError, match=r"train\.batch_size=64 can't be shared equally by 3 processes"):
-        check_possible(CONFIG, torch.device("cpu"), Processes(0, 3))
+        check_possible(TRAIN, torch.device("cpu"), Processes(0, 3))
 
 
 def script(tmp_path, processes, *arguments):

@@ -18,7 +18,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import ENTITY, WandbServer
 
 from decef.results.dashboard import spec
-from decef.results.tables import load_records, write_tables
+from decef.results.tables import write_tables
+from decef.training.record import load_records
 from decef.training.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from decef.data.cifar import load_cifar10
 from decef.data.digits import load_digits
-from decef.data.folder import class_names, find_folder, load_folder
+from decef.data.folder import ImageFolder, class_names, find_folder, load_folder
 from decef.data.images import Data, Images, normalize
 from decef.data.small import load_cifar100, load_fashion_mnist, load_mnist, load_svhn
 from decef.data.tiles import load_magnetic_tile
@@ -26,14 +26,36 @@ class Dataset:
         input_size: `(channels, height, width)`.
         num_classes: number of labels.
         mean, std: per channel, of pixels scaled to [0, 1], over the training part.
-        load: returns the training and the test images; takes the folder to look in first, and options of its own.
+        read: returns the training and the test images; takes the folder to look in first.
     """
 
     input_size: tuple[int, int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    load: Callable[..., tuple[Data, Data]]
+    read: Callable[..., tuple[Images, Images] | tuple[ImageFolder, ImageFolder]]
+
+    def load(
+        self, root: Path | None = None, *, crop_padding: int = 0, flip: bool = False, workers: int = 0
+    ) -> tuple[Data, Data]:
+        """The training and the test images.
+
+        Args:
+            root: folder to look in first.
+            crop_padding: of images in memory, see `Images`.
+            flip: whether training images are mirrored half of the times.
+            workers: processes that read images from folders.
+
+        Raises:
+            FileNotFoundError: the dataset is nowhere and cannot be downloaded.
+            ValueError: a file is damaged, or a folder has other classes than expected.
+        """
+        train, test = (replace(part, mean=self.mean, std=self.std) for part in self.read(root))
+        if isinstance(train, Images):
+            return replace(train, crop_padding=crop_padding, flip=flip), test
+        workers = min(workers, os.cpu_count() or 1)  # more would only get in each other's way
+        assert isinstance(test, ImageFolder)
+        return replace(train, flip=flip, workers=workers), replace(test, workers=workers)
 
 
 #: Datasets of one size, which are held in memory.
@@ -46,40 +68,56 @@ DATASETS = {
     "magnetic_tile": Dataset((1, 100, 100), 6, (0.3919,), (0.1790,), load_magnetic_tile),
     "digits": Dataset((1, 8, 8), 10, (0.2874,), (0.3540,), load_digits),
 }
-#: Datasets in folders, of the size and with the classes that their settings say, by the names that the folder may have.
+#: Datasets in folders, of the size and with the classes that are asked for, by the names that the folder may have.
 FOLDERS = {"imagenet": ("imagenet", "ILSVRC2012", "imagenet-1k"), "imagefolder": ()}
+#: Options that one dataset has.
 OPTIONS = {"mnist": ("split_test",), "magnetic_tile": ("as_published",)}
 
 
-def dataset(settings: Mapping[str, Any]) -> Dataset:
-    """The dataset that settings (`configs/dataset`, or a record's) describe; nothing is read.
+def dataset(
+    name: str,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+    num_classes: int | None = None,
+    **options: bool,
+) -> Dataset:
+    """A dataset by name; nothing is read.
+
+    Args:
+        name: a key of `DATASETS` or `FOLDERS`.
+        mean, std: other than the dataset's own.
+        size, num_classes: of `FOLDERS`.
+        **options: of `OPTIONS`.
 
     Raises:
-        ValueError: there is no such dataset, or a size or number of classes that makes no sense.
+        ValueError: there is no such dataset, or it doesn't take these settings.
     """
-    name = settings["name"]
+    if name not in (*DATASETS, *FOLDERS):
+        raise ValueError(f"unknown dataset '{name}'; there are {', '.join((*DATASETS, *FOLDERS))}")
+    for key, on in options.items():
+        if on and key not in OPTIONS.get(name, ()):
+            raise ValueError(f"dataset.{key}={on!r} would do nothing: {name} has no such option")
     if name in DATASETS:
         known = DATASETS[name]
-        options = {key: settings.get(key, False) for key in OPTIONS.get(name, ())}
-        changes: dict[str, Any] = {"load": partial(known.load, **options)} if options else {}
-        for key in ("mean", "std"):
-            if settings.get(key) is not None:
-                if len(settings[key]) != known.input_size[0]:
-                    raise ValueError(f"dataset.{key}={settings[key]} must have a number for every channel")
-                changes[key] = tuple(settings[key])
-        return replace(known, **changes)
-    if name not in FOLDERS:
-        raise ValueError(f"unknown dataset '{name}'; there are {', '.join((*DATASETS, *FOLDERS))}")
-    for key in ("size", "num_classes"):
-        value = settings.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"dataset.{key}={value!r} must be a whole number, at least 1")
-    size, classes = int(settings["size"]), int(settings["num_classes"])
+        if chosen := {key: on for key, on in options.items() if on}:
+            known = replace(known, read=partial(known.read, **chosen))
+    else:
+        for key, value in (("size", size), ("num_classes", num_classes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"dataset.{key}={value!r} must be a whole number, at least 1")
+        assert size is not None
+        assert num_classes is not None
 
-    def load(root: Path | None) -> tuple[Data, Data]:
-        return load_folder(dict(settings), find_folder(root, *FOLDERS[name]))
+        def read(root: Path | None) -> tuple[ImageFolder, ImageFolder]:
+            return load_folder(find_folder(root, *FOLDERS[name]), num_classes=num_classes, size=size)
 
-    return Dataset((3, size, size), classes, IMAGENET_MEAN, IMAGENET_STD, load)
+        known = Dataset((3, size, size), num_classes, IMAGENET_MEAN, IMAGENET_STD, read)
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != known.input_size[0]:
+            raise ValueError(f"dataset.{key}={list(values)} must have a number for every channel")
+    return replace(known, mean=tuple(mean or known.mean), std=tuple(std or known.std))
 
 
 def count_classes(root: Path | None) -> int:

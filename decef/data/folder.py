@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from decef.data.images import Batch, Part, parts
+from decef.data.images import Batch, Part, normalize, parts
 from decef.data.search import search_path
 from decef.data.torchvision_cpu import import_torchvision
 
@@ -43,13 +42,16 @@ class ImageFolder:
         size: of a square image, in pixels.
         flip: whether images are mirrored.
         workers: processes that read; 0 reads in this one.
+        mean, std: see `normalize`.
     """
 
     paths: Sequence[Path]
     labels: Tensor
     size: int = 224
-    flip: bool = True
-    workers: int = 4
+    flip: bool = False
+    workers: int = 0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     skipped: dict[Path, str] = field(default_factory=dict)
 
@@ -64,6 +66,10 @@ class ImageFolder:
         """The images that `index` names."""
         chosen = list(range(len(self))[index]) if isinstance(index, slice) else index.tolist()
         return replace(self, paths=[self.paths[i] for i in chosen], labels=self.labels[chosen])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """See `Data`."""
+        return normalize(images, self.mean, self.std)
 
     def batches(self, batch_size: int, generator: torch.Generator, part: Part = (0, 1)) -> Iterator[Batch]:
         """See `Data`.
@@ -170,35 +176,30 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor, Tensor, list[tuple[Path,
     return torch.stack(images), good, torch.stack(labels), [error for error in errors if error is not None]
 
 
-def load_folder(settings: dict[str, Any], root: Path) -> tuple[ImageFolder, ImageFolder]:
+def load_folder(root: Path, *, num_classes: int, size: int) -> tuple[ImageFolder, ImageFolder]:
     """`train/<class>/*` and `val/<class>/*` (or `test/`), or ImageNet's flat `val/` with the devkit's ground truth.
 
     Args:
-        settings: `num_classes` and `size`, and `flip`, `workers` of `ImageFolder` where they are on.
         root: the folder in which they are.
+        num_classes: how many classes there must be.
+        size: see `ImageFolder`.
 
     Raises:
         FileNotFoundError: a part is missing.
         ValueError: the classes are not as many as expected, or not the same in both parts.
     """
     classes = class_names(root)
-    if len(classes) != settings["num_classes"]:
+    if len(classes) != num_classes:
         raise ValueError(
-            f"{root / 'train'} has {len(classes)} classes, not {settings['num_classes']}: say "
+            f"{root / 'train'} has {len(classes)} classes, not {num_classes}: say "
             f"dataset.num_classes={len(classes)}, or check the folder"
         )
     val = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if val is None:
         raise FileNotFoundError(f"{root} has neither val nor test beside train")
-    options: dict[str, Any] = {
-        "size": settings["size"],
-        "flip": bool(settings.get("flip")),
-        "workers": min(settings.get("workers") or 0, os.cpu_count() or 1),  # more would only get in each other's way
-    }
-    train = ImageFolder(*_by_class(root / "train", classes), **options)
-    if any(path.is_dir() for path in val.iterdir()):
-        return train, ImageFolder(*_by_class(val, classes), **options)
-    return train, ImageFolder(*_by_ground_truth(root, val, classes), **options)
+    train = ImageFolder(*_by_class(root / "train", classes), size)
+    flat = not any(path.is_dir() for path in val.iterdir())
+    return train, ImageFolder(*(_by_ground_truth(root, val, classes) if flat else _by_class(val, classes)), size)
 
 
 def class_names(root: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol, Self
 
 import torch
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # uint8 images, labels
-
-
 Part = tuple[int, int]  # which of how many processes
 
 
@@ -50,10 +49,13 @@ class Data(Protocol):
     def views(self, batch_size: int) -> Iterator[Batch]:
         """One view of every image, in order, at most `batch_size` at a time."""
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """See `normalize`, with this data's mean and standard deviation."""
+
 
 @dataclass
 class Images:
-    """uint8 images `(N, C, H, W)` in memory and their int64 labels `(N,)`.
+    """uint8 images `(N, C, H, W)` in memory and their int64 labels `(N,)`; `mean` and `std` as in `normalize`.
 
     For a batch an image is padded by `crop_padding` black pixels on each side and cropped back at a random place, then
     with `flip` mirrored left to right half of the times: one gather for a whole batch.
@@ -61,6 +63,8 @@ class Images:
 
     images: Tensor
     labels: Tensor
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     crop_padding: int = 0
     flip: bool = False
 
@@ -80,6 +84,10 @@ class Images:
         """The images that `index` names."""
         index = index.to(self.device) if isinstance(index, Tensor) else index
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """See `Data`."""
+        return normalize(images, self.mean, self.std)
 
     def views(self, batch_size: int) -> Iterator[Batch]:
         """See `Data`."""
@@ -117,7 +125,13 @@ def parts(n: int, batch_size: int, part: Part) -> Iterator[slice]:
         yield slice(start + i * size, start + (i + 1) * size)
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 images `(B, C, H, W)` as floats in [0, 1], less `mean`, over `std` (both `(C,)`)."""
-    scale = (1 / (255 * std))[:, None, None]
-    return images.to(std.dtype) * scale - (mean / std)[:, None, None]
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images `(B, C, H, W)` as floats in [0, 1], less `mean`, over `std`: a number for every channel, or one."""
+    mean_there, std_there = (_on(tuple(values), images.device) for values in (mean, std))
+    scale = (1 / (255 * std_there))[:, None, None]
+    return images.to(std_there.dtype) * scale - (mean_there / std_there)[:, None, None]
+
+
+@lru_cache
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

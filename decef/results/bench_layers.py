@@ -1,9 +1,8 @@
-"""How long one layer takes, against the dense convolution, all variants interleaved in one run."""
+"""results/bench: how long one layer takes, against the dense convolution, all variants interleaved in one run."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decef.conversion import layer_type, plan
 from decef.inference.timing import ROUNDS, Roofline, interleaved, peak_memory
 from decef.layers import FactorizedConv2d
+from decef.plans import layer_type, plan
 from decef.ranks import Budget
-from decef.training.checkpoint import replace_file
+from decef.results.pages import write_bench
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,27 +190,15 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
     )
     keys = ["pass", "batch", "network", "shape", "layer"]
     columns = [*keys, "rank", "FLOPs", "bound", "chain", "composed", "auto", "memory"]
-    text = f"""# Time of one layer, over that of the dense convolution
-
-Medians of {ROUNDS} interleaved rounds, channels_last. FLOPs: the chain's over the dense layer's. bound: the least time
-that the chain's arithmetic and memory traffic leave it, over the dense layer's, were both at the machine's best. auto:
-what `implementation="auto"` takes. memory: the chain's peak over the dense layer's.
-
-How often each choice is the faster one or within 5 % of it, and its time over the faster one's (geometric mean):
-
-{auto_score(frame).round(3).to_markdown()}
-
-{ratios.sort_values(keys, kind="stable")[columns].round(2).to_markdown(index=False)}
-"""
-    write(rows, out, made, text)
-
-
-def write(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any], text: str) -> None:
-    """Write rows and `made` as <out>.json, and `text` with a line about `made` as <out>.md."""
-    dirty = " with uncommitted changes" if made["git_dirty"] else ""
-    last = f"Commit {str(made['git_commit'])[:10]}{dirty}, {made['started']}, {made['dtype']}, {made['machine']}."
-    replace_file(out.with_suffix(".json"), (json.dumps({"environment": made, "rows": rows}, indent=1) + "\n").encode())
-    replace_file(out.with_suffix(".md"), f"{text}\n{last}\n".encode())
+    write_bench(
+        "bench_layers",
+        rows,
+        out,
+        made,
+        rounds=ROUNDS,
+        choices=auto_score(frame).round(3).to_markdown(),
+        table=ratios.sort_values(keys, kind="stable")[columns].round(2).to_markdown(index=False),
+    )
 
 
 def _step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from decef.conversion import convert
-from decef.data import dataset
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.decef import stack_filters
 from decef.models import stem_name
 from decef.ranks import Budget
-from decef.results.measure import kernels
+from decef.results.effective_ranks import kernels
 from decef.training.checkpoint import replace_file
-from decef.training.record import CONFIG, environment
+from decef.training.recorder import environment
 
 SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
 
@@ -76,13 +74,6 @@ def significance(model: nn.Module, input_size: Sequence[int], kind: str = "produ
         for name, module in model.named_modules()
         if isinstance(module, CPACConv2d)
     }
-
-
-def input_size_of(network: str) -> tuple[int, ...]:
-    """Shape of one input of a network as `decef.results.measure.load_networks` takes it: a run's folder, or a name."""
-    if Path(network).is_dir():
-        return dataset(yaml.safe_load((Path(network) / CONFIG).read_text())["dataset"]).input_size
-    return (3, 224, 224) if "/" in network else (3, 32, 32)
 
 
 def write_filters(

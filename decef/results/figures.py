@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from decef.conversion import plan
-from decef.data import dataset
+from decef.plans import plan
 from decef.results import plots
+from decef.results.comparisons import comparison_groups, experiments
 from decef.results.eigenfilters import EigenFilters
-from decef.results.tables import Record, comparison_groups, experiments, load_records, summarize
+from decef.results.pages import render
+from decef.results.tables import summarize
+from decef.training.build import dense_network
 from decef.training.checkpoint import replace_file
-from decef.training.record import METRICS, read_metrics
-from decef.training.run import dense_network
+from decef.training.record import METRICS, Record, load_records
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def draw(results: Path) -> list[Path]:
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         if old.stem not in names:
             old.unlink()
-    replace_file(folder / "README.md", _captions(drawings).encode())
+    replace_file(folder / "README.md", render("figures", drawings=drawings).encode())
     return [folder / f"{drawing.name}.png" for drawing in drawings]
 
 
@@ -81,7 +82,7 @@ def tradeoffs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """Training curves of every network."""
     for name, title, group in _networks(records):
-        frame = _metrics(results, group)
+        frame = _metrics(group)
         if frame.empty:
             continue
         shows = (
@@ -95,25 +96,30 @@ def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """MACs of every convolution at the ranks that ran, of every network that a low-rank layer type ran with."""
     for name, title, group in _networks(records):
-        ran = {record.config["layer"]["name"]: record for record in reversed(group) if record.summary.get("ranks")}
-        if len({record.config["layer"]["name"] for record in group}) < 2 or not ran:
+        ran = {record.layer: record for record in reversed(group) if record.summary.get("ranks")}
+        if len({record.layer for record in group}) < 2 or not ran:
             continue
         order = [layer for layer in plots.LOOK if layer in ran]
-        settings = "; ".join(f"{layer}: {ran[layer].asked}" for layer in order)
+        settings = "; ".join(f"{layer}: {ran[layer].rank_setting}" for layer in order)
         shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
         plans = {layer: _plan(ran[layer]) for layer in order}
         yield Drawing(f"costs-{name}", plots.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
 
 
-def untuned(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+def without_finetuning(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """Accuracy right after decomposition."""
-    for path in sorted((results / "untuned").glob("*.csv")):
+    for path in sorted((results / "without_finetuning").glob("*.csv")):
         shows = (
             f"{path.stem}: test top-1 right after decomposition, without fine-tuning, against the share of the dense "
             "network's FLOPs; ranks by the energy they keep for their FLOPs. Filled, solid: nearest in the layers' "
             "outputs on training images; open, dashed: nearest in their kernels. Grey line: the dense network."
         )
-        yield Drawing(f"untuned-{path.stem}", plots.plot_untuned(pd.read_csv(path)), shows, [f"untuned/{path.name}"])
+        yield Drawing(
+            f"without-finetuning-{path.stem}",
+            plots.plot_without_finetuning(pd.read_csv(path)),
+            shows,
+            [f"without_finetuning/{path.name}"],
+        )
 
 
 def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -170,8 +176,8 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
     ),
     (
         "accuracy without fine-tuning",
-        "python scripts/untuned.py NETWORK --weights FILE --out results/untuned/NAME",
-        untuned,
+        "python scripts/without_finetuning.py NETWORK --weights FILE --out results/without_finetuning/NAME",
+        without_finetuning,
     ),
     ("training curves", "python scripts/train.py layer=decef", training),
     (
@@ -194,16 +200,16 @@ def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record
     """Runs that may be compared and have one network, with a name and a title."""
     for name, group in comparison_groups(records).items():
         for model, runs in groupby(sorted(group, key=lambda r: r.model), key=lambda r: r.model):
-            train = group[0].config["train"]["name"]
+            train = group[0].config.train.name
             slug = re.sub(r"[^\w.-]+", "-", model)
             yield f"{name}-{slug}", f"{model} on {group[0].task}, schedule `{train}`", list(runs)
 
 
-def _metrics(results: Path, records: Sequence[Record]) -> pd.DataFrame:
+def _metrics(records: Sequence[Record]) -> pd.DataFrame:
     rows = []
     for record in (run for runs in experiments(records) for run in runs):
-        what = {"layer": record.layer, "setting": record.setting, "seed": record.config["seed"]}
-        rows += [{**what, **row} for row in read_metrics(results / "runs" / record.summary["id"])]
+        what = {"layer": record.layer, "setting": record.setting, "seed": record.config.seed}
+        rows += [{**what, **row} for row in record.metrics]
     frame = pd.DataFrame(rows)
     return (
         frame
@@ -217,13 +223,11 @@ def _metrics(results: Path, records: Sequence[Record]) -> pd.DataFrame:
 
 def _plan(record: Record) -> pd.DataFrame:
     """The run's plan again, from the ranks that its record names."""
-    data = dataset(record.config["dataset"])
+    data = record.config.dataset.dataset()
     with torch.device("meta"):
-        model = dense_network(record.config, data)
+        model = dense_network(record.config.model, data)
     ranks = record.summary["ranks"]
-    return plan(
-        model, record.config["layer"]["name"], rank=ranks, include=list(ranks), input_size=data.input_size
-    ).to_frame()
+    return plan(model, record.layer, rank=ranks, include=list(ranks), input_size=data.input_size).to_frame()
 
 
 def _rank_tables(results: Path) -> Iterator[tuple[str, dict[str, pd.DataFrame], float]]:
@@ -234,19 +238,4 @@ def _rank_tables(results: Path) -> Iterator[tuple[str, dict[str, pd.DataFrame], 
 
 
 def _folders(records: Sequence[Record]) -> list[str]:
-    return [f"runs/{record.summary['id']}" for record in records]
-
-
-def _captions(drawings: Sequence[Drawing]) -> str:
-    lines = [
-        "# Figures",
-        "",
-        "Made by `make figures` from the files that each names. Every layer type has one colour and one marker in all",
-        "figures; its settings differ by line and by the marker's filling.",
-        "",
-    ]
-    for drawing in drawings:
-        made_from = ", ".join(f"[{source}](../{source})" for source in drawing.sources)
-        lines += [f"## {drawing.name}", "", f"![{drawing.name}]({drawing.name}.png)", "", drawing.shows, ""]
-        lines += [f"From {made_from}.", ""]
-    return "\n".join(lines)
+    return [f"runs/{record.id}" for record in records]

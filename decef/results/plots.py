@@ -1,6 +1,6 @@
 """Figures: readable at column width, told apart without colour, as PNG and SVG.
 
-Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.results.figures` draws all of a results folder.
+Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.results.figures` draws all of a folder.
 """
 
 from __future__ import annotations
@@ -18,16 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from decef.results.eigenfilters import EigenFilters
+from decef.results.look import LOOK
 
-#: Colour (Okabe and Ito's palette) and marker of every layer type, in all figures.
-LOOK = {
-    "conv2d": ("#000000", "o"),
-    "decef": ("#0072B2", "s"),
-    "basisconv": ("#E69F00", "^"),
-    "basisconv2021": ("#CC79A7", ">"),
-    "cpac": ("#009E73", "D"),
-    "rank1": ("#D55E00", "v"),
-}
 LINES: Sequence[Any] = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)))
 FILLS = ("full", "none", "top", "left", "bottom", "right")
 
@@ -102,8 +94,8 @@ def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 @_styled
-def plot_untuned(frame: pd.DataFrame) -> Figure:
-    """Top-1 right after decomposition against the share of FLOPs; `decef.results.measure.untuned`'s rows, ranks by energy."""
+def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
+    """Top-1 right after decomposition against the share of FLOPs; rows of `without_finetuning`, by energy."""
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
     dense = frame[frame.layer == "conv2d"].iloc[0]
@@ -212,7 +204,7 @@ def plot_training(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def plot_eigenfilters(found: EigenFilters) -> Figure:
-    """Eigen-filters as images, a row an input channel, with their singular values (`decef.results.eigenfilters.eigenfilters`)."""
+    """Eigen-filters as images, a row an input channel, with their singular values (see `eigenfilters`)."""
     rows, columns = len(found.channels), len(found.values[0])
     figure = Figure(figsize=(WIDTH, 3.7 / columns * rows * 1.33 + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)

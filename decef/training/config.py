@@ -1,14 +1,164 @@
-"""How to train: the settings of `configs/train`, checked."""
+"""What a run is: its dataset, network, layer type and training, checked where it enters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from decef.data import Dataset, count_classes, dataset
+from decef.models.weights import find_weights, md5_of
+from decef.plans import layer_type
 
 SCHEDULES = ("onecycle", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("factors", "kernel")
+DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", when a layer is given neither rank nor budget
+DEFAULT_DECAY = "factors"
+#: Model options that say which layers are replaced, and mean nothing for a dense network.
+OF_REPLACEMENT = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
+
+_Group = TypeVar("_Group")
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message says what, and what to do."""
+
+
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What is wrong with the input, as `InputError`."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise InputError(str(error)) from error
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which images; `configs/dataset/*.yaml` says what each setting is."""
+
+    name: str
+    root: str | None = None
+    workers: int = 0
+    train_size: int | None = None
+    crop_padding: int | None = None
+    flip: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    size: int | None = None
+    num_classes: int | None = None
+    split_test: bool = False
+    as_published: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("train_size", "crop_padding", "workers"):
+            _check_whole(f"dataset.{key}", getattr(self, key))
+
+    @property
+    def folder(self) -> Path | None:
+        """Where to look first."""
+        return Path(self.root) if self.root else None
+
+    def dataset(self) -> Dataset:
+        """What is known of it; nothing is read.
+
+        Raises:
+            ValueError: see `decef.data.dataset`.
+        """
+        return dataset(
+            self.name,
+            mean=self.mean,
+            std=self.std,
+            size=self.size,
+            num_classes=self.num_classes,
+            split_test=self.split_test,
+            as_published=self.as_published,
+        )
+
+    def resolved(self) -> DatasetConfig:
+        """With everything said that follows from the dataset or its folder."""
+        config = self
+        if self.name == "imagefolder" and self.num_classes is None:
+            config = replace(self, num_classes=count_classes(self.folder))
+        known = config.dataset()
+        return replace(config, mean=known.mean, std=known.std)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and which of its convolutions are replaced; `configs/model/*.yaml` says what each setting is.
+
+    `options` are the architecture's own.
+    """
+
+    name: str
+    dense_stem: bool = False
+    include: str | tuple[str, ...] | None = None
+    exclude: str | tuple[str, ...] | None = None
+    min_kernel_size: int | None = None
+    factorize_classifier: bool = False
+    weights: str | None = None
+    weights_md5: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self) -> ModelConfig:
+        """With the place and the MD5 of the file of weights: its content belongs to a run, its place doesn't.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: its MD5 is another than that of a run which is done again.
+        """
+        if not self.weights:
+            return self
+        path = find_weights(self.weights)
+        found = md5_of(path)
+        if self.weights_md5 not in (None, found):
+            raise ValueError(f"{path} is not the file that the run began from: its MD5 is another")
+        return replace(self, weights=str(path), weights_md5=found)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Which layer type, and how much of it; `configs/layer/*.yaml` says what each setting is.
+
+    `options` are the type's own.
+    """
+
+    name: str
+    rank: int | None = None
+    flops: float | None = None
+    energy: float | None = None
+    orthogonality: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name == "conv2d":
+            return  # sweeps over layer types have these for all
+        if self.flops is not None and not isinstance(self.flops, (int, float)):
+            raise ValueError(f"layer.flops={self.flops!r} must be a share of the dense network's FLOPs, such as 0.667")
+        _check_whole("layer.rank", self.rank)
+        given = [f"layer.{k}={v}" for k, v in vars(self).items() if k in ("rank", "flops", "energy") and v is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given: give one")
+        if self.orthogonality and not hasattr(layer_type(self.name), "orthogonality"):
+            raise ValueError(f"layer.orthogonality={self.orthogonality} would do nothing: {self.name} has no penalty")
+
+    def resolved(self, model: ModelConfig) -> LayerConfig:
+        """With a budget where nothing else is asked for.
+
+        Raises:
+            ValueError: what is asked for needs trained weights.
+        """
+        if self.name == "conv2d":
+            return LayerConfig("conv2d")  # the same network whatever a sweep says
+        if self.energy is not None and not model.weights:
+            raise ValueError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
+        if self.rank is None and self.flops is None and self.energy is None:
+            return replace(self, flops=DEFAULT_FLOPS)
+        return self
 
 
 @dataclass(frozen=True)
@@ -54,12 +204,163 @@ class TrainConfig:
         if self.atcd is not None and self.orthogonality:
             raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
 
+    def resolved(self, layer: LayerConfig) -> TrainConfig:
+        """With the decay that the run has: none where nothing decays or no factor is trained.
 
-def _whole(value: Any) -> bool:
+        Raises:
+            ValueError: a decay that does nothing or is not possible with this layer type.
+        """
+        if layer.name == "conv2d":
+            return replace(self, atcd=None, decay=None)
+        composes = getattr(layer_type(layer.name), "composes_in_training", True)
+        if self.atcd is not None and not composes:
+            raise ValueError(f"train.atcd is not possible with layer={layer.name}: it has no kernel in training")
+        idle = "train.atcd decays dense kernels" if self.atcd is not None else None
+        idle = idle or ("train.weight_decay is 0" if not self.weight_decay else None)
+        if idle:
+            if self.decay is not None:
+                raise ValueError(f"train.decay={self.decay} would do nothing: {idle}")
+            return self
+        reason = None
+        if not composes:
+            reason = "it has no kernel in training"
+        elif layer.options.get("train_basis") is False:
+            reason = "its basis is frozen and orthonormal, so that both decays are the same"
+        if self.decay == "kernel" and reason:
+            raise ValueError(f"train.decay=kernel is not possible with layer={layer.name}: {reason}")
+        return replace(self, decay=self.decay or ("factors" if reason else DEFAULT_DECAY))
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Where a run is mirrored; `configs/wandb/default.yaml` says what each setting is."""
+
+    mode: str = "disabled"
+    project: str = "decef"
+    entity: str | None = None
+    group: str | None = None
+    artifacts: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what `configs/train.yaml` composes to."""
+
+    dataset: DatasetConfig
+    model: ModelConfig
+    layer: LayerConfig
+    train: TrainConfig
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    results: Path = Path("results")
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    experiment: str | None = None
+    progress: bool = False
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("seed", "threads"):
+            _check_whole(key, getattr(self, key))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
+        """What plain data say, such as a composed Hydra config or a record's.
+
+        Raises:
+            InputError: something is missing, unknown or makes no sense.
+        """
+        with input_errors():
+            settings = {key: value for key, value in config.items() if key != "format"}
+            layer = _group("layer", LayerConfig, settings["layer"])
+            settings["dataset"] = _group("dataset", DatasetConfig, settings["dataset"])
+            settings["model"] = _group("model", ModelConfig, settings["model"])
+            settings["layer"] = layer
+            settings["train"] = _group(
+                "train", TrainConfig, settings["train"], orthogonality=layer.orthogonality or 0.0
+            )
+            settings["wandb"] = _group("wandb", WandbConfig, settings.get("wandb") or {})
+            settings["results"] = Path(settings.get("results") or "results")
+            return cls(**settings)
+
+    def resolved(self) -> RunConfig:
+        """The complete config: what is left open filled in, and what cannot have an effect taken out or refused.
+
+        Equal runs have equal configs, whatever the command line said.
+
+        Raises:
+            InputError: an option that would do nothing, or a file that is not there.
+        """
+        with input_errors():
+            model = self.model.resolved()
+            layer = self.layer.resolved(model)
+            if layer.name == "conv2d":
+                model = ModelConfig(
+                    model.name, weights=model.weights, weights_md5=model.weights_md5, options=model.options
+                )
+            return replace(
+                self, dataset=self.dataset.resolved(), model=model, layer=layer, train=self.train.resolved(layer)
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML and JSON write and read back the same, from which `from_dict` makes the config again."""
+        return {
+            "dataset": _flat(self.dataset),
+            "model": _flat(self.model),
+            "layer": _flat(self.layer),
+            "train": {key: value for key, value in _flat(self.train).items() if key != "orthogonality"},
+            "wandb": _flat(self.wandb),
+            **{
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(self).items()
+                if key not in ("dataset", "model", "layer", "train", "wandb")
+            },
+        }
+
+
+def _group(name: str, cls: type[_Group], settings: Mapping[str, Any], **more: Any) -> _Group:
+    """A group of settings from plain data; what has no field of its own goes to `options`, if there are any."""
+    own = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    given = {**{key: _frozen(value) for key, value in settings.items()}, **more}
+    others = {key: given.pop(key) for key in list(given) if key not in own or key == "options"}
+    if others and "options" not in own:
+        raise ValueError(f"there is no setting {', '.join(f'{name}.{key}' for key in others)}")
+    needed = [f.name for f in own.values() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [key for key in needed if key not in given]:
+        raise ValueError(f"{', '.join(f'{name}.{key}' for key in missing)} must be given")
+    off = {key: own[key].default for key, value in given.items() if value is None and not own[key].default}
+    return cls(**{**given, **off}, **({"options": others} if others else {}))
+
+
+def _flat(group: Any) -> dict[str, Any]:
+    settings = {key: _plain_data(value) for key, value in asdict(group).items()}
+    return settings | settings.pop("options", {})
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(v) for key, v in value.items()}
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+
+
+def _plain_data(value: Any) -> Any:
+    """Tuples as lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain_data(v) for key, v in value.items()}
+    return [_plain_data(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_whole(key: str, value: Any) -> None:
+    if value is not None and not (_is_whole(value) and value >= 0):
+        raise ValueError(f"{key}={value!r} must be a whole number, 0 or more")
+
+
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _share(value: float) -> bool:
+def _is_share(value: float) -> bool:
     return 0 <= value < 1
 
 
@@ -67,16 +368,16 @@ _POSITIVE = (lambda v: v > 0, "a number above 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number, 0 or more")
 _FLAG = (lambda v: isinstance(v, bool), "true or false")
 _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda v: _whole(v) and v >= 1, "a whole number, at least 1"),
-    "batch_size": (lambda v: _whole(v) and v >= 1, "a whole number, at least 1"),
+    "epochs": (lambda v: _is_whole(v) and v >= 1, "a whole number, at least 1"),
+    "batch_size": (lambda v: _is_whole(v) and v >= 1, "a whole number, at least 1"),
     "lr": _POSITIVE,
-    "momentum": (_share, "a number in [0, 1)"),
+    "momentum": (_is_share, "a number in [0, 1)"),
     "nesterov": _FLAG,
     "weight_decay": _NOT_NEGATIVE,
     "decay": (lambda v: v is None or v in DECAYS, f"null or one of {', '.join(DECAYS)}"),
-    "label_smoothing": (_share, "a number in [0, 1)"),
+    "label_smoothing": (_is_share, "a number in [0, 1)"),
     "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "warmup": (_share, "a share of the training, in [0, 1)"),
+    "warmup": (_is_share, "a share of the training, in [0, 1)"),
     "milestones": (lambda v: all(0 < m < 1 for m in v), "shares of the training, in (0, 1)"),
     "gamma": _POSITIVE,
     "scales": (
@@ -84,8 +385,8 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         "pairs [share of the training, scale of the images]",
     ),
     "orthogonality": _NOT_NEGATIVE,
-    "atcd": (lambda v: v in (None, "epoch") or (_whole(v) and v >= 1), "null, 'epoch' or a number of steps"),
-    "validation": (_share, "a share of the training images, in [0, 1)"),
+    "atcd": (lambda v: v in (None, "epoch") or (_is_whole(v) and v >= 1), "null, 'epoch' or a number of steps"),
+    "validation": (_is_share, "a share of the training images, in [0, 1)"),
     "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
     "channels_last": _FLAG,
     "adam": _FLAG,

@@ -25,14 +25,14 @@ class Processes:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
 
-    def total(self, *values: Tensor) -> list[Tensor]:
+    def all_reduce(self, *values: Tensor) -> list[Tensor]:
         """The sums of scalars over all processes, in float64."""
         stacked = torch.stack([value.detach().double() for value in values])
         if self.count > 1:
             dist.all_reduce(stacked)
         return list(stacked)
 
-    def tell(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """What the first process says, on all of them; `value` is looked at on the first only."""
         if self.count == 1:
             return value
@@ -40,13 +40,13 @@ class Processes:
         dist.broadcast_object_list(said, src=0)
         return said[0]
 
-    def share_buffers(self, module: nn.Module) -> None:
+    def broadcast_buffers(self, module: nn.Module) -> None:
         """Give all processes the first one's buffers."""
         if self.count > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             dist.barrier()

@@ -14,12 +14,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from decef.training.config import RunConfig
 from decef.training.record import SUMMARY, run_id
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def load_entries(path: Path) -> list[Entry]:
 
 
 def list_jobs(
-    entries: Sequence[Entry], resolved: Callable[[tuple[str, ...]], dict[str, Any]]
+    entries: Sequence[Entry], resolved: Callable[[tuple[str, ...]], RunConfig]
 ) -> tuple[list[Job], dict[str, str]]:
     """Every run once, in the order in which they are wanted: of an entry all settings for one seed before the next.
 
@@ -96,7 +97,7 @@ def list_jobs(
             continue
         for seed in range(entry.seeds):
             for arguments, config in configs.items():
-                name = run_id({**config, "seed": seed})
+                name = run_id(replace(config, seed=seed))
                 jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name))
     return list(jobs.values()), blocked
 

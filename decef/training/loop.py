@@ -1,8 +1,7 @@
-"""The training loop: `fit`, and below it what one epoch and one evaluation are."""
+"""The training loop: `fit`, and below it what one epoch, one step and one evaluation are."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,30 +17,17 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from decef.atcd import ATCD
-from decef.data import Data, normalize
-from decef.layers import Basis2021Conv2d, DeCEFConv2d, FactorizedConv2d
+from decef.data import Data
 from decef.training.config import TrainConfig
 from decef.training.distributed import Processes
+from decef.training.optim import lr_at, make_optimizer, penalties
+from decef.training.precision import autocast_for, resolve_precision
+from decef.training.record import Metrics
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between looks at whether the loss is finite
 RECALIBRATION = 50  # batches from which batch norm's statistics are measured anew
 ALONE = Processes()
-
-
-class Metrics(TypedDict):
-    """What an epoch leaves behind. Losses are cross-entropies, top1 is in percent, the rate in images per second."""
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_top1: float
-    test_loss: float
-    test_top1: float
-    val_loss: float | None
-    val_top1: float | None
-    images_per_second: float
-    seconds: float
 
 
 class State(Protocol):
@@ -60,8 +46,6 @@ def fit(
     test: Data,
     config: TrainConfig,
     *,
-    mean: Tensor,
-    std: Tensor,
     seed: int,
     state: State,
     on_epoch: Callable[[Metrics], None],
@@ -77,7 +61,7 @@ def fit(
     Args:
         model: on the device of the images; every process has the same.
         train, test: the images; `config.validation` of the training images are set aside and only measured.
-        mean, std: `(C,)`, see `normalize`.
+        config: how to train.
         seed: of data order and augmentation.
         state: loaded before the first epoch and, by the first process, saved after every one.
         on_epoch: called by the first process after every epoch, before the state is saved.
@@ -90,55 +74,84 @@ def fit(
     """
     check_possible(config, train.device, processes)
     train, validation = _split(train, config.validation)
-    batch_size = _batch_size(config, len(train), processes)
-    normal: dict[str, Any] = {"mean": mean, "std": std, "channels_last": config.channels_last}
-    steps = len(train) // batch_size
+    steps = len(train) // _batch_size(config, len(train), processes)
     saved = state.load()
     first = saved["epoch"] if saved else 0
     training = Training(model, config, train.device, processes, saved)
-    part = (processes.rank, processes.count)
-    bar = tqdm(
+    with tqdm(
         total=steps * config.epochs,
         initial=first * steps,
         disable=None if progress and processes.is_first else True,
         unit="step",
-    )
-    with bar:
+    ) as bar:
         for epoch in range(first, config.epochs):
             started = time.perf_counter()
-            generator = seed_epoch(seed, epoch, processes.rank)
-            scale = _scale_at(config, epoch)
-            training.start_epoch()
-            for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
-                lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                training.step(network_input(images, scale=scale, **normal), labels, lr, step)
-                bar.update()
-            train_loss, train_top1 = training.finish_epoch()
-            if training.moved:
-                again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
-                training.recalibrate(network_input(images, **normal) for images, _ in again)
-            seconds = time.perf_counter() - started
-            measured = {"autocast": training.autocast, "processes": processes, **normal}
-            test_loss, test_top1 = evaluate(model, test, **measured)
-            val_loss, val_top1 = evaluate(model, validation, **measured) if validation is not None else (None, None)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{train_loss:.3f}", top1=f"{test_top1:.2f}")
+            trained = train_one_epoch(training, train, epoch, seed=seed, on_step=bar.update)
+            test_loss, test_top1 = training.evaluate(test)
+            val_loss, val_top1 = training.evaluate(validation) if validation is not None else (None, None)
+            bar.set_postfix(epoch=epoch + 1, loss=f"{trained['train_loss']:.3f}", top1=f"{test_top1:.2f}")
             if processes.is_first:
                 on_epoch(
                     Metrics(
                         epoch=epoch + 1,
-                        lr=lr,
-                        train_loss=train_loss,
-                        train_top1=train_top1,
+                        lr=trained["lr"],
+                        train_loss=trained["train_loss"],
+                        train_top1=trained["train_top1"],
                         test_loss=test_loss,
                         test_top1=test_top1,
                         val_loss=val_loss,
                         val_top1=val_top1,
-                        images_per_second=steps * batch_size / seconds,
+                        images_per_second=trained["images_per_second"],
                         seconds=time.perf_counter() - started,
                     )
                 )
                 state.save({"epoch": epoch + 1, **training.state_dict()})
-            processes.wait()
+            processes.barrier()
+
+
+class Trained(TypedDict):
+    """What training for an epoch says of itself; the fields are those of `Metrics`."""
+
+    lr: float
+    train_loss: float
+    train_top1: float
+    images_per_second: float
+
+
+def train_one_epoch(
+    training: Training, train: Data, epoch: int, *, seed: int, on_step: Callable[[], object] = lambda: None
+) -> Trained:
+    """One pass over the training images.
+
+    Args:
+        training: the network in training.
+        train: its images.
+        epoch: counted from 0.
+        seed: see `fit`.
+        on_step: called after every step.
+
+    Raises:
+        FloatingPointError: see `fit`.
+    """
+    started = time.perf_counter()
+    config, processes = training.config, training.processes
+    part = (processes.rank, processes.count)
+    batch_size = _batch_size(config, len(train), processes)
+    steps = len(train) // batch_size
+    generator = seed_epoch(seed, epoch, processes.rank)
+    scale = _scale_at(config, epoch)
+    training.start_epoch()
+    for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
+        lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
+        training.step(network_input(train, images, config.channels_last, scale), labels, lr, step)
+        on_step()
+    loss, top1 = training.finish_epoch()
+    if training.moved:
+        again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
+        training.recalibrate(network_input(train, images, config.channels_last) for images, _ in again)
+    return Trained(
+        lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / (time.perf_counter() - started)
+    )
 
 
 class Training:
@@ -164,7 +177,7 @@ class Training:
         saved: Mapping[str, Any] | None = None,
     ) -> None:
         precision = resolve_precision(device, config.precision)
-        self.model, self.config, self._processes = model, config, processes
+        self.model, self.config, self.processes = model, config, processes
         self.autocast = autocast_for(device, precision)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -184,6 +197,7 @@ class Training:
         if processes.count > 1:
             self._shared = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
         self._forward: Callable[[Tensor], Tensor] = self._shared or trained
+        self._dtype = _dtype(trained)
         self._zero = torch.zeros((), device=device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +227,7 @@ class Training:
             group["lr"] = lr
         self.optimizer.zero_grad()
         with self.autocast():
-            logits = self._forward(x)
+            logits = self._forward(x.to(self._dtype))
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         self._scaler.scale(loss + penalties(self._trained, self.config)).backward()
         self._scaler.step(self.optimizer)
@@ -241,19 +255,24 @@ class Training:
         self._check(self.optimizer.param_groups[0]["lr"])
         if self.atcd is not None:
             self.moved = self.atcd.after_epoch()
-        self._processes.share_buffers(self.model)  # batch norm's statistics
-        loss, correct = self._processes.total(self._loss, self._correct)
-        count = self._processes.count
+        self.processes.broadcast_buffers(self.model)  # batch norm's statistics
+        loss, correct = self.processes.all_reduce(self._loss, self._correct)
+        count = self.processes.count
         return loss.item() / (self._steps * count), 100 * correct.item() / (self._images * count)
 
     def recalibrate(self, inputs: Iterable[Tensor]) -> None:
         """Measure batch norm's statistics anew, after ATCD moved the kernels that they were of."""
         with self.autocast():
             update_bn(inputs, self.model)
-        self._processes.share_buffers(self.model)
+        self.processes.broadcast_buffers(self.model)
+
+    def evaluate(self, data: Data) -> tuple[float, float]:
+        """See `evaluate`, as the network is trained."""
+        layout = self.config.channels_last
+        return evaluate(self.model, data, channels_last=layout, autocast=self.autocast, processes=self.processes)
 
     def _check(self, lr: float) -> None:
-        (bad,) = self._processes.total(self._bad_step)
+        (bad,) = self.processes.all_reduce(self._bad_step)
         if bad:
             raise _diverged(int(self._bad_step) or int(bad), lr)
 
@@ -270,8 +289,6 @@ def evaluate(
     model: nn.Module,
     data: Data,
     *,
-    mean: Tensor,
-    std: Tensor,
     channels_last: bool = True,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     processes: Processes = ALONE,
@@ -282,89 +299,12 @@ def evaluate(
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
     for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
         with autocast():
-            logits = model(network_input(images, mean, std, channels_last))
+            logits = model(network_input(data, images, channels_last).to(_dtype(model)))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
-    loss, correct, seen = processes.total(loss, correct, seen)
+    loss, correct, seen = processes.all_reduce(loss, correct, seen)
     return (loss / seen).item(), (100 * correct / seen).item()
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, or Adam, over what is trainable.
-
-    The optimizer's weight decay leaves out eigen-filters that a penalty holds orthonormal and, with decay "kernel", all
-    factors: `penalties` decays their composed kernel instead.
-    """
-    free: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, FactorizedConv2d) and config.decay == "kernel":
-            free |= set(module.factors().values())
-        elif isinstance(module, DeCEFConv2d) and config.orthogonality:
-            free.add(module.eigenfilters)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p not in free], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p in free], "weight_decay": 0.0},
-    ]
-    if config.adam:
-        return torch.optim.Adam([g for g in groups if g["params"]], lr=config.lr)
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
-    )
-
-
-def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
-    """What is added to the loss: the layers' orthogonality penalties, and with decay "kernel" their Frobenius decay.
-
-    The latter is `weight_decay / 2 * ||W||^2` of the composed kernels (Khodak, Tenenholtz, Mackey, Fusi:
-    "Initialization and regularization of factorized neural layers", ICLR 2021): the gradient that the dense kernel
-    would get from the same `weight_decay`. In Adam, as weight decay there, it goes through the moments.
-    """
-    layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
-    terms = []
-    if config.decay == "kernel" and config.weight_decay:
-        terms += [config.weight_decay / 2 * layer.squared_norm() for layer in layers]
-    if config.orthogonality:
-        penalised = [layer for layer in layers if isinstance(layer, (DeCEFConv2d, Basis2021Conv2d))]
-        terms += [config.orthogonality * layer.orthogonality() for layer in penalised]
-    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
-
-
-def lr_at(config: TrainConfig, done: float) -> float:
-    """The learning rate when a share `done` of the training is over, in [0, 1].
-
-    "onecycle" rises linearly during the warm-up and falls linearly to 0; "cosine" rises the same way and falls as
-    half a cosine; "step" is multiplied by gamma at each milestone.
-    """
-    if config.schedule == "step":
-        return config.lr * config.gamma ** sum(done >= milestone for milestone in config.milestones)
-    if done < config.warmup:
-        return config.lr * done / config.warmup
-    left = (1 - done) / (1 - config.warmup)
-    return config.lr * (left if config.schedule == "onecycle" else (1 - math.cos(math.pi * left)) / 2)
-
-
-def resolve_precision(device: torch.device, precision: str) -> str:
-    """What "auto" means on `device`: bf16 where the hardware multiplies it, else fp32.
-
-    On a CPU without bf16 instructions bf16 was measured ten times slower than fp32.
-    """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
-    return "fp32"
-
-
-def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the context in which the network runs."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(resolve_precision(device, precision))
-    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)
 
 
 def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
@@ -411,10 +351,14 @@ def _scale_at(config: TrainConfig, epoch: int) -> float:
     return next((scale for until, scale in config.scales if (epoch + 0.5) / config.epochs < until), 1.0)
 
 
-def network_input(images: Tensor, mean: Tensor, std: Tensor, channels_last: bool = True, scale: float = 1.0) -> Tensor:
+def network_input(data: Data, images: Tensor, channels_last: bool = True, scale: float = 1.0) -> Tensor:
     """uint8 images `(B, C, H, W)` as a network takes them: normalised, resized by `scale`, in the layout asked for."""
-    x = normalize(images, mean, std)
+    x = data.normalize(images)
     if scale != 1:
         size = [max(1, round(side * scale)) for side in x.shape[2:]]
         x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32)

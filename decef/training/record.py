@@ -7,42 +7,199 @@ untracked, `checkpoint.pt`. Config and summary together are what `replay` needs 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import platform
+import logging
 import re
-import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
-from decef.training.checkpoint import replace_file
+from decef.training.config import DEFAULT_DECAY, OF_REPLACEMENT, RunConfig
 
-CONFIG, METRICS, SUMMARY, CHECKPOINT, LOCK = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt", ".lock"
+log = logging.getLogger(__name__)
+
+CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 TIMES = ("images_per_second", "seconds")  # in metrics: what no two runs have in common
 FORMAT = 2  # of config.yaml; 1 left out what was off
-#: Config keys that say where and how a run happens, not what comes out of it.
-NOT_RECORDED = ("results", "device", "threads", "wandb", "progress", "experiment", "keep_checkpoints")
+ASKED = ("rank", "flops", "energy")
+OF_LAYERS = ("atcd", "decay")  # training options that belong to a low-rank layer, which Conv2d has not
+#: Dataset options that make another task of it, and what they are in the task that the dataset's name stands for.
+TASKS: dict[str, Mapping[str, Any]] = {
+    "split_test": {},
+    "as_published": {},
+    "train_size": {},
+    "size": {"imagenet": 224},
+    "num_classes": {"imagenet": 1000},
+}
 
 
-def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+class Metrics(TypedDict):
+    """What an epoch leaves behind. Losses are cross-entropies, top1 is in percent, the rate in images per second."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_top1: float
+    test_loss: float
+    test_top1: float
+    val_loss: float | None
+    val_top1: float | None
+    images_per_second: float
+    seconds: float
+
+
+class Summary(TypedDict, total=False):
+    """What `summary.json` says. Costs are of the network as deployed; `dense` are those of its dense twin."""
+
+    id: str
+    status: str  # running, interrupted, failed, finished
+    error: str | None
+    schedule: str
+    test_top1: float  # percent, of the last epoch
+    test_top1_is: str
+    test_loss: float
+    val_top1: float | None
+    params: int
+    trainable_params: int
+    macs: int
+    flops: int
+    dense: dict[str, int]
+    ranks: dict[str, int]
+    precision: str
+    processes: int
+    epochs: int
+    wall_seconds: float
+    images_per_second: float | None
+    git_commit: str | None
+    git_dirty: bool
+    started: str
+    resumed: list[str]
+    finished: str
+    python: str
+    packages: dict[str, str | None]
+    device: str
+    threads: int
+    machine: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run: what it was and what came out."""
+
+    config: RunConfig
+    summary: Summary
+    metrics: tuple[Metrics, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return self.summary["id"]
+
+    @property
+    def top1(self) -> float:
+        """Test top-1 of the last epoch, in percent."""
+        return self.summary["test_top1"]
+
+    def cost(self, key: str) -> int:
+        """params, trainable_params, macs or flops of the network as deployed."""
+        return int(self.summary[key])  # type: ignore[literal-required]
+
+    def ratio(self, key: str) -> float:
+        """A cost as a share of the dense network's."""
+        return self.cost(key) / self.summary["dense"][key]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The config as `config.yaml` has it."""
+        return recorded(self.config)
+
+    @cached_property
+    def experiment(self) -> dict[str, Any]:
+        """What the run is but for its seed: its config without what cannot have an effect, see `identity`."""
+        return {key: value for key, value in identity(self.config).items() if key != "seed"}
+
+    @property
+    def pair(self) -> tuple[int, str | None]:
+        """What a run that it may be compared with one to one has in common: seed and numeric precision."""
+        return self.config.seed, self.summary.get("precision")
+
+    @property
+    def task(self) -> str:
+        """The dataset, and what makes this another task than the one that its name stands for."""
+        return " ".join([self.config.dataset.name, *self._task_options])
+
+    @property
+    def _task_options(self) -> list[str]:
+        data = self.experiment["dataset"]
+        others = {key: data.get(key) for key, usual in TASKS.items() if data.get(key) != usual.get(data["name"])}
+        return [key if value is True else f"{key} {value}" for key, value in others.items()]
+
+    @property
+    def model(self) -> str:
+        """The network's name and its options that are on, but for those that say which layers are replaced."""
+        left_out = ("name", *OF_REPLACEMENT, "weights_md5")
+        model = self.experiment["model"]
+        options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
+        return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
+
+    @property
+    def weights(self) -> str | None:
+        """MD5 of the trained weights that the run began from."""
+        return self.config.model.weights_md5
+
+    @property
+    def layer(self) -> str:
+        """The layer type."""
+        return self.config.layer.name
+
+    @property
+    def rank_setting(self) -> str:
+        """How much of the layer was asked for: "dense", "rank 4", "energy 0.63" or "0.667 of FLOPs"."""
+        layer = self.config.layer
+        if layer.name == "conv2d":
+            return "dense"
+        if layer.rank:
+            return f"rank {layer.rank}"
+        return f"energy {layer.energy:g}" if layer.energy else f"{layer.flops:g} of FLOPs"
+
+    @property
+    def setting(self) -> str:
+        """`rank_setting`, and all else that sets a run apart from others of its network, layer type and training."""
+        model, layer, train = (self.experiment[group] for group in ("model", "layer", "train"))
+        words = [self.rank_setting]
+        if self.layer != "conv2d":
+            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", *ASKED)]
+            words += [f"{key} {train[key]}" for key in OF_LAYERS if key in train and train[key] != DEFAULT_DECAY]
+            words += ["stem too"] if not model.get("dense_stem") else []
+            words += [f"{key} {model[key]}" for key in OF_REPLACEMENT if key != "dense_stem" and key in model]
+        words += [f"from weights {self.weights[:8]}"] if self.weights else []
+        return ", ".join([*words, *self._task_options])
+
+    @property
+    def comparison(self) -> str:
+        """Equal for runs that may stand in one table: same data, same training."""
+        train = {key: value for key, value in self.experiment["train"].items() if key not in OF_LAYERS}
+        return json.dumps({"dataset": self.experiment["dataset"], "train": train}, sort_keys=True)
+
+
+def recorded(config: RunConfig) -> dict[str, Any]:
     """What `config.yaml` holds of a resolved config."""
-    kept = {key: value for key, value in config.items() if key not in (*NOT_RECORDED, "format")}
-    kept["dataset"] = {k: value for k, value in config["dataset"].items() if k not in ("root", "workers")}
-    if config["model"].get("weights"):
-        kept["model"] = {**config["model"], "weights": Path(config["model"]["weights"]).name}
-    return {"format": FORMAT, **plain(kept)}
+    whole = config.to_dict()
+    kept = {group: whole[group] for group in ("dataset", "model", "layer", "train")}
+    for key in ("root", "workers"):
+        del kept["dataset"][key]
+    if config.model.weights:
+        kept["model"]["weights"] = Path(config.model.weights).name
+    return {"format": FORMAT, **kept, "seed": config.seed}
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+def identity(config: RunConfig) -> dict[str, Any]:
     """The part of a config, resolved or recorded, that determines the result: what runs that are the same share.
 
     Left out is what another run may do otherwise and still be the same experiment, to rounding: how a layer is computed
@@ -53,31 +210,70 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     del kept["format"]
     kept["model"].pop("weights", None)  # its content counts, weights_md5
     kept["layer"].pop("implementation", None)
-    train = kept["train"]
     idle = ["channels_last"]
-    idle += ["warmup"] if train.get("schedule") == "step" else ["milestones", "gamma"]
-    idle += ["momentum", "nesterov"] if train.get("adam") else []
+    idle += ["warmup"] if config.train.schedule == "step" else ["milestones", "gamma"]
+    idle += ["momentum", "nesterov"] if config.train.adam else []
     for key in idle:
-        train.pop(key, None)
-    return _without_off(kept)
+        del kept["train"][key]
+    return without_off(kept)
 
 
-def run_id(config: Mapping[str, Any]) -> str:
+def run_id(config: RunConfig) -> str:
     """A name for a run that people can read, and a hash of its identity."""
-    layer = config["layer"]
-    cost = [f"{key[0]}{layer[key]:g}" for key in ("rank", "flops", "energy") if layer.get(key)]
-    parts = [config["dataset"]["name"], config["model"]["name"], layer["name"], *cost, config["train"]["name"]]
+    layer = config.layer
+    cost = [f"{key[0]}{value:g}" for key in ASKED if (value := getattr(layer, key))]
+    parts = [config.dataset.name, config.model.name, layer.name, *cost, config.train.name]
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    name = "-".join([*parts, f"s{config['seed']}", digest])
+    name = "-".join([*parts, f"s{config.seed}", digest])
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def replay(folder: Path) -> tuple[dict[str, Any], str]:
+def load_records(results: Path) -> list[Record]:
+    """All finished runs in a results folder, by id. What is unreadable or not finished is logged and left out."""
+    records = []
+    for folder in sorted((results / "runs").glob("*")):
+        try:
+            summary = json.loads((folder / SUMMARY).read_text())
+            config = yaml.safe_load((folder / CONFIG).read_text())
+            if config.get("format") != FORMAT:
+                log.warning("left out: %s has format %s, not %s", folder, config.get("format", 1), FORMAT)
+            elif summary.get("status") == "finished":
+                records.append(to_record(config, summary, read_metrics(folder)))
+            else:
+                log.info(
+                    "left out: %s is %s after %s epochs", folder.name, summary.get("status"), summary.get("epochs")
+                )
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            log.warning("left out: %s cannot be read (%s)", folder, error)
+    return records
+
+
+def to_record(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Metrics] = ()) -> Record:
+    """A record from plain data, wherever they come from: W&B returns whole numbers as floats.
+
+    Raises:
+        ValueError: the config makes no sense.
+    """
+    return Record(RunConfig.from_dict(_whole_as_int(config)), dict(summary), tuple(metrics))  # type: ignore[arg-type]
+
+
+def load_config(folder: Path) -> RunConfig:
+    """The config of a run's folder.
+
+    Raises:
+        FileNotFoundError: the folder is no run's.
+    """
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is no folder of a run, it has no {CONFIG}")
+    return RunConfig.from_dict(yaml.safe_load((folder / CONFIG).read_text()))
+
+
+def replay(folder: Path) -> tuple[RunConfig, str]:
     """The config and the precision with which `decef.training.run.run` does a recorded run again.
 
     Returns:
-        The config, to which the caller adds where to do it (`results`, `device`, `wandb`, `progress`,
-        `keep_checkpoints`, `dataset.root`), and the precision that "auto" meant.
+        The config, in which the caller says where to do it (`results`, `device`, `dataset.root` and the like), and the
+        precision that "auto" meant.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -87,89 +283,18 @@ def replay(folder: Path) -> tuple[dict[str, Any], str]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run's record: it has no {name}")
     config = yaml.safe_load((folder / CONFIG).read_text())
-    summary = json.loads((folder / SUMMARY).read_text())
+    summary: Summary = json.loads((folder / SUMMARY).read_text())
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {config.get('format', 1)}, not {FORMAT}: it can't be done again exactly")
     if summary.get("status") != "finished":
         raise ValueError(f"{folder} is {summary.get('status')}, not finished: the command that began it resumes it")
-    return {**config, "threads": summary["threads"]}, summary["precision"]
+    return replace(RunConfig.from_dict(config), threads=summary["threads"]), summary["precision"]
 
 
-class RunRecord:
-    """One run's folder. Every file in it is replaced whole or grows by whole lines.
-
-    Args:
-        results: the results folder.
-        config: the resolved config; its identity names the folder.
-    """
-
-    def __init__(self, results: Path, config: Mapping[str, Any]) -> None:
-        self.id = run_id(config)
-        self.path = results / "runs" / self.id
-        self.config = recorded(config)
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
-
-    def summary(self) -> dict[str, Any]:
-        """What `summary.json` says, nothing when there is none yet."""
-        path = self.path / SUMMARY
-        return json.loads(path.read_text()) if path.is_file() else {}
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make the folder and hold it against other processes.
-
-        Raises:
-            ValueError: the folder cannot be written, it holds another config, or another process is at this run.
-        """
-        config = self.path / CONFIG
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
-            if not config.is_file():
-                replace_file(config, yaml.safe_dump(self.config, sort_keys=False).encode())
-        except OSError as error:
-            raise ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is at this run: {self.path}") from None
-            if (there := yaml.safe_load(config.read_text())) != self.config:
-                differing = ", ".join(differences(there, self.config))
-                raise ValueError(
-                    f"{config} is of the same run done otherwise ({differing}): go on as it says, or move {self.path} "
-                    "away to start anew"
-                )
-            yield
-
-    def keep_epochs(self, epochs: int) -> None:
-        """Drop the metrics of all epochs after `epochs`: what a run wrote after its last checkpoint."""
-        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
-        replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-    def add_epoch(self, metrics: Mapping[str, Any]) -> None:
-        """Append an epoch's metrics."""
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """See `read_metrics`."""
-        return read_metrics(self.path)
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replace `summary.json`."""
-        replace_file(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[Metrics]:
     """All epochs' metrics of a run's folder in order; a last line that a kill left unfinished is not among them."""
     path = folder / METRICS
-    rows = []
+    rows: list[Metrics] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
@@ -178,76 +303,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def first_difference(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> int | None:
+def first_difference(one: Sequence[Metrics], other: Sequence[Metrics]) -> int | None:
     """The first epoch whose metrics differ between two runs, but for times; None where all are equal."""
     timeless = [[{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (one, other)]
     pairs = zip_longest(*timeless, fillvalue=None)
     return next((epoch for epoch, (a, b) in enumerate(pairs, start=1) if a != b), None)
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """Commit, versions and machine, for the summary."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        # Results are what runs leave behind; code, configs and all the rest are what they come from.
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "packages": packages,
-        "device": device,
-        "threads": threads,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cpu_name()}",
-    }
-
-
-def cpu_name() -> str:
-    """The CPU's model name where the system tells it, with the widest vector instructions that matter here."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown CPU"
-    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
-    known = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and f in flags.group(1).split()]
-    return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
-
-
-def _git(*args: str) -> str | None:
-    try:
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two configs."""
-    found = []
-    for key in (*one, *(k for k in other if k not in one)):
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}")
-    return found
-
-
-def plain(value: Any) -> Any:
-    """Mappings as dicts and tuples as lists, all copied: what YAML and JSON write and read back the same."""
+def without_off(value: Any) -> Any:
+    """Plain data without what is off: null, false, 0 or empty; a seed always counts."""
     if isinstance(value, Mapping):
-        return {key: plain(v) for key, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _without_off(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {key: _without_off(v) for key, v in value.items()}
+        kept = {key: without_off(v) for key, v in value.items()}
         return {key: v for key, v in kept.items() if key == "seed" or not (v is None or v is False or v in (0, [], {}))}
     return value
+
+
+def _whole_as_int(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole_as_int(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_whole_as_int(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,6 +1,6 @@
 """results/report.html: claims, tables, charts and runs on one page, which needs neither a network nor an account.
 
-`page.html` is the page's template, `page.css` its looks, `page.js` its sorting, filters and charts.
+`page.html` is the page's template, `page.css` its looks, `page.js` sorts and filters, `charts` has what it draws.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -18,10 +18,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from decef.layers import LAYERS
-from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict, load_papers
-from decef.results.claims_page import asks_words, figure_lines
-from decef.results.tables import Record, cells, comparison_groups, experiments, summarize
-from decef.training.record import CONFIG, METRICS, SUMMARY
+from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict
+from decef.results.claims_page import asks_words
+from decef.results.comparisons import comparison_groups
+from decef.results.look import DARK, LOOK, PATHS
+from decef.results.published import load_papers, published_lines
+from decef.results.report import charts
+from decef.results.tables import table_rows
+from decef.training.record import CONFIG, METRICS, SUMMARY, Record
 
 #: What `metrics.jsonl` has to draw, as the page names it.
 CURVES = {
@@ -32,8 +36,10 @@ CURVES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
 }
+#: What the page's script filters rows by, their ids among it, and how many runs a row has.
+FILTERED = ("id", "dataset", "network", "layer", "schedule", "n")
 VERDICTS = (HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED)
-#: What a column of `cells` is sorted by, where that is not its text; the others hold words.
+#: What a column of `Row.cells` is sorted by, where that is not its text; the others hold words.
 SORTED_BY = {
     "top-1 %": "top1",
     "95 % interval": "top1_low",
@@ -48,26 +54,21 @@ SORTED_BY = {
 }
 
 
-def build(
-    records: Sequence[Record],
-    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
-    verdicts: Sequence[tuple[Claim, Verdict]],
-) -> str:
+def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
     """The page as HTML; the same input, the same text.
 
     Args:
-        records: finished runs, see `decef.results.tables.load_records`.
-        metrics: their epochs by run id, see `decef.training.record.read_metrics`; a run without has no curve.
+        records: finished runs, see `decef.training.record.load_records`; one without metrics has no curve.
         verdicts: claims and what came out, see `decef.results.claims.judge`.
     """
-    groups = [_group(number, name, group) for number, (name, group) in enumerate(comparison_groups(records).items())]
-    epochs = [epoch for run in metrics.values() for epoch in run]
+    epochs = [epoch for record in records for epoch in record.metrics]
     curves = {key: label for key, label in CURVES.items() if any(epoch.get(key) is not None for epoch in epochs)}
+    named = comparison_groups(records).items()
+    groups = [_group(number, name, group, curves) for number, (name, group) in enumerate(named)]
     found = Counter(verdict.verdict for _, verdict in verdicts)
     data = {
-        "layers": list(LAYERS),
-        "metrics": list(curves),
-        "groups": [[_drawn(row, metrics, curves) for row in group["rows"]] for group in groups],
+        "groups": [[{key: row[key] for key in FILTERED} for row in group["rows"]] for group in groups],
+        "charts": {chart["id"]: chart["spec"] for group in groups for chart in group["charts"]},
     }
     rows = [row for group in groups for row in group["rows"]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -75,12 +76,14 @@ def build(
     return environment.from_string(_file("page.html")).render(
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
+        vega=Markup(charts.script()),
         data=data,
         groups=groups,
         n_runs=len(records),
-        run_ids={record.summary["id"] for record in records},
+        run_ids={record.id for record in records},
         choices={key: sorted({row[key] for row in rows}) for key in ("dataset", "network", "schedule")},
         layers=[name for name in LAYERS if any(row["layer"] == name for row in rows)],
+        looks={name: {"light": c, "dark": DARK[name], "path": PATHS[marker]} for name, (c, marker) in LOOK.items()},
         curves=curves,
         sorted_by=SORTED_BY,
         claims=[_claim(claim, verdict) for claim, verdict in verdicts],
@@ -89,41 +92,55 @@ def build(
     )
 
 
-def _group(number: int, name: str, records: Sequence[Record]) -> dict[str, Any]:
+def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[str, str]) -> dict[str, Any]:
     """One comparison: a table and its charts."""
-    by_row = {(runs[0].model, runs[0].layer, runs[0].setting): runs for runs in experiments(records)}
-    config = records[0].config
+    found = table_rows(records)
+    one_network = len({row.first.model for row in found}) == 1
     rows = []
-    for i, row in enumerate(summarize(records).to_dict("records")):
+    for i, row in enumerate(found):
+        first, numbers = row.first, row.to_dict()
+        words = [first.model, first.layer, *([first.setting] if first.setting != "dense" else [])]
         rows.append(
             {
                 "id": f"{number}-{i}",
-                "dataset": records[0].task,
-                "network": row["model"],
-                "layer": row["layer"],
-                "schedule": config["train"]["name"],
-                "cells": cells(row),
-                "numbers": {key: _finite(row[key]) for key in (*SORTED_BY.values(), "top1_high")},
-                "setting": row["setting"],
-                "source": row["published_source"] if row["published_top1"] == row["published_top1"] else None,
-                "runs": by_row[row["model"], row["layer"], row["setting"]],
+                "dataset": first.task,
+                "network": first.model,
+                "layer": first.layer,
+                "schedule": first.config.train.name,
+                "setting": first.setting,
+                "n": len(row.runs),
+                "name": ", ".join(words),
+                "legend": ", ".join(words[one_network:]),
+                "cells": row.cells(),
+                "numbers": {key: _finite(numbers[key]) for key in (*SORTED_BY.values(), "top1_high")},
+                "source": row.source,
+                "runs": row.runs,
+                "curves": [_curves(run, curves) for run in row.runs],
             }
         )
-    return {"id": str(number), "name": name, "train": config["train"], "rows": rows, "config": config}
+    dashes = charts.dashes(rows)
+    for row in rows:
+        row["dashes"] = " ".join(map(str, dashes[row["id"]]))
+    drawn = {
+        "Top-1 (%) against FLOPs": charts.tradeoff(rows, "flops"),
+        "Top-1 (%) against parameters": charts.tradeoff(rows, "params"),
+        **({"Training": charts.training(rows, list(curves))} if curves else {}),
+    }
+    return {
+        "id": str(number),
+        "name": name,
+        "train": records[0].config.train,
+        "rows": rows,
+        "charts": [
+            {"id": f"{number}-{i}", "title": title, "spec": spec} for i, (title, spec) in enumerate(drawn.items())
+        ],
+    }
 
 
-def _drawn(
-    row: Mapping[str, Any], metrics: Mapping[str, Sequence[Mapping[str, Any]]], curves: Iterable[str]
-) -> dict[str, Any]:
-    """What the page's script needs of a row to filter it and to draw it."""
-    runs = []
-    for record in row["runs"]:
-        epochs = metrics.get(record.summary["id"], [])
-        values = {key: [_finite(epoch.get(key)) for epoch in epochs] for key in curves}
-        runs.append({"seed": record.config["seed"], "epoch": [epoch["epoch"] for epoch in epochs], **values})
-    text = {key: row["cells"][key] for key in ("top-1 %", "95 % interval", "n", "vs Conv2d", "params", "MFLOPs")}
-    plain = {key: row[key] for key in ("id", "dataset", "network", "layer", "schedule", "setting", "numbers")}
-    return {**plain, "text": text, "runs": runs}
+def _curves(run: Record, curves: Mapping[str, str]) -> dict[str, Any]:
+    """A run's metrics, each a list over its epochs."""
+    values = {key: [_finite(epoch.get(key)) for epoch in run.metrics] for key in curves}
+    return {"seed": run.config.seed, "epoch": [epoch["epoch"] for epoch in run.metrics], **values}
 
 
 def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
@@ -131,7 +148,7 @@ def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
         "claim": claim,
         "paper": load_papers()[claim.paper],
         "asked": asks_words(claim),
-        "figures": figure_lines(claim.figures),
+        "published": published_lines(claim.published),
         "verdict": verdict.verdict,
         "words": verdict.words,
         "evidence": verdict.evidence,

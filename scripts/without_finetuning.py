@@ -1,6 +1,6 @@
 """Top-1 of a trained CIFAR-10 network right after decomposition, without fine-tuning, for each layer type and budget.
 
-python scripts/untuned.py resnet20 --weights resnet20-12fca82f.th --out results/untuned/resnet20
+python scripts/without_finetuning.py resnet20 --weights resnet20-12fca82f.th --out results/without_finetuning/resnet20
 """
 
 import argparse
@@ -15,9 +15,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="file with trained weights")
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs")
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
-    expected = "that the network expects; default: what a run was trained with, ImageNet's for other weights"
-    parser.add_argument("--mean", type=float, nargs=3, help=expected)
-    parser.add_argument("--std", type=float, nargs=3, help=expected)
+    what = "that the network expects; default: what a run was trained with, ImageNet's for other weights"
+    parser.add_argument("--mean", type=float, nargs=3, help=what)
+    parser.add_argument("--std", type=float, nargs=3, help=what)
     parser.add_argument("--images", type=int, default=512, help="training images for the outputs; 0: kernels alone")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
@@ -25,12 +25,13 @@ def main() -> None:
 
     import torch
 
-    from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD
-    from decef.data.cifar import load_cifar10
+    from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
     from decef.models import stem_name
     from decef.models.weights import describe_file
-    from decef.results.measure import dataset_of, load_networks, untuned, write_untuned
-    from decef.training.record import environment
+    from decef.results.networks import load_networks
+    from decef.results.without_finetuning import without_finetuning, write_rows
+    from decef.training.record import load_config
+    from decef.training.recorder import environment
 
     made = environment("cpu", torch.get_num_threads())  # of the code that runs, before it may change
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -39,18 +40,17 @@ def main() -> None:
         if (run := Path(arguments.network)).is_dir():
             if arguments.weights is not None:
                 raise ValueError(f"the run {run} has weights of its own: leave out --weights")
-            trained_on = dataset_of(run)
-            if trained_on.load is not DATASETS["cifar10"].load:
+            trained_on = load_config(run).dataset
+            if trained_on.name != "cifar10":
                 raise ValueError(f"the run {run} was not trained on CIFAR-10, whose test images are measured here")
-            mean, std = trained_on.mean, trained_on.std
+            mean, std = trained_on.dataset().mean, trained_on.dataset().std
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
-        train, test = load_cifar10(arguments.data)
+        expected = dataset("cifar10", mean=arguments.mean or mean, std=arguments.std or std)
+        train, test = expected.load(arguments.data)
         rows = []
-        for row in untuned(
+        for row in without_finetuning(
             model,
             test,
-            mean=torch.tensor(arguments.mean or mean),
-            std=torch.tensor(arguments.std or std),
             layers=arguments.layers,
             shares=arguments.shares,
             exclude=stem_name(model),
@@ -63,7 +63,7 @@ def main() -> None:
         fail(str(error))
     source = arguments.network if arguments.weights is None else describe_file(arguments.weights)
     seen = f", {arguments.images} training images" if arguments.images else ""
-    write_untuned(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}", made)
+    write_rows(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}", made)
     print(f"wrote {arguments.out}.csv and .md")
 
 

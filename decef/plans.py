@@ -1,0 +1,184 @@
+"""Plan what becomes of a network's convolutions: which are factorised, at what rank, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from decef.costs import total_cost
+from decef.layers import LAYERS
+from decef.moments import moments_on
+from decef.ranks import Candidate, Rule, Totals, as_rule
+from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class PlanRow:
+    """What happens to one convolution.
+
+    Costs are without bias. MACs are for one input of the network; they are None where no input size was given, and for
+    a convolution that does not run.
+    """
+
+    name: str
+    action: str  # "convert" | "keep"
+    reason: str  # why it is kept, or which layer it shares its weight with
+    rank: int | None
+    max_rank: int | None
+    error: float | None  # relative error of the new layer, see `convert`; None before the plan was carried out
+    params_before: int
+    params_after: int
+    macs_before: int | None
+    macs_after: int | None
+
+
+@dataclass
+class Plan:
+    """A row for every convolution of a network, the layer type that they become, and the options of that type."""
+
+    layer: str
+    rows: list[PlanRow]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every layer that is converted, by name."""
+        return {row.name: row.rank for row in self.rows if row.action == "convert" and row.rank is not None}
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a table."""
+        import pandas as pd
+
+        whole = dict.fromkeys(("rank", "max_rank", "macs_before", "macs_after"), "Int64")
+        return pd.DataFrame([asdict(row) for row in self.rows]).astype(whole)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, for `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote down."""
+        return cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML, to be read, edited and loaded again."""
+        import yaml
+
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote."""
+        import yaml
+
+        return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+
+    def __str__(self) -> str:
+        return f"{self.layer} {self.options or ''}\n{self.to_frame().to_string(index=False, na_rep='')}"
+
+
+def plan(
+    model: nn.Module,
+    layer: str,
+    *,
+    rank: int | Mapping[str, int] | Rule,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    min_kernel_size: int = 1,
+    input_size: Sequence[int] | None = None,
+    data: Iterable[object] | Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Plan:
+    """Say what converting `model` would do; nothing is changed.
+
+    A number, ranks by layer name and Share are taken as they are, even where a layer then costs more than dense.
+    Energy, EffectiveRank and rules of your own leave a layer dense where the rank that they choose would save nothing,
+    in MACs if `input_size` is given, else in parameters; see `decef.ranks.Rule`. Budget chooses which layers to leave
+    dense. Convolutions that share a weight get the same rank, and their parameters count with the first of them.
+
+    Args:
+        model: any network.
+        layer: a layer type, a key of `decef.layers.LAYERS`; with "conv2d" every convolution is kept.
+        rank: a number, ranks by layer name, or a rule of `decef.ranks`.
+        include: names of the convolutions to convert, with `*` and `?` as wildcards; None is all.
+        exclude: names of convolutions to keep, written the same way.
+        min_kernel_size: a convolution is kept if its kernel is smaller than this in both directions.
+        input_size: shape of one input without the batch, `(3, 32, 32)` for CIFAR; without it no MACs are known.
+        data: a few hundred inputs, as for `convert`. Rules that look at energies then look at those of the layers'
+            outputs on these data, not at those of the kernels.
+        **options: passed to every new layer: `implementation`, and what its type has besides.
+
+    Raises:
+        ValueError: an unknown layer type, a pattern that matches no convolution, a rank that is not possible, a
+            budget that cannot be met, or a network that does not run on `input_size`.
+        TypeError: `rank` is none of the three, or the layer type does not know an option.
+    """
+    layer_class, rule = layer_type(layer), as_rule(rank)
+    sites = find_sites(model, input_size)
+    note_kept(sites, layer_class, _patterns(include), _patterns(exclude) or (), min_kernel_size)
+    changing = [site for site in sites if not site.reason]
+    add_units(changing, layer_class, options)
+    candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
+    if candidates or getattr(rule, "names_layers", False):
+        totals = Totals(
+            params=sum(p.numel() for p in model.parameters()),
+            macs=0 if input_size is None else total_cost(model, input_size)["macs"],
+        )
+        chosen = _choose(rule, candidates, totals)
+        for site in changing:
+            site.rank, site.reason = chosen[site.first]
+    return Plan(layer, [_row(site) for site in sites], options)
+
+
+def layer_type(name: str) -> type[nn.Module]:
+    """The class of a layer type.
+
+    Raises:
+        ValueError: there is no such type; the message lists them.
+    """
+    if name not in LAYERS:
+        raise ValueError(f"unknown layer type '{name}'; there are {', '.join(LAYERS)}")
+    return LAYERS[name]
+
+
+def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict[str, tuple[int | None, str]]:
+    """By name of every candidate: its rank and no reason, or None and the reason why it is left dense."""
+    ranks = rule(candidates, totals)
+    final = getattr(rule, "ranks_are_final", False)
+    chosen: dict[str, tuple[int | None, str]] = {}
+    for candidate in candidates:
+        rank = ranks.get(candidate.name)
+        at = 1 if rank is None else rank
+        if not candidate.saves(at) and (rank is None or not final):
+            chosen[candidate.name] = None, f"rank {at} would cost no less than dense"
+        elif rank is None:
+            chosen[candidate.name] = None, f"left dense by {rule!r}"
+        else:
+            chosen[candidate.name] = rank, ""
+    return chosen
+
+
+def _row(site: Site) -> PlanRow:
+    row = PlanRow(site.name, "keep", site.reason, None, None, None, site.params, site.params, site.macs, site.macs)
+    if site.rank is not None:
+        assert site.unit is not None
+        row.action, row.rank, row.max_rank = "convert", site.rank, site.unit.max_rank
+        row.reason = "" if site.first == site.name else f"shares the weight of '{site.first}'"
+        row.params_after = site.rank * site.params_per_rank
+        row.macs_after = None if site.macs is None else site.rank * site.macs_per_rank
+    return row
+
+
+def _patterns(patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """One pattern or several, as a tuple."""
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

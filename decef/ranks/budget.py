@@ -1,0 +1,159 @@
+"""The rule that spreads a budget over the whole network."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from decef.ranks.candidate import Candidate, Totals
+from decef.ranks.effective import check_share
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The largest ranks with which the whole network stays within a share of its dense cost.
+
+    Every layer starts at rank 1. Then, step by step, the layer that gains most energy for the cost gets its next rank,
+    until no layer's next step fits into the budget. Energies are shares of each layer's own (`Candidate.kept_energy`).
+    Where a layer's next rank would cost no less than the dense layer, its next step is to stay dense. A layer that
+    saves nothing even at rank 1 stays dense from the start.
+
+    In an untrained network energies say nothing. For that there is `uniform`: every layer gets the same share of its
+    own dense cost, as large as the budget allows. Ranks are whole numbers, so some of the budget is left over; it goes
+    to the layers in their order, one rank at a time, while it lasts.
+
+    Args:
+        flops: share of the dense network's FLOPs, in (0, 1]; `plan` then needs the input size. Give this or `params`.
+        params: share of the dense network's parameters, in (0, 1].
+        uniform: give every layer the same share of its cost, whatever its energies.
+
+    Raises:
+        ValueError: both or neither of `flops` and `params` are given, or one is not a share. Called, also where the
+            budget can't be met, or FLOPs are not known.
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    uniform: bool = False
+
+    ranks_are_final: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if (self.flops is None) == (self.params is None):
+            raise ValueError("a budget is a share of flops or of params: give one of the two")
+        check_share("flops" if self.params is None else "params", self.share)
+
+    @property
+    def share(self) -> float:
+        """The share that was given."""
+        share = self.flops if self.params is None else self.params
+        assert share is not None
+        return share
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        if self.params is None:
+            what, total = "FLOPs", totals.macs
+            layers = [_Priced(c, c.macs, c.macs_per_rank) for c in candidates]
+            if not total:
+                raise ValueError("a FLOPs budget needs the input size")
+        else:
+            what, total = "parameters", totals.params
+            layers = [_Priced(c, c.params, c.params_per_rank) for c in candidates]
+        layers = [layer for layer in layers if layer.per_rank < layer.dense]
+        kept = total - sum(layer.dense for layer in layers)
+        smallest = kept + sum(layer.per_rank for layer in layers)
+        # Costs are whole numbers: half a unit makes up for rounding, in a share like 0.667 and in this product.
+        limit = self.share * total + 0.5
+        if smallest > limit:
+            raise ValueError(
+                f"a budget of {self.share:g} of the dense network's {what} can't be met: with rank 1 in every layer "
+                f"it has {smallest / total:.3f} of them"
+            )
+        spread = _spread_evenly if self.uniform else _spread_by_energy
+        return spread(layers, limit - kept)
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A candidate and what it costs in the unit of the budget, MACs or parameters."""
+
+    candidate: Candidate
+    dense: int
+    per_rank: int
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def most(self) -> int:
+        """The largest rank that costs less than the dense layer."""
+        return min(self.candidate.max_rank, (self.dense - 1) // self.per_rank)
+
+
+def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
+    """Ranks that cost at most `limit` together, each next one where it gains most energy for its cost."""
+    ranks = {layer.name: 1 for layer in layers}
+    energies = {layer.name: layer.candidate.kept_energy().tolist() for layer in layers}
+    left = limit - sum(layer.per_rank for layer in layers)
+
+    def step(layer: _Priced) -> tuple[float, int]:
+        """Energy and cost of a layer's next step: one more rank or, where no larger rank saves anything, dense."""
+        rank = ranks[layer.name]
+        if rank < layer.most:
+            return energies[layer.name][rank], layer.per_rank
+        return sum(energies[layer.name][rank:]), layer.dense - rank * layer.per_rank
+
+    # A heap gives its smallest entry first, so a layer's next step stands in it with minus its energy per cost.
+    heap: list[tuple[float, int]] = []
+
+    def push(position: int) -> None:
+        layer = layers[position]
+        if ranks[layer.name] < layer.candidate.max_rank:
+            energy, price = step(layer)
+            heapq.heappush(heap, (-energy / price, position))
+
+    for position in range(len(layers)):
+        push(position)
+    while heap:
+        _, position = heapq.heappop(heap)
+        layer = layers[position]
+        _, price = step(layer)
+        if price > left:
+            continue
+        left -= price
+        if ranks[layer.name] == layer.most:
+            del ranks[layer.name]  # the step was to stay dense
+        else:
+            ranks[layer.name] += 1
+            push(position)
+    return ranks
+
+
+def _spread_evenly(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
+    """Ranks that cost at most `limit` together, with which every layer has the same share of its dense cost."""
+
+    def ranks_at(share: float) -> dict[str, int]:
+        return {x.name: min(max(1, math.floor(share * x.dense / x.per_rank)), x.most) for x in layers}
+
+    def used(ranks: dict[str, int]) -> int:
+        return sum(ranks[layer.name] * layer.per_rank for layer in layers)
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if used(ranks_at(middle)) <= limit else (low, middle)
+    ranks = ranks_at(low)
+    left = limit - used(ranks)
+    grown = True
+    while grown:
+        grown = False
+        for layer in layers:
+            if ranks[layer.name] < layer.most and layer.per_rank <= left:
+                ranks[layer.name] += 1
+                left -= layer.per_rank
+                grown = True
+    return ranks

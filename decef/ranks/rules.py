@@ -1,0 +1,133 @@
+"""Rules that look at one layer at a time, and what a user may write instead of a rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from decef.layers import DeCEFConv2d
+from decef.ranks.candidate import Candidate, Rule, Totals
+from decef.ranks.effective import ROUNDING, check_share, effective_rank
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The same rank in every layer.
+
+    Called, it raises a ValueError for a layer in which this rank is not possible.
+    """
+
+    rank: int
+
+    ranks_are_final: ClassVar[bool] = True
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        return {c.name: _checked(c, self.rank) for c in candidates}
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Ranks by layer name, one for every candidate.
+
+    Called, it raises a ValueError for a candidate without a rank, for a name that is no candidate, and for a rank that
+    is not possible in its layer.
+    """
+
+    ranks: Mapping[str, int]
+
+    ranks_are_final: ClassVar[bool] = True
+    names_layers: ClassVar[bool] = True
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        names = {c.name for c in candidates}
+        if names != set(self.ranks):
+            missing, unknown = sorted(names - set(self.ranks)), sorted(set(self.ranks) - names)
+            parts = [f"no rank for {', '.join(missing)}"] if missing else []
+            parts += [f"no such layer: {', '.join(unknown)}"] if unknown else []
+            raise ValueError(f"ranks by layer name don't fit the network: {'; '.join(parts)}")
+        return {c.name: _checked(c, self.ranks[c.name]) for c in candidates}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share, in (0, 1], of each layer's largest rank, rounded, and at least rank 1."""
+
+    share: float
+
+    ranks_are_final: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share("share", self.share)
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        return {c.name: max(1, round(self.share * c.max_rank)) for c in candidates}
+
+
+@dataclass(frozen=True)
+class Energy:
+    """The smallest rank with which each layer keeps a share, in (0, 1], of its energy.
+
+    This is BasisConv's rule (Tayyab, Khan, Mahalanobis 2021). What CPAC and rank-1 keep is known only as an upper bound
+    (`FactorizedConv2d.spectrum`), so they may keep less than the share.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share("share", self.share)
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        below = {c.name: int((c.kept_energy().cumsum(0) < self.share - ROUNDING).sum()) for c in candidates}
+        return {c.name: min(below[c.name] + 1, c.max_rank) for c in candidates}
+
+
+@dataclass(frozen=True)
+class EffectiveRank:
+    """Each layer's effective rank: for DeCEF the mean of `effective_rank` over its input channels, rounded up.
+
+    The other layer types have no matrix per input channel. For them it is the number of singular values (square roots
+    of `FactorizedConv2d.spectrum`) that are at least `threshold`, in (0, 1], times the largest.
+    """
+
+    threshold: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_share("threshold", self.threshold)
+
+    def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
+        ranks = {}
+        for c in candidates:
+            if c.layer is DeCEFConv2d:
+                mean = effective_rank(c.weight, self.threshold, groups=c.groups).mean().item()
+            else:
+                values = c.kept_energy().sqrt()
+                mean = (values >= self.threshold * values[0]).sum().item()
+            ranks[c.name] = min(max(1, math.ceil(mean)), c.max_rank)
+        return ranks
+
+
+def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
+    """The rule that `rank` stands for: `Fixed` for a number, `PerLayer` for ranks by layer name, a rule is itself.
+
+    Raises:
+        TypeError: `rank` is none of the three.
+    """
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        return Fixed(rank)
+    if isinstance(rank, Mapping):
+        return PerLayer(rank)
+    if callable(rank):
+        return rank
+    raise TypeError(f"rank={rank!r} is neither a whole number, nor ranks by layer name, nor a rule of decef.ranks")
+
+
+def _checked(candidate: Candidate, rank: int) -> int:
+    """`rank`, or a ValueError if the candidate cannot have it."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= candidate.max_rank:
+        raise ValueError(
+            f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
+            f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"
+        )
+    return rank

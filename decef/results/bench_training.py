@@ -1,0 +1,163 @@
+"""results/bench: how long a training step takes, and whole training loops."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from decef.costs import total_cost
+from decef.data import DATASETS, Images
+from decef.data.torchvision_cpu import import_torchvision
+from decef.inference.timing import interleaved, peak_memory
+from decef.models import create_model
+from decef.results.bench_inference import Case, networks
+from decef.results.pages import write_bench
+from decef.training.config import TrainConfig
+from decef.training.loop import Training, network_input
+
+TRAINING = (Case("resnet20", 32, 128), Case("vgg16_bn", 32, 128), Case("torchvision/resnet18", 64, 32))
+CIFAR10 = DATASETS["cifar10"]
+STEP = TrainConfig("bench", epochs=1, batch_size=128, lr=0.01)
+
+
+def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Seconds of a training step (forward, backward, update) of every layer type's network, a row each.
+
+    A row has `network`, `batch`, `layer`, `flops_ratio`, `seconds` (median, all of one case interleaved), `memory`.
+    """
+    for case in cases:
+        x = torch.randn(case.batch, *case.input_size, device=device)
+        labels = torch.randint(0, 10, (case.batch,), device=device)
+        found = networks(case, share)
+        dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
+        steps = {layer: _training(network.to(device), x, labels) for layer, network in found.items()}
+        seconds = interleaved(steps)
+        for layer, network in found.items():
+            yield {
+                "network": case.network,
+                "batch": case.batch,
+                "layer": layer,
+                "flops_ratio": total_cost(network, case.input_size)["flops"] / dense_flops,
+                "seconds": seconds[layer],
+                "memory": peak_memory(steps[layer], device),
+            }
+
+
+def bench_loops(
+    device: torch.device, *, network: str = "resnet20", batch: int = 128, steps: int = 8, rounds: int = 3
+) -> dict[str, float]:
+    """Images a second of a network's training, side by side: the usual script's loop, ours, and ours by schedule.
+
+    "usual" is what public scripts for it do: a PIL image at a time through torchvision's transforms, a `DataLoader`
+    with a worker a core, contiguous images, the loss and the accuracy read at every step. "decef" is this project's
+    loop on the same images, at full size. "0.75" and "0.5" are the same on images of that scale, which schedule `quick`
+    trains on for most of its epochs.
+    """
+    images = torch.randint(0, 256, (steps * batch, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (len(images),))
+    model = create_model(network, num_classes=10).to(device)
+    ours = Images(images, labels, CIFAR10.mean, CIFAR10.std, crop_padding=4, flip=True).to(device)
+    loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels, batch)}
+    for name, scale in (("decef", 1.0), ("0.75", 0.75), ("0.5", 0.5)):
+        loops[name] = _our_loop(copy.deepcopy(model), ours, batch, scale)
+    seconds = interleaved(loops, rounds)
+    return {name: len(images) / value for name, value in seconds.items()}
+
+
+def write_training(
+    rows: Sequence[dict[str, Any]], loops: Mapping[str, float], out: Path, made: Mapping[str, Any]
+) -> None:
+    """Write rows of `bench_steps` and `bench_loops` as <out>.json, and for people as <out>.md."""
+    frame = pd.DataFrame(rows)
+    dense = frame[frame.layer == "conv2d"].set_index("network")
+    shown = pd.DataFrame(
+        {
+            "network": frame.network,
+            "batch": frame.batch,
+            "layer": frame.layer,
+            "FLOPs": frame.flops_ratio,
+            "images/s": frame.batch / frame.seconds,
+            "step": frame.seconds / dense.seconds.loc[frame.network].to_numpy(),
+            "memory": frame.memory / dense.memory.loc[frame.network].to_numpy(),
+        }
+    )
+    table = shown.round(2).to_markdown(index=False)
+    everything = [*rows, {"loops": dict(loops)}]
+    write_bench("bench_training", everything, out, made, table=table, loops=loops)
+
+
+def _training(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], object]:
+    training = Training(network, STEP, x.device)
+    training.start_epoch()
+    x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: training.step(x, labels, STEP.lr, 0)
+
+
+def _our_loop(network: nn.Module, images: Images, batch_size: int, scale: float) -> Callable[[], object]:
+    training = Training(network, STEP, images.device)
+
+    def epoch() -> None:
+        training.start_epoch()
+        generator = torch.Generator().manual_seed(0)
+        for batch, labels in images.batches(batch_size, generator):
+            x = network_input(images, batch, STEP.channels_last, scale)
+            training.step(x, labels, STEP.lr, 0)
+        training.finish_epoch()
+
+    return epoch
+
+
+def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> Callable[[], object]:
+    import_torchvision()
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CIFAR10.mean, CIFAR10.std),
+        ]
+    )
+    data = _PilImages(images, labels, transform)
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
+    device = next(network.parameters()).device
+    optimizer = torch.optim.SGD(network.parameters(), lr=STEP.lr, momentum=0.9, weight_decay=5e-4)
+
+    def epoch() -> None:
+        network.train()
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            output = network(x)
+            loss = F.cross_entropy(output, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            (output.argmax(1) == y).sum().item()
+
+    return epoch
+
+
+class _PilImages(Dataset[Any]):
+    """As torchvision's CIFAR10: an array, an image at a time through PIL."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
+        self.images, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]

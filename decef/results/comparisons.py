@@ -1,0 +1,51 @@
+"""Which runs are one experiment, and which experiments may stand beside each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from decef.training.record import Record
+
+
+def experiments(records: Iterable[Record]) -> list[list[Record]]:
+    """Runs that differ in the seed alone, by seed, in an order that depends on the configs alone.
+
+    This is what counts as one experiment everywhere: a row of a table, a curve, the evidence on a claim.
+
+    Raises:
+        ValueError: a seed stands twice among the runs of one experiment, which would count as two.
+    """
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        seeds = groups.setdefault(json.dumps(record.experiment, sort_keys=True), {})
+        other = seeds.setdefault(record.config.seed, record)
+        if other is not record:
+            raise ValueError(
+                f"{other.id} and {record.id} are one experiment with one seed, which counts "
+                "once: move one of the two away"
+            )
+    return [[groups[key][seed] for seed in sorted(groups[key])] for key in sorted(groups)]
+
+
+def precision_words(records: Iterable[Record]) -> str:
+    """The numeric precision of runs, or "mixed" and how many had which."""
+    counts = Counter(str(record.summary.get("precision")) for record in records)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "mixed: " + ", ".join(f"{n} {precision}" for precision, n in sorted(counts.items()))
+
+
+def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of one `comparison` each, by `<dataset>-<schedule>`: with a hash where a schedule ran in several ways."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.comparison, []).append(record)
+    names = {c: f"{g[0].config.dataset.name}-{g[0].config.train.name}" for c, g in groups.items()}
+    taken = list(names.values())
+    return {
+        name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}": groups[c]
+        for c, name in names.items()
+    }

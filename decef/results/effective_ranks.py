@@ -1,0 +1,62 @@
+"""results/ranks: effective rank of kernels against depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from decef.layers import FactorizedConv2d
+from decef.layers.factorized import evaluating
+from decef.ranks import DEFINITIONS, effective_rank
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Name, dense kernel and groups of every convolution that is wider than 1x1, in the network's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
+            with evaluating(module):
+                weight = module.weight.detach()
+            yield name, weight, module.groups
+
+
+def rank_table(
+    model: nn.Module, threshold: float | None = None, *, definitions: Iterable[str] = DEFINITIONS
+) -> pd.DataFrame:
+    """Effective rank of every kernel by depth, beside that of a random kernel of its shape.
+
+    A random kernel's effective rank depends on its shape alone, and rises with the number of filters; a fall with
+    depth that the random kernels share says nothing about training.
+
+    Args:
+        model: a network, dense or factorised.
+        threshold: of the definition "threshold", see `effective_rank`.
+        definitions: which definitions.
+
+    Returns:
+        A row per convolution wider than 1x1: `name`, `out_channels`, `in_channels`, `kernel`, and for each definition
+        the mean over input channels, `<definition>`, and the same at random Gaussian weights, `<definition>_init`.
+    """
+    import pandas as pd
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for name, weight, groups in kernels(model):
+        row: dict[str, object] = {
+            "name": name,
+            "out_channels": weight.shape[0],
+            "in_channels": weight.shape[1] * groups,
+            "kernel": f"{weight.shape[2]}x{weight.shape[3]}",
+        }
+        random = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        for definition in definitions:
+            given = threshold if definition == "threshold" else None
+            for column, kernel in ((definition, weight), (f"{definition}_init", random)):
+                row[column] = effective_rank(kernel, given, definition=definition, groups=groups).mean().item()
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,60 @@
+"""Networks by what a user calls them: a run's folder, or a name with a file of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from decef.conversion import convert
+from decef.models import create_model
+from decef.models.weights import load_weights
+from decef.plans import Plan
+from decef.training.build import dense_network
+from decef.training.checkpoint import load_checkpoint
+from decef.training.record import CHECKPOINT, load_config
+
+
+def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = False) -> list[tuple[str, nn.Module]]:
+    """Networks by what a user calls them, each with a label.
+
+    Args:
+        name: the folder of a run (its last checkpoint, or one network for every checkpoint that it kept), a name that
+            `create_model` knows.
+        weights: file with trained weights, not for a run.
+        pretrained: let timm or torchvision download trained weights.
+
+    Raises:
+        ValueError: there is no such network, or the weights are not its.
+        FileNotFoundError: no such file of weights, or a run without a checkpoint.
+    """
+    if Path(name).is_dir():
+        return list(_networks_of_run(Path(name)))
+    try:
+        # ImageNet's classes and those of CIFAR-10
+        num_classes = 1000 if "/" in name else 10
+        model = create_model(name, num_classes=num_classes, pretrained=pretrained)
+    except ValueError as error:
+        raise ValueError(f"'{name}' is no run's folder, and {error}") from error
+    return [(name, load_weights(model, weights) if weights else model)]
+
+
+def input_size_of(name: str) -> tuple[int, int, int]:
+    """Shape `(C, H, W)` of what a network of `load_networks` takes: its run's images; else CIFAR's, or ImageNet's."""
+    if Path(name).is_dir():
+        return load_config(Path(name)).dataset.dataset().input_size
+    return (3, 224, 224) if "/" in name else (3, 32, 32)
+
+
+def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
+    paths = sorted(folder.glob("checkpoint-*.pt")) or [folder / CHECKPOINT]
+    if not paths[0].is_file():
+        raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
+    config = load_config(folder)
+    dense = dense_network(config.model, config.dataset.dataset())
+    for path in paths:
+        checkpoint = load_checkpoint(path)
+        model = convert(dense, Plan.from_dict(checkpoint["plan"]), from_scratch=True)
+        model.load_state_dict(checkpoint["model"])
+        yield f"epoch {checkpoint['epoch']}", model

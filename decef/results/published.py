@@ -1,0 +1,101 @@
+"""What the papers and their authors' code report: `published.yaml`, each value with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from decef.training.record import Record
+
+STATUSES = ("verified", "verified-code")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published or logged value; `published.yaml` says what the fields mean."""
+
+    id: str
+    paper: str
+    layer: str
+    network: str
+    dataset: str
+    metric: str
+    setting: str
+    value: float
+    where: str
+    status: str
+    training: str = ""
+    task: str = ""
+
+    def fits(self, record: Record) -> bool:
+        """Whether a run has this value's task, network, layer and rank; its training and options may be others."""
+        ours = (record.task, record.model, record.layer, record.rank_setting)
+        return ours == (f"{self.dataset} {self.task}".strip(), self.network, self.layer, self.setting)
+
+
+@cache
+def load_papers() -> dict[str, str]:
+    """Citations by paper key."""
+    return dict(_read()["papers"])
+
+
+@cache
+def load_published() -> tuple[Published, ...]:
+    """All published and logged values, in the file's order.
+
+    Raises:
+        ValueError: `published.yaml` has a value with an unknown field, paper or status, or the same value twice.
+    """
+    published, seen = [], set()
+    for entry in _read()["published"]:
+        fields = {key: value for key, value in entry.items() if key != "values"}
+        for setting, value in entry.get("values", {}).items():
+            layer = "conv2d" if setting == "dense" else fields.get("layer")
+            try:
+                one = Published(**{**fields, "layer": layer, "setting": setting, "value": float(value)})
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"published.yaml: {fields.get('id')} cannot be read: {error}") from error
+            for what, name, known in (("paper", one.paper, load_papers()), ("status", one.status, STATUSES)):
+                if name not in known:
+                    raise ValueError(f"published.yaml: {one.id} has {what} '{name}'; there are {', '.join(known)}")
+            key = (one.id, one.dataset, one.task, one.network, one.metric, setting)
+            if key in seen:
+                raise ValueError(f"published.yaml: {' '.join(filter(None, key))} stands there twice")
+            seen.add(key)
+            published.append(one)
+    return tuple(published)
+
+
+@cache
+def load_known_weights() -> dict[str, str]:
+    """The networks of trained weights that others published, by the MD5 of their file.
+
+    Raises:
+        ValueError: `published.yaml` has one without a network.
+    """
+    try:
+        return {str(md5): str(entry["network"]) for md5, entry in _read()["weights"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"published.yaml: its weights cannot be read: {error}") from error
+
+
+def published_lines(published: Iterable[Published]) -> list[str]:
+    """A line per fact and metric, for people."""
+    lines: dict[str, list[str]] = {}
+    for one in published:
+        source = "; ".join(filter(None, [one.where, one.training]))
+        value = f"{one.value:,.0f}" if one.value >= 1e4 else f"{one.value:g}"
+        dataset = " ".join(filter(None, [one.dataset, one.task]))
+        about = f"{one.id}, {one.network} on {dataset}, {one.metric} ({source})"
+        lines.setdefault(about, []).append(f"{one.setting}: {value}")
+    return [f"{about}: {'; '.join(values)}" for about, values in lines.items()]
+
+
+@cache
+def _read() -> dict[str, Any]:
+    return dict(yaml.safe_load((files("decef.results") / "published.yaml").read_text()))

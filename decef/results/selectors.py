@@ -1,0 +1,78 @@
+"""Which runs a claim is about, and which they are held against: config values by dotted key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from decef.results.comparisons import experiments
+from decef.training.config import OF_REPLACEMENT
+from decef.training.record import OF_LAYERS, Record
+
+
+def selects(selector: Mapping[str, Any], record: Record) -> bool:
+    """Whether a run has the selector's values: a list means one of them, a text may have *, null and false off."""
+    return all(
+        any(_fits(_get(record.settings, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
+        for key, wanted in selector.items()
+    )
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        return isinstance(value, str) and fnmatchcase(value, wanted)
+    return bool((value or None) == (wanted or None))  # what is off is null, false, 0 or not there
+
+
+def _get(settings: Mapping[str, Any], key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def chosen(
+    records: Iterable[Record],
+    runs: Mapping[str, Any],
+    control: Mapping[str, Any] | None,
+    shares: Mapping[str, Sequence[float]],
+) -> Iterator[Record]:
+    """The runs that `runs` selects, whose costs lie within `shares`, and that are not the control."""
+    for record in records:
+        within = all(low <= record.ratio(key) <= high for key, (low, high) in shares.items())
+        if within and selects(runs, record) and not (control and selects(control, record)):
+            yield record
+
+
+def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """Equal for a run and its control: what must be the same in both, see `_no_worse`."""
+    free = {key.removeprefix("train.") for key in (*runs, *control) if key.startswith("train.")} | set(OF_LAYERS)
+    kept = {key: value for key, value in record.experiment.items() if key != "layer"}
+    kept["train"] = {key: value for key, value in kept["train"].items() if key not in free}
+    if control.get("layer.name") == "conv2d":  # which replaces no layer
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in OF_REPLACEMENT}
+    return json.dumps(kept, sort_keys=True)
+
+
+def twins(records: Iterable[Record], runs: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, list[Record]]:
+    """The control's experiments by twin key."""
+    found: dict[str, list[Record]] = {}
+    for group in experiments(r for r in records if selects(control, r)):
+        other = found.setdefault(twin_key(group[0], runs, control), group)
+        if other is not group:
+            both = f"{other[0].id} and {group[0].id}"
+            raise ValueError(f"both {both} are the control {selector_words(control)}: narrow it")
+    return found
+
+
+def selector_words(selector: Mapping[str, Any]) -> str:
+    """A selector as command-line overrides; the layer alone as its name."""
+    if list(selector) == ["layer.name"] and isinstance(selector["layer.name"], str):
+        return str(selector["layer.name"])
+    words = []
+    for key, value in selector.items():
+        values = value if isinstance(value, list) else [value]
+        words.append(f"{key.removesuffix('.name')}={','.join(json.dumps(v).strip(chr(34)) for v in values)}")
+    return f"`{' '.join(words)}`"

@@ -1,0 +1,94 @@
+"""results/without_finetuning: accuracy of a trained network right after decomposition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pandas as pd
+from torch import Tensor, nn
+
+from decef.conversion import convert
+from decef.costs import total_cost
+from decef.data import Data
+from decef.moments import input_moments
+from decef.plans import plan
+from decef.ranks import Budget
+from decef.results.pages import made_on, render
+from decef.training.loop import EVAL_BATCH, evaluate
+from decef.training.record import Summary
+
+
+def without_finetuning(
+    model: nn.Module,
+    test: Data,
+    *,
+    layers: Sequence[str],
+    shares: Sequence[float],
+    exclude: str | None,
+    seen: Data | None = None,
+) -> Iterator[dict[str, object]]:
+    """Top-1 of a trained network right after decomposition, without any fine-tuning, at shares of its FLOPs.
+
+    Args:
+        model: the network; it stays as it is.
+        test: images to measure on.
+        layers: layer types.
+        shares: of the dense network's FLOPs.
+        exclude: names that stay dense.
+        seen: training images on which kernels are also made nearest in their outputs; labels are not looked at.
+
+    Yields:
+        Rows: the dense network first, then a row for every share, layer type, way to spread the budget over the layers
+        ("energy": see `Budget`; "uniform": the same share of every layer's cost), and whether the "kernels" or their
+        "outputs" are nearest, with the mean relative error there.
+    """
+    input_size = next(test.views(1))[0].shape[1:]
+    dense = total_cost(model, input_size)
+    moments: dict[str, Tensor] = {}
+    if seen is not None:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        moments = input_moments(model, names, [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)])
+
+    def row(network: nn.Module, layer: str, budget: str, spread: str, nearest: str, error: float) -> dict[str, object]:
+        loss, top1 = evaluate(network, test)
+        cost = total_cost(network, input_size)
+        return {
+            "layer": layer, "budget": budget, "spread": spread, "nearest": nearest,
+            "top1": top1, "loss": loss, "mean_error": error,
+            "params": cost["params"], "params_ratio": cost["params"] / dense["params"],
+            "flops": cost["flops"], "flops_ratio": cost["flops"] / dense["flops"],
+        }  # fmt: skip
+
+    yield row(model, "conv2d", "dense", "", "", 0.0)
+    for share in shares:
+        for layer in layers:
+            for spread in ("energy", "uniform"):
+                rule = Budget(flops=share, uniform=spread == "uniform")
+                the_plan = plan(
+                    model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
+                )
+                for nearest in ("kernels", "outputs") if moments else ("kernels",):
+                    converted = convert(model, the_plan, data=moments if nearest == "outputs" else None)
+                    errors = [r.error for r in the_plan.rows if r.error is not None]
+                    yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
+
+
+def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: Summary) -> None:
+    """Write rows of `without_finetuning` as <out>.csv and <out>.md.
+
+    Args:
+        rows: what was measured.
+        out: path without ending.
+        about: what they were made from, for people.
+        made: where, when and with which code.
+    """
+    frame = pd.DataFrame(rows)
+    shown = frame.pivot_table(index=["layer", "spread", "nearest"], columns="budget", values="top1", sort=False).round(
+        2
+    )
+    table = shown.reset_index().astype(object).fillna("").to_markdown(index=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
+    text = render("without_finetuning", table=table, about=about, started=made["started"], made=made_on([made]))
+    out.with_suffix(".md").write_text(text)

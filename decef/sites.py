@@ -1,0 +1,221 @@
+"""The convolutions of a network, as planning looks at them: what stands there, what it costs, what it may become."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from decef.costs import input_shapes, layer_macs
+from decef.layers import FactorizedConv2d
+from decef.ranks import Candidate
+
+
+@dataclass
+class Site:
+    """One convolution of the network, and what planning finds out about it.
+
+    Costs are without bias. MACs are for one input of the network. Convolutions that share a weight are several sites
+    but one `Candidate`; the parameters that they share count with the first of them.
+
+    Attributes:
+        name: of the convolution in the network.
+        module: the convolution, or a layer that is factorised already.
+        sharing: names of all modules that have its weight, itself included, in the network's order.
+        inputs: shape of its input, batch of one included, at each call; None where no input size was given.
+        macs: MACs as it is; None where no input size was given, and for a convolution that does not run.
+        reason: why it is kept; empty while nothing is against converting it.
+        rank: the rank at which it is converted; None until that is decided, and if it is kept.
+        unit: the layer that it may become, at rank 1 and without storage; None if it is kept in any case.
+        macs_per_rank: MACs of `unit`, 0 where they are not known.
+    """
+
+    name: str
+    module: nn.Conv2d | FactorizedConv2d
+    sharing: Sequence[str]
+    inputs: Sequence[tuple[int, ...]] | None
+    macs: int | None
+    reason: str = ""
+    rank: int | None = None
+    unit: FactorizedConv2d | None = None
+    macs_per_rank: int = 0
+
+    @property
+    def first(self) -> str:
+        """Name of the first module that has its weight."""
+        return self.sharing[0]
+
+    @property
+    def params(self) -> int:
+        """Parameters as it is; 0 where an earlier module has the same weight."""
+        if self.first != self.name:
+            return 0
+        if isinstance(self.module, FactorizedConv2d):
+            return count_parameters(self.module)
+        return self.module.weight.numel()
+
+    @property
+    def params_per_rank(self) -> int:
+        """Parameters of `unit`, without the factors where an earlier layer has the same."""
+        return 0 if self.unit is None else count_parameters(self.unit, factors=self.first == self.name)
+
+
+def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> list[Site]:
+    """All convolutions of a network, in its order.
+
+    Raises:
+        ValueError: the network does not run on an input of this size.
+    """
+    shapes = None if input_size is None else input_shapes(model, input_size)
+    sharing = shared_weights(model)
+    macs_of = _mac_counter()
+    sites = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, FactorizedConv2d)):
+            inputs = None if shapes is None else shapes.get(name, [])
+            macs = macs_of(module, inputs) if inputs else None
+            sites.append(Site(name, module, sharing.get(name, [name]), inputs, macs))
+    return sites
+
+
+def note_kept(
+    sites: Sequence[Site],
+    layer_class: type[nn.Module],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    min_kernel_size: int,
+) -> None:
+    """Give every site that is kept, whatever the ranks, its `reason`. Arguments are those of `decef.plan`.
+
+    Raises:
+        ValueError: a pattern that matches no convolution.
+    """
+    for pattern in (*(include or ()), *exclude):
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise ValueError(f"the pattern '{pattern}' matches no convolution of the network")
+    for site in sites:
+        site.reason = _reason_to_keep(site, layer_class, include, exclude, min_kernel_size)
+    # Layers can share factors, as they shared a weight, only if all of them are converted and have the same groups.
+    groups = {site.name: site.module.groups for site in sites if not site.reason}
+    for site in sites:
+        different = [name for name in site.sharing if groups.get(name) != site.module.groups]
+        if different and not site.reason:
+            site.reason = f"shares its weight with '{different[-1]}', which is kept"
+
+
+def _reason_to_keep(
+    site: Site,
+    layer_class: type[nn.Module],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    min_kernel_size: int,
+) -> str:
+    """Why a convolution is kept, leaving aside those that share its weight; empty if nothing is against converting."""
+    module = site.module
+    if not issubclass(layer_class, FactorizedConv2d):
+        return "conv2d keeps every convolution"
+    if include is not None and not any(fnmatchcase(site.name, pattern) for pattern in include):
+        return "not included"
+    excluding = next((pattern for pattern in exclude if fnmatchcase(site.name, pattern)), None)
+    if excluding is not None:
+        return f"excluded by '{excluding}'"
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is not a plain Conv2d"
+    if "weight" not in module._parameters:
+        return "its weight is computed before each call (pruning, weight norm), not a parameter"
+    if max(module.kernel_size) < min_kernel_size:
+        return f"kernel smaller than {min_kernel_size}"
+    try:
+        layer_class.max_rank_for(*module.weight.shape, groups=module.groups)
+    except ValueError as error:
+        return str(error)
+    if site.inputs is not None and not site.inputs:
+        return "does not run in evaluation mode"
+    return ""
+
+
+def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapping[str, Any]) -> None:
+    """Give every site the layer that it may become, and that layer's cost.
+
+    Raises:
+        ValueError or TypeError: an option that the layer type does not take.
+    """
+    macs_of = _mac_counter()
+    for site in sites:
+        assert isinstance(site.module, nn.Conv2d)
+        assert issubclass(layer_class, FactorizedConv2d)
+        site.unit = layer_class.like(copy.deepcopy(site.module).to("meta"), 1, **options)
+        site.macs_per_rank = macs_of(site.unit, site.inputs or [])
+
+
+def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[Candidate]:
+    """What rules choose ranks for: a candidate for every weight of the sites, which have their units.
+
+    Args:
+        sites: in the network's order.
+        moments: what `decef.moments.input_moments` found at some or all of them.
+    """
+    owners: dict[str, list[Site]] = {}
+    for site in sites:
+        owners.setdefault(site.first, []).append(site)
+    candidates = []
+    for name, own in owners.items():
+        conv, unit = own[0].module, own[0].unit
+        assert unit is not None
+        candidates.append(
+            Candidate(
+                name,
+                layer=type(unit),
+                weight=conv.weight.detach(),
+                groups=conv.groups,
+                max_rank=unit.max_rank,
+                params=sum(site.params for site in own),
+                params_per_rank=sum(site.params_per_rank for site in own),
+                macs=sum(site.macs or 0 for site in own),
+                macs_per_rank=sum(site.macs_per_rank for site in own),
+                moments=moments.get(name),
+            )
+        )
+    return candidates
+
+
+def shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """By the name of every Conv2d that has a weight parameter: all modules with that parameter, itself included.
+
+    Names are in the network's order.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return {
+        name: owners[id(module._parameters["weight"])]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None
+    }
+
+
+def count_parameters(layer: FactorizedConv2d, *, factors: bool = True) -> int:
+    """Parameters of a factorised layer without its bias, and with `factors=False` without its factors."""
+    left_out = {"bias", *(() if factors else layer.factors())}
+    return sum(p.numel() for name, p in layer.named_parameters() if name not in left_out)
+
+
+def _mac_counter() -> Callable[[nn.Module, Sequence[tuple[int, ...]]], int]:
+    """A function that counts the MACs of a layer over all its calls, from the shape of the input at each of them."""
+    # A layer's text says everything that its MACs depend on, so layers with the same text are measured once.
+    measured: dict[tuple[str, tuple[int, ...]], int] = {}
+
+    def macs_of(layer: nn.Module, inputs: Sequence[tuple[int, ...]]) -> int:
+        text = repr(layer)
+        for shape in inputs:
+            if (text, shape) not in measured:
+                measured[text, shape] = layer_macs(layer, shape)
+        return sum(measured[text, shape] for shape in inputs)
+
+    return macs_of

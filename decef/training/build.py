@@ -1,0 +1,80 @@
+"""The network of a config, before it is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from torch import nn
+
+from decef.conversion import convert
+from decef.costs import total_cost
+from decef.data import Dataset
+from decef.models import create_model, stem_name
+from decef.models.weights import load_weights
+from decef.plans import Plan, plan
+from decef.ranks import Budget, Energy, Fixed, Rule
+from decef.training.config import LayerConfig, ModelConfig
+
+
+def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset) -> tuple[nn.Module, Plan, dict[str, int]]:
+    """The network before training, the plan it follows, and the cost of its dense twin.
+
+    It is freshly initialised, or with `model.weights` decomposed from trained ones.
+
+    Raises:
+        ValueError: an unknown model or layer type, or a rank or budget that is not possible.
+    """
+    dense = dense_network(model, dataset)
+    if model.weights:
+        load_weights(dense, Path(model.weights))
+    the_plan = plan(
+        dense,
+        layer.name,
+        rank=rank_rule(layer, trained=bool(model.weights)),
+        include=model.include,
+        exclude=_excluded(model, dense),
+        min_kernel_size=model.min_kernel_size or 1,
+        input_size=dataset.input_size,
+        **layer.options,
+    )
+    if layer.name != "conv2d" and not the_plan.ranks:
+        reasons = Counter(row.reason for row in the_plan.rows if not row.reason.startswith("excluded"))
+        most = f", mostly because: {reasons.most_common(1)[0][0]}" if reasons else ""
+        raise ValueError(f"layer={layer.name} would replace none of {model.name}'s convolutions{most}")
+    if model.factorize_classifier and layer.name != "conv2d" and "linear" not in the_plan.ranks:
+        reason = next(row.reason for row in the_plan.rows if row.name == "linear")
+        raise ValueError(f"model.factorize_classifier=true is not possible with layer={layer.name}: {reason}")
+    return convert(dense, the_plan, from_scratch=not model.weights), the_plan, total_cost(dense, dataset.input_size)
+
+
+def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
+    """The network as it is before any layer is replaced.
+
+    Raises:
+        ValueError: there is no such network, or it doesn't take these options.
+    """
+    options = dict(model.options)
+    if model.factorize_classifier:
+        options["conv_classifier"] = True
+    channels, size, _ = dataset.input_size
+    return create_model(model.name, num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options)
+
+
+def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:
+    """What chooses the ranks; a budget is spread by spectra where kernels are trained, else evenly."""
+    if layer.rank is not None:
+        return Fixed(layer.rank)
+    if layer.energy is not None:
+        return Energy(layer.energy)
+    return Budget(flops=layer.flops or 1.0, uniform=not trained)
+
+
+def _excluded(model: ModelConfig, dense: nn.Module) -> list[str]:
+    given = model.exclude or ()
+    exclude = [given] if isinstance(given, str) else list(given)
+    if model.dense_stem:
+        exclude.insert(0, stem_name(dense))
+    if model.options.get("shortcut") == "B":
+        exclude.append("*.shortcut.0")
+    return exclude

@@ -1,0 +1,66 @@
+"""What is minimised and how fast: optimizer, penalties in the loss, learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from decef.layers import Basis2021Conv2d, DeCEFConv2d, FactorizedConv2d
+from decef.training.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """SGD, or Adam, over what is trainable.
+
+    The optimizer's weight decay leaves out eigen-filters that a penalty holds orthonormal and, with decay "kernel", all
+    factors: `penalties` decays their composed kernel instead.
+    """
+    free: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, FactorizedConv2d) and config.decay == "kernel":
+            free |= set(module.factors().values())
+        elif isinstance(module, DeCEFConv2d) and config.orthogonality:
+            free.add(module.eigenfilters)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p not in free], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p in free], "weight_decay": 0.0},
+    ]
+    if config.adam:
+        return torch.optim.Adam([g for g in groups if g["params"]], lr=config.lr)
+    return torch.optim.SGD(
+        [g for g in groups if g["params"]], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+    )
+
+
+def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
+    """What is added to the loss: the layers' orthogonality penalties, and with decay "kernel" their Frobenius decay.
+
+    The latter is `weight_decay / 2 * ||W||^2` of the composed kernels (Khodak, Tenenholtz, Mackey, Fusi:
+    "Initialization and regularization of factorized neural layers", ICLR 2021): the gradient that the dense kernel
+    would get from the same `weight_decay`. In Adam, as weight decay there, it goes through the moments.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
+    terms = []
+    if config.decay == "kernel" and config.weight_decay:
+        terms += [config.weight_decay / 2 * layer.squared_norm() for layer in layers]
+    if config.orthogonality:
+        penalised = [layer for layer in layers if isinstance(layer, (DeCEFConv2d, Basis2021Conv2d))]
+        terms += [config.orthogonality * layer.orthogonality() for layer in penalised]
+    return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
+
+
+def lr_at(config: TrainConfig, done: float) -> float:
+    """The learning rate when a share `done` of the training is over, in [0, 1].
+
+    "onecycle" rises linearly during the warm-up and falls linearly to 0; "cosine" rises the same way and falls as
+    half a cosine; "step" is multiplied by gamma at each milestone.
+    """
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(done >= milestone for milestone in config.milestones)
+    if done < config.warmup:
+        return config.lr * done / config.warmup
+    left = (1 - done) / (1 - config.warmup)
+    return config.lr * (left if config.schedule == "onecycle" else (1 - math.cos(math.pi * left)) / 2)

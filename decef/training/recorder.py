@@ -1,0 +1,284 @@
+"""Writes a run's record while it runs, and its mirror in W&B."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import harmonic_mean
+from typing import Any
+
+import yaml
+
+from decef.training.checkpoint import load_checkpoint, replace_file, save_checkpoint
+from decef.training.config import InputError, RunConfig
+from decef.training.record import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    Metrics,
+    Summary,
+    read_metrics,
+    recorded,
+    run_id,
+    without_off,
+)
+from decef.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+
+class Recorder:
+    """Writes one run's folder, in which every file is replaced whole or grows by whole lines.
+
+    `start`, `epoch` after every epoch, then `finish` or `fail`. Of several processes on a run the first has one.
+
+    Args:
+        config: the resolved config; its identity names the folder.
+
+    Attributes:
+        id: the run's.
+        path: its folder.
+        summary: what `summary.json` says or will say.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.id = run_id(config)
+        self.path = config.results / "runs" / self.id
+        self.summary: Summary = {}
+        self._config, self._recorded = config, recorded(config)
+        self._begun = time.perf_counter()
+        self._tracker: Tracker | None = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT
+
+    def read_summary(self) -> Summary:
+        """What `summary.json` says, nothing when there is none yet."""
+        path = self.path / SUMMARY
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder and hold it against other processes.
+
+        Raises:
+            ValueError: the folder cannot be written, it holds another config, or another process is at this run.
+        """
+        config = self.path / CONFIG
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+            if not config.is_file():
+                replace_file(config, yaml.safe_dump(self._recorded, sort_keys=False).encode())
+        except OSError as error:
+            raise ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is at this run: {self.path}") from None
+            if differing := _differences(yaml.safe_load(config.read_text()), self._recorded):
+                raise ValueError(
+                    f"{config} is of the same run done otherwise ({', '.join(differing)}): go on as it says, or move "
+                    f"{self.path} away to start anew"
+                )
+            yield
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state after the last epoch that was finished, None at the first start.
+
+        Raises:
+            ValueError: the file is damaged, or of another config.
+        """
+        if not self.checkpoint.is_file():
+            return None
+        checkpoint = load_checkpoint(self.checkpoint)
+        if _differences(checkpoint["config"], self._recorded):
+            raise ValueError(f"{self.checkpoint} is of another config: move it away to start anew")
+        return checkpoint
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Save an epoch's state, with the config that it belongs to; also under its own name with keep_checkpoints."""
+        state = {**state, "config": self._recorded}
+        if self._config.keep_checkpoints:
+            weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
+            save_checkpoint(self.path / f"checkpoint-{state['epoch']:04d}.pt", weights)
+        save_checkpoint(self.checkpoint, state)
+
+    def start(self, known: Summary, epochs: int, wandb_mode: str) -> None:
+        """Begin, or go on after so many epochs.
+
+        Args:
+            known: what can be said of the run before it is trained.
+            epochs: that are done; metrics of later ones, which a run wrote after its last checkpoint, are dropped.
+            wandb_mode: see `Tracker`.
+        """
+        previous = self.read_summary()
+        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
+        replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self.summary = {
+            "id": self.id,
+            "status": "running",
+            "schedule": self._config.train.name,
+            "test_top1": None,  # type: ignore[typeddict-item]
+            "test_top1_is": "the test accuracy of the last epoch; nothing was chosen on the test set",
+            "val_top1": None,
+            **known,
+            "epochs": epochs,
+            "wall_seconds": previous.get("wall_seconds", 0.0) if epochs else 0.0,
+            "images_per_second": None,
+            **environment(known["device"], known["threads"]),
+        }
+        if epochs:
+            self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
+            self.summary["started"] = previous["started"]
+        self._earlier = self.summary["wall_seconds"]
+        self._write()
+        if epochs:
+            log.info("%s goes on after epoch %d", self.id, epochs)
+        else:
+            params, macs = (f"{self.summary[key]:,}" for key in ("params", "macs"))
+            share = self.summary["macs"] / self.summary["dense"]["macs"]
+            log.info("%s: %s parameters, %s MACs (%.3f of dense)", self.id, params, macs, share)
+        wandb, experiment = self._config.wandb, self._config.experiment
+        names = [self._config.dataset.name, self._config.model.name, self._config.layer.name, self._config.train.name]
+        self._tracker = Tracker(
+            wandb_mode,
+            run_id=self.id,
+            folder=self.path,
+            config=self._recorded,
+            group=wandb.group or "-".join(filter(None, [experiment, self.id.rsplit("-s", 1)[0]])),
+            tags=[*names, *filter(None, [experiment])],
+            project=wandb.project,
+            entity=wandb.entity,
+        )
+        for row in rows:
+            self._tracker.log(row)
+
+    def epoch(self, metrics: Metrics) -> None:
+        """Append an epoch's metrics."""
+        assert self._tracker is not None
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._tracker.log(metrics)
+        log.info(
+            "epoch %d/%d  loss %.3f  test top-1 %.2f %%  %.0f images/s",
+            metrics["epoch"], self._config.train.epochs, metrics["train_loss"], metrics["test_top1"],
+            metrics["images_per_second"],
+        )  # fmt: skip
+        rates = [row["images_per_second"] for row in self.metrics()]
+        self.summary["epochs"] = metrics["epoch"]
+        self.summary["wall_seconds"] = round(self._earlier + time.perf_counter() - self._begun, 1)
+        self.summary["images_per_second"] = round(harmonic_mean(rates), 1)  # every epoch has as many images
+        self._write()
+
+    def fail(self, error: BaseException) -> None:
+        """Say in the record why the run ended early.
+
+        Raises:
+            InputError: it was the disk, which somebody must make room on.
+        """
+        assert self._tracker is not None
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.summary["status"] = "interrupted" if interrupted else "failed"
+        self.summary["error"] = None if interrupted else f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # what went wrong may be the disk
+            self._write()
+        self._tracker.finish(self.summary, failed=True)
+        if isinstance(error, OSError):
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror or error}): make room or say results=FOLDER; the "
+                "last whole checkpoint is kept and the same command resumes from it"
+            ) from error
+
+    def finish(self) -> Summary:
+        """Say in the record what came out."""
+        assert self._tracker is not None
+        last = self.metrics()[-1]
+        self.summary["status"] = "finished"
+        self.summary["test_top1"] = last["test_top1"]
+        self.summary["test_loss"] = last["test_loss"]
+        self.summary["val_top1"] = last["val_top1"]
+        self.summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write()
+        self._tracker.finish(self.summary, checkpoint=self.checkpoint if self._config.wandb.artifacts else None)
+        log.info("%s is finished: test top-1 %.2f %%", self.id, self.summary["test_top1"])
+        return self.summary
+
+    def metrics(self) -> list[Metrics]:
+        """See `read_metrics`."""
+        return read_metrics(self.path)
+
+    def _write(self) -> None:
+        replace_file(self.path / SUMMARY, (json.dumps(self.summary, indent=2) + "\n").encode())
+
+
+def environment(device: str, threads: int) -> Summary:
+    """Commit, versions and machine, for the summary."""
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        # Results are what runs leave behind; code, configs and all the rest are what they come from.
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": device,
+        "threads": threads,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cpu_name()}",
+    }
+
+
+def cpu_name() -> str:
+    """The CPU's model name where the system tells it, with the widest vector instructions that matter here."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or "unknown CPU"
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
+    known = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and f in flags.group(1).split()]
+    return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
+
+
+def _git(*args: str) -> str | None:
+    try:
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two configs; what is off and what is not there are the same."""
+    found = []
+    for key in (*one, *(k for k in other if k not in one)):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif without_off({key: a}) != without_off({key: b}):
+            found.append(f"{prefix}{key}")
+    return found
