@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from decef.layers import FactorizedConv2d
-from decef.moments import bar, moments_on
+from decef.moments import moments_on
+from decef.progress import bar
 from decef.plans import Plan, layer_type, plan
 from decef.sites import count_parameters, shared_weights
 

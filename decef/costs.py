@@ -7,13 +7,14 @@ products count; normalisation, activations, pooling and additions don't.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from decef.extras import need
 from decef.layers import FactorizedConv2d
 
 if TYPE_CHECKING:
@@ -36,33 +37,20 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
     Raises:
         ValueError: the network doesn't run on an input of this size.
+        ImportError: pandas is not installed.
     """
+    need("results", "pandas")
     import pandas as pd
 
-    flops = _flops_by_module(model, input_size)
-    rows: dict[str, dict[str, object]] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(map(id, own))
-        module_flops = flops.get(name, 0)
-        if own or module_flops:
-            rows[name] = {
-                "type": type(module).__name__,
-                "params": sum(p.numel() for p in own),
-                "trainable_params": sum(p.numel() for p in own if p.requires_grad),
-                "macs": module_flops // 2,
-                "flops": module_flops,
-            }
+    rows = _rows(model, input_size)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["type", *COLUMNS])
-    frame.attrs = {column: int(frame[column].sum()) for column in COLUMNS}
+    frame.attrs.update(_totals(rows))
     return frame
 
 
 def total_cost(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     """The totals of `cost`: params, trainable_params, macs, flops."""
-    attrs = cost(model, input_size).attrs
-    return {column: attrs[column] for column in COLUMNS}
+    return _totals(_rows(model, input_size))
 
 
 def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
@@ -93,6 +81,37 @@ def layer_macs(layer: nn.Module, input_shape: Sequence[int]) -> int:
     with FlopCounterMode(display=False) as counter:
         _forward(_on_meta(layer), input_shape[1:])
     return counter.get_total_flops() // 2
+
+
+class _Row(TypedDict):
+    type: str
+    params: int
+    trainable_params: int
+    macs: int
+    flops: int
+
+
+def _rows(model: nn.Module, input_size: Sequence[int]) -> dict[str, _Row]:
+    flops = _flops_by_module(model, input_size)
+    rows: dict[str, _Row] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, own))
+        module_flops = flops.get(name, 0)
+        if own or module_flops:
+            rows[name] = {
+                "type": type(module).__name__,
+                "params": sum(p.numel() for p in own),
+                "trainable_params": sum(p.numel() for p in own if p.requires_grad),
+                "macs": module_flops // 2,
+                "flops": module_flops,
+            }
+    return rows
+
+
+def _totals(rows: Mapping[str, _Row]) -> dict[str, int]:
+    return {column: sum(row[column] for row in rows.values()) for column in COLUMNS}  # type: ignore[literal-required]
 
 
 def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_T = TypeVar("_T")
+from decef.progress import bar
+
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
 MEMORY = 2**30  # bytes of moments that are collected in one pass
 
@@ -64,15 +64,6 @@ def moments_on(
     if isinstance(data, Mapping):
         return data
     return {} if data is None else input_moments(model, names, data, progress=progress)
-
-
-def bar(items: Sequence[_T], what: str, progress: bool) -> Iterable[_T]:
-    """`items`, with a progress bar on a terminal where that is asked for."""
-    if not progress:
-        return items
-    from tqdm import tqdm  # the library itself needs torch and numpy alone
-
-    return tqdm(items, desc=what, disable=None)
 
 
 def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[str, nn.Conv2d]]:

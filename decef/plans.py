@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from decef.costs import total_cost
+from decef.extras import need
 from decef.layers import LAYERS
 from decef.moments import moments_on
 from decef.ranks import Candidate, Rule, Totals, as_rule
@@ -54,6 +55,7 @@ class Plan:
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a table."""
+        need("results", "pandas")
         import pandas as pd
 
         whole = dict.fromkeys(("rank", "max_rank", "macs_before", "macs_after"), "Int64")
@@ -70,6 +72,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, to be read, edited and loaded again."""
+        need("train", "yaml")
         import yaml
 
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
@@ -77,6 +80,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan that `save` wrote."""
+        need("train", "yaml")
         import yaml
 
         return cls.from_dict(yaml.safe_load(Path(path).read_text()))

@@ -15,13 +15,13 @@ def main() -> None:
 
     from decef.results.claims import judge, load_claims
     from decef.results.claims_page import markdown
-    from decef.results.findings import load_measured
+    from decef.results.findings import load_measurements
     from decef.training.record import load_records
 
     if not arguments.results.is_dir():
         fail(f"there is no folder {arguments.results}: train something first, or name another with --results")
     try:
-        records, measured = load_records(arguments.results), load_measured(arguments.results)
+        records, measured = load_records(arguments.results), load_measurements(arguments.results)
         verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
     except ValueError as error:
         fail(str(error))

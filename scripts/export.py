@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="of the input; default: the run's")
     parser.add_argument("--batch", type=int, default=1, help="batch size to be fast at (default 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free in an ONNX file")
-    parser.add_argument("--form", default="fastest", help="of factorised layers: fastest, dense, chain, branches")
+    parser.add_argument("--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches")
     arguments = parser.parse_args()
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
@@ -44,6 +44,7 @@ def main() -> None:
             (arguments.batch, *size),
             form=arguments.form,
             dynamic_batch=arguments.dynamic_batch,
+            progress=True,
         ):
             print(line, flush=True)
     except (ValueError, FileNotFoundError, ImportError) as error:

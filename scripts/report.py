@@ -19,14 +19,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.results.claims import judge, load_claims
-    from decef.results.findings import load_measured
+    from decef.results.findings import load_measurements
     from decef.results.report import build
     from decef.training.checkpoint import replace_file
     from decef.training.record import load_records
 
     runs = arguments.results / "runs"
     try:
-        records, measured = load_records(arguments.results), load_measured(arguments.results)
+        records, measured = load_records(arguments.results), load_measurements(arguments.results)
         verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
     except ValueError as error:
         fail(str(error))

@@ -54,6 +54,7 @@ def main() -> None:
             layers=arguments.layers,
             shares=arguments.shares,
             exclude=stem_name(model),
+            progress=True,
             seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
         ):
             rows.append(row)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from decef.inference.timing import Roofline, interleaved, peak_memory
+from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.results.bench_inference import Case, bench_inference, write_inference
 from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
 from decef.results.bench_training import bench_loops, bench_steps, write_training
@@ -54,7 +54,7 @@ def test_a_layer_type_with_nothing_to_offer(layer):
 
 def test_steps_run_in_turn():
     calls = []
-    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    times = interleaved_times({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
     assert set(times) == {"a", "b"}
     turns = "".join(calls)
     while "aa" in turns or "bb" in turns:

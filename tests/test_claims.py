@@ -24,7 +24,7 @@ from decef.results.claims import (
     load_claims,
 )
 from decef.results.claims_page import asks_words, markdown
-from decef.results.findings import Measured, load_measured
+from decef.results.findings import Measurements, load_measurements
 from decef.results.published import Published, load_known_weights, load_published, published_lines
 from decef.results.statistics import seeds_needed
 from decef.training.record import recorded, to_record
@@ -253,7 +253,7 @@ def test_a_control_that_differs_in_the_training():
     assert judge(atcd, [*plain, *runs("rank1", 80.0, 81.0, 82.0, rank=1, atcd=1)]).verdict == UNDECIDED
     assert judge(atcd, plain).verdict == NOT_TESTED
     twice = runs("rank1", 80.0, rank=1, decay="kernel")
-    with pytest.raises(ValueError, match="claim atcd-better: both .* narrow it"):
+    with pytest.raises(ValueError, match=r"claim atcd-better: both .* narrow it"):
         judge(atcd, [*plain, *better, *twice])
 
 
@@ -367,7 +367,7 @@ def test_ranks_over_depth(tmp_path, monkeypatch, tables, verdicts, overall):
     for i, table in enumerate(tables):
         table.to_csv(tmp_path / "ranks" / f"run{i}.csv", index=False)
         (tmp_path / "ranks" / f"run{i}.json").write_text(json.dumps(made[f"run{i}"]))
-    got = judge(claim(kind="monotone_rank", over="depth"), [], load_measured(tmp_path))
+    got = judge(claim(kind="monotone_rank", over="depth"), [], load_measurements(tmp_path))
     assert [e.verdict for e in got.evidence] == verdicts
     assert got.verdict == overall
     assert all(e.n == len(tables) for e in got.evidence)
@@ -394,14 +394,14 @@ def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
         ranks(FALLING, RANDOM).to_csv(tmp_path / "ranks" / f"{name}.csv", index=False)
         if name != "alone":
             (tmp_path / "ranks" / f"{name}.json").write_text(json.dumps(made) if made else "{broken")
-    got = judge(ask, [dense, decef], load_measured(tmp_path))
+    got = judge(ask, [dense, decef], load_measurements(tmp_path))
     assert all(set(e.runs) == {f"ranks/{dense.summary['id']}.csv", "ranks/trained.csv"} for e in got.evidence)
     assert all(e.n == 2 for e in got.evidence)
     for name in ("random", "unknown", "renamed", "broken", "alone"):
         assert f"ranks/{name}.csv is of unknown origin" in caplog.text
     assert "ranks/trained2.csv is of the same network as ranks/trained.csv" in caplog.text
     assert decef.id not in caplog.text  # known, and no dense network
-    unfinished = judge(ask, [], load_measured(tmp_path))
+    unfinished = judge(ask, [], load_measurements(tmp_path))
     assert unfinished.evidence[0].runs == ("ranks/trained.csv",)
 
 
@@ -416,7 +416,7 @@ def test_ranks_over_training_and_of_dense_networks_alone():
 
     def verdict(*tables, of=dense):
         names = [run.id for run in of]
-        return judge(ask, of, Measured(dict(zip(names, tables, strict=False)))).verdict
+        return judge(ask, of, Measurements(dict(zip(names, tables, strict=False)))).verdict
 
     assert verdict(settling, settling) == HOLDS
     assert verdict(wandering, wandering) == FAILS
@@ -582,6 +582,6 @@ def test_significance_by_what_removal_costs(rises, verdict):
     for found, rise in zip(records, rises, strict=True):
         table = {"layer": "conv1", "component": [0, 1, 2], "product": [1.0, 2.0, 3.0], "loss_rise": rise}
         tables[found.id] = pd.DataFrame(table)
-    got = judge(claim(kind="significance", measure="product"), records, Measured(significance=tables))
+    got = judge(claim(kind="significance", measure="product"), records, Measurements(significance=tables))
     assert got.verdict == verdict
     assert judge(claim(kind="significance", measure="product"), records).verdict == NOT_TESTED

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import decef
-from decef.inference.deploy import FORMS, forms_of, plain
+from decef.inference.deploy import FORMS, forms_of, to_convolutions
 from decef.inference.engines import ENGINES, available, load, to_onnx
 from decef.inference.export import export as write
 from decef.layers import LAYERS, FactorizedConv2d
@@ -68,7 +68,7 @@ def small(layer, dtype=torch.float32):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_plain_is_the_network(layer, form):
     model, x = small(layer, torch.float64), torch.randn(2, 3, 9, 9, dtype=torch.float64)
-    network = plain(model, form)
+    network = to_convolutions(model, form)
     assert_close(network(x), model.eval()(x))
     kinds = [type(module) for module in network.modules()]
     assert set(kinds) & set(LAYERS.values()) <= {nn.Conv2d}
@@ -78,7 +78,7 @@ def test_plain_is_the_network(layer, form):
 def test_plain_leaves_the_network_alone():
     model = small("decef").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    plain(model)
+    to_convolutions(model)
     assert model.training
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -86,12 +86,12 @@ def test_plain_leaves_the_network_alone():
 
 def test_plain_by_layer_and_unknown_forms():
     model = small("cpac")
-    network = plain(model, {"conv1": "dense", "conv3": "chain"})
+    network = to_convolutions(model, {"conv1": "reconstructed", "conv3": "factorized"})
     assert len(network.conv1.chains[0]) == 1
     assert len(network.conv3.chains[0]) == 4
     assert isinstance(network.conv2, decef.CPACConv2d)
-    with pytest.raises(ValueError, match="there are dense, chain, branches"):
-        plain(model, "chains")
+    with pytest.raises(ValueError, match="there are reconstructed, factorized, branches"):
+        to_convolutions(model, "chains")
 
 
 def test_a_network_that_cannot_be_traced_keeps_its_batch_norms(caplog):
@@ -101,7 +101,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_batch_norms(caplog):
 
     torch.manual_seed(0)
     model, x = decef.convert(trained(Decides()), "decef", rank=3).eval(), torch.randn(2, 3, 9, 9)
-    network = plain(model)
+    network = to_convolutions(model)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in network.modules()) == 3
     assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
     deployed = decef.deploy(model, x, engines=["onnxruntime", "eager"])
@@ -115,7 +115,7 @@ def test_hooks_and_computed_weights_are_not_folded_away():
     parametrizations.weight_norm(model.conv1)
     model.conv3.register_forward_hook(lambda module, args, output: 2 * output)
     x = torch.randn(2, 3, 9, 9)
-    assert_close(plain(model)(x), model(x))
+    assert_close(to_convolutions(model)(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # the compiler's own
@@ -133,22 +133,24 @@ def test_every_engine_computes_the_network(layer, engine):
     assert set(deployed.forms) == (set() if layer == "conv2d" else {"conv1", "conv2", "conv3"})
     names = {time["arrangement"] for time in deployed.times}
     if layer != "conv2d":
-        forms = set() if engine == "compile" else {"chain"} if layer == "basisconv2021" else {"chain", "branches"}
-        assert names == {"measured", "dense"} | forms
+        forms = (
+            set() if engine == "compile" else {"factorized"} if layer == "basisconv2021" else {"factorized", "branches"}
+        )
+        assert names == {"measured", "reconstructed"} | forms
     best = min(time["seconds"] for time in deployed.times)
     assert best == next(t["seconds"] for t in deployed.times if deployed.arrangement == t["arrangement"])
 
 
 def test_deploy_takes_the_fastest(monkeypatch):
-    slow = {"dense": 3.0, "chain": 1.0, "branches": 2.0, "measured": 4.0}
+    slow = {"reconstructed": 3.0, "factorized": 1.0, "branches": 2.0, "measured": 4.0}
 
     def pretend(steps, **how):
         return {key: slow[key[1] if isinstance(key, tuple) else key] for key in steps}
 
-    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved", pretend)
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved_times", pretend)
     deployed = decef.deploy(small("decef"), torch.randn(1, 3, 9, 9), engines=["eager"])
-    assert deployed.arrangement == "chain"
-    assert set(deployed.forms.values()) == {"chain"}
+    assert deployed.arrangement == "factorized"
+    assert set(deployed.forms.values()) == {"factorized"}
 
 
 def test_what_deploy_refuses():
@@ -173,13 +175,17 @@ def test_an_engine_of_one_shape_says_so():
 
 def test_forms_of_a_layer_have_what_they_say():
     forms = forms_of(decef.DeCEFConv2d(4, 8, 3, padding=1, rank=3))
-    assert {name: len(form.chains) for name, form in forms.items()} == {"dense": 1, "chain": 1, "branches": 3}
+    assert {name: len(form.chains) for name, form in forms.items()} == {
+        "reconstructed": 1,
+        "factorized": 1,
+        "branches": 3,
+    }
 
 
 def test_onnx_with_a_free_batch():
     import onnxruntime
 
-    model = plain(small("cpac"))
+    model = to_convolutions(small("cpac"))
     proto = to_onnx(model, torch.randn(2, 3, 9, 9), dynamic_batch=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     x = torch.randn(5, 3, 9, 9)
@@ -202,7 +208,7 @@ def test_export_as_typed(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     out = tmp_path / "network.onnx"
     code, said = export(
-        "resnet20", "--weights", tmp_path / "weights.pt", "--plan", tmp_path / "plan.yaml", "--form", "chain",
+        "resnet20", "--weights", tmp_path / "weights.pt", "--plan", tmp_path / "plan.yaml", "--form", "factorized",
         "--out", out,
     )  # fmt: skip
     assert code == 0, said

@@ -75,7 +75,7 @@ def test_curves_are_the_metrics_mean_and_range(records):
     group = [r for r in records["digits-atcd"] if r.setting == "rank 1"]
     rows = [read_metrics(ROOT / "results" / "runs" / r.id) for r in group]
     frame = pd.DataFrame(
-        {"layer": "rank1", "setting": "rank 1", "seed": r.config["seed"], **row}
+        {"layer": "rank1", "setting": "rank 1", "seed": r.config.seed, **row}
         for r, metrics in zip(group, rows, strict=True)
         for row in metrics
     )

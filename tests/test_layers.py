@@ -145,7 +145,7 @@ def test_compose_is_the_formula_of_the_docstring(cls, groups):
 @pytest.mark.parametrize("cls", TYPES)
 def test_implementation_says_what_runs(cls, monkeypatch):
     layer, x, calls = make(cls), torch.randn(1, 4, 5, 5, dtype=F64), []
-    for name in ("chain", "compose"):
+    for name in ("factorized", "compose"):
         whole = getattr(layer, name)
         monkeypatch.setattr(layer, name, lambda *a, name=name, whole=whole: calls.append(name) or whole(*a))
 
@@ -155,13 +155,13 @@ def test_implementation_says_what_runs(cls, monkeypatch):
         layer(x)
         return list(calls)
 
-    assert runs("factorized") == ["chain"]
+    assert runs("factorized") == ["factorized"]
     assert runs("reconstructed") == ["compose"]
     for seconds, expected in (
-        ({"factorized": 1, "reconstructed": 2}, "chain"),
+        ({"factorized": 1, "reconstructed": 2}, "factorized"),
         ({"factorized": 2, "reconstructed": 1}, "compose"),
     ):
-        monkeypatch.setattr("decef.layers.factorized._CHAIN_IS_FASTER", {})
+        monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", {})
         monkeypatch.setattr(cls, "_time", lambda self, name, x, trains, seconds=seconds: seconds[name])
         assert runs("auto") == [expected]
     monkeypatch.setattr(cls, "_time", lambda *args: pytest.fail("measured again"))
@@ -171,7 +171,7 @@ def test_implementation_says_what_runs(cls, monkeypatch):
 @pytest.mark.parametrize("cls", TYPES)
 def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
     remembered = {}
-    monkeypatch.setattr("decef.layers.factorized._CHAIN_IS_FASTER", remembered)
+    monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", remembered)
     layer = make(cls, padding=1, padding_mode="reflect")
     layer.register_forward_hook(lambda *args: calls.append(1))
     calls, gradients = [], []
@@ -389,7 +389,7 @@ def test_a_kernel_of_the_set_is_found_exactly(cls, groups):
     assert target.decompose_(source.compose()) < 1e-7
     x = torch.randn(1, 6, 5, 5, dtype=F64)
     one, other = (layer.compose_bias()[:, None, None] for layer in (target, source))
-    assert_close(target.chain(x, (0, 0)) - one, source(x) - other)
+    assert_close(target.forward_factorized(x, (0, 0)) - one, source(x) - other)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

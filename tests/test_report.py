@@ -129,7 +129,7 @@ def numbers(text):
 def charts(*records):
     """Of every table its charts: top-1 against FLOPs, against parameters, training."""
     found = {}
-    for name, spec in Parsed(page(*records)).data["charts"].items():
+    for name, spec in Parsed(build(records, [])).data["charts"].items():
         found.setdefault(name.partition("-")[0], []).append(spec)
     return list(found.values())
 
@@ -342,6 +342,9 @@ point.focus();
 found.tip = document.querySelector("#vg-tooltip-element.visible")?.textContent;
 point.blur();
 found.left = document.querySelector("#vg-tooltip-element.visible") === null;
+const curves = document.querySelector("[data-chart='0-2'] .spots_voronoi path");
+curves.dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
+found.near = document.querySelector("#vg-tooltip-element.visible")?.textContent;
 found.bands = seen(".bands_marks path").length;
 found.lines = await choose("seeds", "lines");
 found.loss = [await choose("metric", "train_loss"), seen("figcaption[data-metric]").map((e) => e.textContent)];
@@ -400,6 +403,7 @@ def test_sorting_filters_and_charts_in_a_browser(tmp_path):
     assert "resnet20, decef" in found["tip"]
     assert "90.00 ± 0.92 %" in found["tip"]
     assert found["left"]
+    assert found["near"] == "resnet20, conv2dofmean of 3 seedsepoch1value61 (60 to 62)"
     counts = ("rows", "points", "curves", "legend", "runs")
     assert [found["start"][key] for key in counts] == [6, 6, 6, 6, 10]
     assert (found["start"]["address"], found["start"]["count"]) == ("", "10 of 10 runs")

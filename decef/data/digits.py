@@ -11,12 +11,14 @@ import torch
 
 from decef.data.images import Images
 from decef.data.search import stratified_split
+from decef.extras import need
 
 TEST_IMAGES = 360
 
 
 def load_digits(root: Path | None = None) -> tuple[Images, Images]:
     """1,437 training and 360 test images `(1, 8, 8)`, always the same stratified split; `root` is not looked at."""
+    need("train", "sklearn")
     from sklearn.datasets import load_digits as bundled
 
     digits = bundled()

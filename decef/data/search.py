@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from decef.data.images import Data, Images
+from decef.extras import need
 
 
 def search_path(root: Path | None) -> list[Path]:
@@ -46,6 +47,7 @@ def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], No
 
 def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
     """The same two parts every time, with the classes in proportion."""
+    need("train", "sklearn")
     from sklearn.model_selection import train_test_split
 
     train, test = train_test_split(

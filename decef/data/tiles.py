@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decef.data.images import Images
 from decef.data.search import search_path, stratified_split
+from decef.extras import need
 
 CLASSES = ("blowhole", "break", "crack", "fray", "free", "uneven")
 SIZE = 100  # pixels, both ways
@@ -61,6 +62,7 @@ def _find(root: Path | None) -> Path:
 
 
 def _read(folder: Path, name: str) -> Iterator[Tensor]:
+    need("train", "PIL")
     from PIL import Image
 
     places = [folder / f"MT_{name}", folder / f"MT_{name.capitalize()}"]

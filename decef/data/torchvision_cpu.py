@@ -12,11 +12,18 @@ import importlib
 import sys
 from types import ModuleType
 
+from decef.extras import need
+
 _declared: list[object] = []  # a torch.library.Library undoes its declarations when it is collected
 
 
 def import_torchvision() -> ModuleType:
-    """`import torchvision`, with the missing operators declared when that is what stops it."""
+    """`import torchvision`, with the missing operators declared when that is what stops it.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    need("train", "torchvision")
     try:
         return importlib.import_module("torchvision")
     except RuntimeError as error:

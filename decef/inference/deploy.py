@@ -13,12 +13,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decef.conversion import replace_modules
 from decef.inference.engines import available, check_engine, check_equal, load, load_all
-from decef.inference.timing import interleaved
+from decef.inference.timing import interleaved_times
 from decef.layers import FactorizedConv2d
+from decef.progress import bar
 
 log = logging.getLogger(__name__)
 
-FORMS = ("dense", "chain", "branches")
+FORMS = ("reconstructed", "factorized", "branches")
 
 
 class Deployed(nn.Module):
@@ -26,8 +27,8 @@ class Deployed(nn.Module):
 
     Attributes:
         engine: what runs it.
-        arrangement: how factorised layers run: "dense", "chain" or "branches" everywhere, or "measured", each in the
-            form that was fastest for it alone.
+        arrangement: how factorised layers run: in one of `FORMS` everywhere, or "measured", each in the form that was
+            fastest for it alone.
         forms: that form, by layer.
         times: the candidates, a dict each with `engine`, `arrangement` and `seconds`, the time of a call.
     """
@@ -50,11 +51,13 @@ class Deployed(nn.Module):
 
 
 @torch.no_grad()
-def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | None = None) -> Deployed:
+def deploy(
+    model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | None = None, progress: bool = False
+) -> Deployed:
     """The fastest network, of those that were measured, that computes what `model` does in evaluation mode.
 
     Batch norms are folded into the convolutions before them. Then, for every engine, each factorised layer is timed as
-    a dense convolution, as its chain and in branches (`FactorizedConv2d.as_convolutions`), on what it gets to see when
+    one dense convolution, factorized and in branches (`FactorizedConv2d.as_convolutions`), on what it gets to see when
     the example runs through the network, and whole networks are timed: all dense, all in one form, and each layer in
     its fastest. Since the dense network is among them, the result is never slower than that, noise apart.
 
@@ -63,6 +66,7 @@ def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | 
         example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on. Other shapes still
             run where the engine is torch.
         engines: of `decef.inference.engines.ENGINES`; None is all that are installed.
+        progress: show bars.
 
     Raises:
         ValueError: the network doesn't run on the example, an engine that isn't there, or no candidate gives the
@@ -81,8 +85,9 @@ def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | 
     for engine in engines:
         by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
         try:
-            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen)
-            for name, forms in _candidates(engine, layers, measured[by]).items():
+            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen, progress)
+            candidates = _candidates(engine, layers, measured[by])
+            for name, forms in bar(list(candidates.items()), f"{engine}: networks", progress):
                 network = load(engine, _arranged(model, layers, forms), example_input)
                 check_equal(network(example_input), expected)
                 networks[engine, name], chosen[engine, name] = network, forms
@@ -90,19 +95,19 @@ def deploy(model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | 
             log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
     if not networks:
         raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
-    seconds = interleaved({key: _call(network, example_input) for key, network in networks.items()}, reduce=min)
+    seconds = interleaved_times({key: _call(network, example_input) for key, network in networks.items()}, reduce=min)
     times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
     best = min(networks, key=lambda key: seconds[key])
     return Deployed(networks[best], *best, chosen[best], times)
 
 
-def plain(model: nn.Module, form: str | Mapping[str, str] = "chain") -> nn.Module:
+def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorized") -> nn.Module:
     """A copy of plain modules for inference, to be exported: batch norms folded, factorised layers as convolutions.
 
     Args:
         model: any network.
-        form: of every factorised layer, or of each by name: "dense", "chain" or "branches", see `forms_of`; a layer
-            type that has no branches runs as its chain.
+        form: of every factorised layer, or of each by name, of `FORMS`, see `forms_of`; a layer type that has no
+            branches runs factorized.
 
     Raises:
         ValueError: there is no such form.
@@ -118,7 +123,7 @@ def plain(model: nn.Module, form: str | Mapping[str, str] = "chain") -> nn.Modul
 
 def forms_of(layer: FactorizedConv2d, batch_norm: nn.BatchNorm2d | None = None) -> dict[str, nn.Module]:
     """The layer, with the batch norm that follows it, as plain convolutions in every arrangement there is."""
-    arrangements = {"dense": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
+    arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
     return {name: _Sum(chains, batch_norm) for name, chains in arrangements.items()}
 
 
@@ -196,13 +201,15 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
             continue
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
-        plain = type(norm) is nn.BatchNorm2d and norm.track_running_stats and _is_plain(conv) and _is_plain(norm)
-        if once and plain:
+        foldable = (
+            type(norm) is nn.BatchNorm2d and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
+        )
+        if once and foldable:
             found.append((str(before.target), str(node.target)))
     return found
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_unhooked(module: nn.Module) -> bool:
     """Whether a module's call is its class's forward with its own parameters, without hooks, pruning and the like."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     known = isinstance(module, FactorizedConv2d) or type(module) in (nn.Conv2d, nn.BatchNorm2d)
@@ -229,16 +236,19 @@ def _candidates(
 ) -> dict[str, Mapping[str, str]]:
     """Forms of every layer by name, for every whole network that is worth timing."""
     if not layers:
-        return {"dense": {}}
+        return {"reconstructed": {}}
     arrangements: dict[str, Any] = {}
     for layer, _ in layers.values():
         arrangements |= layer.as_convolutions()
-    everywhere = ("dense",) if engine == "compile" else ("dense", *arrangements)
+    everywhere = ("reconstructed",) if engine == "compile" else ("reconstructed", *arrangements)
     return {"measured": measured, **{form: dict.fromkeys(layers, form) for form in everywhere}}
 
 
 def _fastest_forms(
-    engine: str, layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]], seen: Mapping[str, Tensor]
+    engine: str,
+    layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]],
+    seen: Mapping[str, Tensor],
+    progress: bool,
 ) -> dict[str, str]:
     """The form of every layer that is fastest alone; equal layers with equal inputs are timed once."""
     first: dict[tuple[Any, ...], str] = {}
@@ -247,7 +257,7 @@ def _fastest_forms(
         if name in seen:
             same[name] = first.setdefault((repr(layer), seen[name].shape), name)
     if not first:
-        return dict.fromkeys(layers, "dense")
+        return dict.fromkeys(layers, "reconstructed")
     variants = {
         (name, form): (module, seen[name])
         for name in first.values()
@@ -255,11 +265,11 @@ def _fastest_forms(
     }
     loaded = dict(zip(variants, load_all(engine, list(variants.values())), strict=True))
     fastest = {}
-    for name in first.values():
+    for name in bar(list(first.values()), f"{engine}: layers", progress):
         steps = {form: _call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
-        seconds = interleaved(steps, rounds=3, reduce=min)
+        seconds = interleaved_times(steps, rounds=3, reduce=min)
         fastest[name] = min(seconds, key=lambda form: seconds[form])
-    return {name: fastest[same[name]] if name in same else "dense" for name in layers}
+    return {name: fastest[same[name]] if name in same else "reconstructed" for name in layers}
 
 
 def _arranged(
@@ -273,7 +283,7 @@ def _arranged(
     replaced: dict[int, nn.Module] = {}
     for name, form in forms.items():
         there = forms_of(*layers[name])
-        replaced[id(modules[name])] = there.get(form, there["chain"])
+        replaced[id(modules[name])] = there.get(form, there["factorized"])
     return replace_modules(model, replaced).requires_grad_(False)
 
 

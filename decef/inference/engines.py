@@ -43,7 +43,7 @@ def check_engine(engine: str, example_input: Tensor) -> str:
     if engine not in ENGINES:
         raise ValueError(f"there is no engine '{engine}'; there are {', '.join(ENGINES)}")
     if engine not in available(example_input.device):
-        raise ValueError(f"engine '{engine}' needs a CPU, and pip install 'decef[export]'")
+        raise ValueError(f"engine '{engine}' needs a CPU, and pip install 'decef[deploy]'")
     return engine
 
 

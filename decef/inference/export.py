@@ -9,13 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from decef.inference.deploy import FORMS, deploy, plain
+from decef.inference.deploy import FORMS, deploy, to_convolutions
 from decef.inference.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
-from decef.inference.timing import interleaved
+from decef.inference.timing import interleaved_times
 
 
 def export(
-    model: nn.Module, path: Path, input_shape: Sequence[int], *, form: str = "fastest", dynamic_batch: bool = False
+    model: nn.Module,
+    path: Path,
+    input_shape: Sequence[int],
+    *,
+    form: str = "fastest",
+    dynamic_batch: bool = False,
+    progress: bool = False,
 ) -> Iterator[str]:
     """Write `model` to a file, load it again and compare it with the original; says what it did, line by line.
 
@@ -25,6 +31,7 @@ def export(
         input_shape: `(B, C, H, W)`.
         form: of factorised layers, of `FORMS`, or "fastest": each layer's fastest in ONNX Runtime, or in torch.
         dynamic_batch: leave B free.
+        progress: show bars.
 
     Raises:
         ValueError: no such form or kind of file, a network that cannot be exported, or a file whose output is not the
@@ -40,7 +47,9 @@ def export(
     with torch.inference_mode():
         expected = model(x)
     engine = "onnxruntime" if path.suffix == ".onnx" and "onnxruntime" in available(x.device) else "eager"
-    network = plain(model, deploy(model, x, engines=[engine]).forms if form == "fastest" else form)
+    network = to_convolutions(
+        model, deploy(model, x, engines=[engine], progress=progress).forms if form == "fastest" else form
+    )
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -60,7 +69,7 @@ def export(
         return infer
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
-    seconds = interleaved({name: call(runner) for name, runner in everything.items()})
+    seconds = interleaved_times({name: call(runner) for name, runner in everything.items()})
     for name, value in seconds.items():
         yield f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / seconds['torch, the original']:.2f} of torch"
 

@@ -25,7 +25,7 @@ SETTLE = 0.005  # seconds until the threads that the last variant left spinning 
 SLOW = 0.5  # seconds a call from which on two rounds are enough
 
 
-def interleaved(
+def interleaved_times(
     steps: Mapping[Any, Callable[[], object]],
     rounds: int = ROUNDS,
     reduce: Callable[[Sequence[float]], float] = statistics.median,
@@ -72,7 +72,7 @@ class Roofline:
         a = torch.randn(n, n, device=device).to(dtype)
         source = torch.ones(count, device=device)
         target = torch.empty_like(source)
-        seconds = interleaved({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, reduce=min)
+        seconds = interleaved_times({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, reduce=min)
         return cls(2 * n**3 / seconds["product"], 2 * 4 * count / seconds["copy"])
 
     def seconds(self, step: Callable[[], object]) -> float:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, conv2d_of
 
 
 class BasisConv2d(FactorizedConv2d):
@@ -85,13 +85,13 @@ class BasisConv2d(FactorizedConv2d):
         coefficients = self.coefficients.reshape(self.groups, -1, self.rank)
         return ((basis @ basis.mT) * (coefficients.mT @ coefficients)).sum()  # (groups, rank, rank) each
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
-        basis = plain_conv(self.basis, groups=self.groups, **self._spatial())
-        return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
+        basis = conv2d_of(self.basis, groups=self.groups, **self._spatial())
+        return {"factorized": [nn.Sequential(basis, conv2d_of(self.coefficients, self.bias, self.groups))]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

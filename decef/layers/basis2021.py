@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.basis import BasisConv2d
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, evaluating, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_of, evaluating
 
 
 class Basis2021Conv2d(BasisConv2d):
@@ -85,10 +85,10 @@ class Basis2021Conv2d(BasisConv2d):
     def squared_norm(self) -> Tensor:
         return self.compose().square().sum()
 
-    def prefers_chain(self, x: Tensor) -> bool:
-        return self.training or super().prefers_chain(x)
+    def prefers_factorized(self, x: Tensor) -> bool:
+        return self.training or super().prefers_factorized(x)
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
         y = self.norm(y) if y.dim() == 4 else self.norm(y[None])[0]
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
@@ -104,8 +104,8 @@ class Basis2021Conv2d(BasisConv2d):
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         with evaluating(self):
             scale, shift = self._scale_and_shift()
-        basis = plain_conv(self.basis * scale[:, None, None, None], shift, self.groups, **self._spatial())
-        return {"chain": [nn.Sequential(basis, plain_conv(self.coefficients, self.bias, self.groups))]}
+        basis = conv2d_of(self.basis * scale[:, None, None, None], shift, self.groups, **self._spatial())
+        return {"factorized": [nn.Sequential(basis, conv2d_of(self.coefficients, self.bias, self.groups))]}
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
         # In evaluation mode the norm then changes nothing, as in the authors' code. In training it does.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, conditioned, fit, plain_conv
+from decef.layers.factorized import FactorizedConv2d, conditioned, conv2d_of, fit
 
 
 class CPACConv2d(FactorizedConv2d):
@@ -69,7 +69,7 @@ class CPACConv2d(FactorizedConv2d):
             gram = gram * (rows @ rows.mT)
         return gram.sum()
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         components = self.groups * self.rank
         (sh, sw), (dh, dw) = self.stride, self.dilation
         x = F.conv2d(x, self.channels[:, :, None, None], groups=self.groups)
@@ -81,16 +81,16 @@ class CPACConv2d(FactorizedConv2d):
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         vertical, horizontal = self.vertical[:, None, :, None], self.horizontal[:, None, None, :]
         one_d = [
-            plain_conv(vertical, groups=len(vertical), **self._spatial(horizontal=False)),
-            plain_conv(horizontal, groups=len(horizontal), **self._spatial(vertical=False)),
+            conv2d_of(vertical, groups=len(vertical), **self._spatial(horizontal=False)),
+            conv2d_of(horizontal, groups=len(horizontal), **self._spatial(vertical=False)),
         ]
-        two_d = [plain_conv(vertical * horizontal, groups=len(vertical), **self._spatial())]
+        two_d = [conv2d_of(vertical * horizontal, groups=len(vertical), **self._spatial())]
 
         def chain(spatial: list[nn.Conv2d]) -> nn.Sequential:
-            first = plain_conv(self.channels, groups=self.groups)
-            return nn.Sequential(first, *spatial, plain_conv(self.filters, self.bias, self.groups))
+            first = conv2d_of(self.channels, groups=self.groups)
+            return nn.Sequential(first, *spatial, conv2d_of(self.filters, self.bias, self.groups))
 
-        return {"chain": [chain(one_d)], "branches": [chain(two_d)]}
+        return {"factorized": [chain(one_d)], "branches": [chain(two_d)]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, conditioned, fit, orthonormality_penalty, plain_conv
+from decef.layers.factorized import FactorizedConv2d, conditioned, conv2d_of, fit, orthonormality_penalty
 
 
 class DeCEFConv2d(FactorizedConv2d):
@@ -63,19 +63,19 @@ class DeCEFConv2d(FactorizedConv2d):
         coefficients = self.coefficients.reshape(g, out // g, per_group, self.rank).permute(0, 2, 3, 1).flatten(0, 1)
         return ((filters @ filters.mT) * (coefficients @ coefficients.mT)).sum()  # (in, rank, rank) each
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         filters = self.eigenfilters.flatten(0, 1).unsqueeze(1)  # (in rank, 1, kh, kw)
         y = F.conv2d(x, filters, None, self.stride, padding, self.dilation, groups=self.in_channels)
         return F.conv2d(y, self.coefficients.flatten(1)[:, :, None, None], self.bias, groups=self.groups)
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         def chain(filters: Tensor, coefficients: Tensor, bias: Tensor | None) -> nn.Sequential:
-            depthwise = plain_conv(filters.flatten(0, 1).unsqueeze(1), groups=self.in_channels, **self._spatial())
-            return nn.Sequential(depthwise, plain_conv(coefficients.flatten(1), bias, self.groups))
+            depthwise = conv2d_of(filters.flatten(0, 1).unsqueeze(1), groups=self.in_channels, **self._spatial())
+            return nn.Sequential(depthwise, conv2d_of(coefficients.flatten(1), bias, self.groups))
 
         one_by_one = [slice(j, j + 1) for j in range(self.rank)]
         return {
-            "chain": [chain(self.eigenfilters, self.coefficients, self.bias)],
+            "factorized": [chain(self.eigenfilters, self.coefficients, self.bias)],
             "branches": [
                 chain(self.eigenfilters[:, j], self.coefficients[:, :, j], self.bias if j.start == 0 else None)
                 for j in one_by_one

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
-_CHAIN_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_chain` has measured
+_FACTORIZED_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_factorized` has measured
 RIDGE = 1e-6  # of the mean second moment: what an input that was never seen counts
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -25,14 +25,14 @@ class FactorizedConv2d(nn.Module):
 
     A subclass says four things: the shapes of its factors (`factor_shapes`), the dense kernel they stand for
     (`compose`), the nearest factors of a dense kernel (`_factorize`) and how they run as a chain of small
-    convolutions (`chain`). The rest is shared.
+    convolutions (`forward_factorized`). The rest is shared.
 
     Arguments are those of `torch.nn.Conv2d`, in its order, then by keyword:
 
     Args:
         rank: size of the low-rank set, from 1 to `max_rank`; what it counts is the subclass's.
         implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once,
-            "auto" measures both once for every shape (see `prefers_chain`). All are the same function of input and
+            "auto" measures both once for every shape (see `prefers_factorized`). All are the same function of input and
             factors, but not to the last bit: a run that has to repeat bit for bit names one.
 
     Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as `torch.nn.Conv2d`.
@@ -126,7 +126,7 @@ class FactorizedConv2d(nn.Module):
         """The dense kernel `(out_channels, in_channels // groups, kh, kw)`, differentiable in the factors."""
         raise NotImplementedError
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """The forward pass as a chain of small convolutions, bias included.
 
         Args:
@@ -139,9 +139,9 @@ class FactorizedConv2d(nn.Module):
         """Plain convolutions that compute what this layer does, detached copies, in several arrangements.
 
         Returns:
-            Lists of chains, the outputs of which add up, by name: "chain" is `chain` as it is; "branches", where the
+            Lists of chains whose outputs add up, by name. "factorized" is `forward_factorized`. "branches", where the
             type has it, merges the 1-D filters into 2-D ones and cuts the chain up so that nothing inside has more
-            channels than the input or the output. Which is faster is the engine's affair.
+            channels than the input or the output. Which is faster depends on the engine.
         """
         raise NotImplementedError
 
@@ -227,12 +227,12 @@ class FactorizedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._pad_first:
             x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-        if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_chain(x)):
-            return self.chain(x, self._padding)
+        if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_factorized(x)):
+            return self.forward_factorized(x, self._padding)
         kernel, bias = self.compose(), self.compose_bias()
         return F.conv2d(x, kernel, bias, self.stride, self._padding, self.dilation, self.groups)
 
-    def prefers_chain(self, x: Tensor) -> bool:
+    def prefers_factorized(self, x: Tensor) -> bool:
         """Whether the chain is faster than composing the kernel and convolving once, for inputs like `x`.
 
         Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
@@ -240,18 +240,18 @@ class FactorizedConv2d(nn.Module):
         can be timed (tracing, compiling, `torch.func` transforms, the meta device) the one with fewer MACs is taken.
         """
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_plain, (x, *self.factors().values()))):
-            return self._chain_has_fewer_macs(x)
+        if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *self.factors().values()))):
+            return self._factorized_has_fewer_macs(x)
         layer = (type(self), self.weight_shape, self.groups, self.rank, self.stride, self._padding, self.dilation)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         where = (x.device, x.dtype, x.shape, x.stride(), x.requires_grad, trains, torch.get_num_threads())
         autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
         key = (*layer, *where, autocast)
-        if key not in _CHAIN_IS_FASTER:
-            _CHAIN_IS_FASTER[key] = self._time("factorized", x, trains) < self._time("reconstructed", x, trains)
-        return _CHAIN_IS_FASTER[key]
+        if key not in _FACTORIZED_IS_FASTER:
+            _FACTORIZED_IS_FASTER[key] = self._time("factorized", x, trains) < self._time("reconstructed", x, trains)
+        return _FACTORIZED_IS_FASTER[key]
 
-    def _chain_has_fewer_macs(self, x: Tensor) -> bool:
+    def _factorized_has_fewer_macs(self, x: Tensor) -> bool:
         # Per output position the chain does about a MAC for each of its parameters, and composing costs about that
         # many for every weight of the kernel, once.
         dense, chain = math.prod(self.weight_shape), sum(p.numel() for p in self.factors().values())
@@ -417,7 +417,7 @@ class FactorizedConv2d(nn.Module):
 
 
 @torch.no_grad()
-def plain_conv(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spatial: Any) -> nn.Conv2d:
+def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spatial: Any) -> nn.Conv2d:
     """A `torch.nn.Conv2d` that holds a copy of `weight` `(out, in // groups, kh, kw)`, or `(out, in)` for a 1x1."""
     weight = weight if weight.dim() == 4 else weight[:, :, None, None]
     out, per_group, *size = weight.shape
@@ -492,7 +492,7 @@ def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_ordinary(x: Tensor) -> bool:
     """Whether `x` is an ordinary tensor, not one that `torch.func` or a tracer wraps."""
     try:
         x.data_ptr()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, plain_conv
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, conv2d_of
 
 MOST_UNKNOWN = 1024  # in the least-squares problem of one filter
 
@@ -97,7 +97,7 @@ class Rank1Conv2d(FactorizedConv2d):
             gram = gram * (factor @ factor.mT)
         return gram.sum()
 
-    def chain(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         terms = self.out_channels * self.rank
         (sh, sw), (dh, dw) = self.stride, self.dilation
         x = F.conv2d(x, self.channel.flatten(0, 1)[:, :, None, None], groups=self.groups)
@@ -110,19 +110,19 @@ class Rank1Conv2d(FactorizedConv2d):
         terms = self.out_channels * self.rank
         vertical, horizontal = self.vertical.flatten(0, 1)[:, None, :, None], self.horizontal[:, :, None, :]
         chain = nn.Sequential(
-            plain_conv(self.channel.flatten(0, 1), groups=self.groups),
-            plain_conv(vertical, groups=terms, **self._spatial(horizontal=False)),
-            plain_conv(horizontal, self.bias, self.out_channels, **self._spatial(vertical=False)),
+            conv2d_of(self.channel.flatten(0, 1), groups=self.groups),
+            conv2d_of(vertical, groups=terms, **self._spatial(horizontal=False)),
+            conv2d_of(horizontal, self.bias, self.out_channels, **self._spatial(vertical=False)),
         )
         spatial = self.vertical.unsqueeze(3) * self.horizontal.unsqueeze(2)  # (out, rank, kh, kw)
         branches = [
             nn.Sequential(
-                plain_conv(self.channel[:, j], groups=self.groups),
-                plain_conv(spatial[:, j : j + 1], self.bias if j == 0 else None, self.out_channels, **self._spatial()),
+                conv2d_of(self.channel[:, j], groups=self.groups),
+                conv2d_of(spatial[:, j : j + 1], self.bias if j == 0 else None, self.out_channels, **self._spatial()),
             )
             for j in range(self.rank)
         ]
-        return {"chain": [chain], "branches": branches}
+        return {"factorized": [chain], "branches": branches}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from decef.data.torchvision_cpu import import_torchvision
+from decef.extras import need
 from decef.models.mobilenet import MobileNetV1, MobileNetV2
 from decef.models.plain import PlainNet
 from decef.models.published import CPACNet, Rank1Net
@@ -87,6 +88,7 @@ def stem_name(model: nn.Module) -> str:
 
 def _timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:
     import_torchvision()
+    need("train", "timm")
     import timm
 
     if not timm.is_model(name):

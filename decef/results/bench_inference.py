@@ -16,7 +16,7 @@ from decef.conversion import convert
 from decef.costs import total_cost
 from decef.inference.deploy import deploy
 from decef.inference.engines import available
-from decef.inference.timing import Roofline, interleaved, peak_memory
+from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model, stem_name
 from decef.ranks import Budget
@@ -80,10 +80,10 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         x = torch.randn(case.batch, *case.input_size, device=device)
         found = {layer: network.to(device).eval() for layer, network in networks(case, share).items()}
         engines = [engine for engine in case.engines if engine in available(device)] or ["eager"]
-        deployed = {layer: deploy(network, x, engines=engines) for layer, network in found.items()}
+        deployed = {layer: deploy(network, x, engines=engines, progress=True) for layer, network in found.items()}
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {(layer, "deployed"): _inference(network, x) for layer, network in deployed.items()}
-        seconds = interleaved(steps, NETWORK_ROUNDS)
+        seconds = interleaved_times(steps, NETWORK_ROUNDS)
         bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
         for layer, network in found.items():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decef.inference.timing import ROUNDS, Roofline, interleaved, peak_memory
+from decef.inference.timing import ROUNDS, Roofline, interleaved_times, peak_memory
 from decef.layers import FactorizedConv2d
 from decef.plans import layer_type, plan
 from decef.ranks import Budget
@@ -117,19 +117,19 @@ def layer_times(
     x.requires_grad_(backward)
     factorized = layer_class.like(conv, row.rank, implementation="factorized").train(backward)
     with torch.set_grad_enabled(backward):
-        prefers_chain = factorized.prefers_chain(x)
+        prefers_factorized = factorized.prefers_factorized(x)
     variants = {"dense": conv, "factorized": factorized}
     if layer_class.composes_in_training or not backward:
         variants["reconstructed"] = copy.deepcopy(factorized)
         variants["reconstructed"].implementation = "reconstructed"
     steps = {name: _step(module, x, backward) for name, module in variants.items()}
-    times = interleaved(steps)
+    times = interleaved_times(steps)
     memory = {name: peak_memory(steps[name], device) for name in ("dense", "factorized")}
     return {
         "rank": row.rank,
         "flops_ratio": row.macs_after / row.macs_before,
         **{"reconstructed": None, **times},
-        "auto": "factorized" if prefers_chain else "reconstructed",
+        "auto": "factorized" if prefers_factorized else "reconstructed",
         # torch counts the backward pass of grouped convolutions as if they weren't, so there is no bound for training.
         "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
         "memory": memory["factorized"] / memory["dense"] if memory["dense"] else None,
@@ -189,7 +189,7 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
         auto=frame.factorized.where(frame.auto == "factorized", frame.reconstructed) / frame.dense,
     )
     keys = ["pass", "batch", "network", "shape", "layer"]
-    columns = [*keys, "rank", "FLOPs", "bound", "chain", "composed", "auto", "memory"]
+    columns = [*keys, "rank", "FLOPs", "bound", "factorized", "composed", "auto", "memory"]
     write_bench(
         "bench_layers",
         rows,

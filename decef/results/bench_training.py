@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from decef.costs import total_cost
 from decef.data import DATASETS, Images
 from decef.data.torchvision_cpu import import_torchvision
-from decef.inference.timing import interleaved, peak_memory
+from decef.inference.timing import interleaved_times, peak_memory
 from decef.models import create_model
 from decef.results.bench_inference import Case, networks
 from decef.results.pages import write_bench
@@ -40,7 +40,7 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
         found = networks(case, share)
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
         steps = {layer: _training(network.to(device), x, labels) for layer, network in found.items()}
-        seconds = interleaved(steps)
+        seconds = interleaved_times(steps)
         for layer, network in found.items():
             yield {
                 "network": case.network,
@@ -69,7 +69,7 @@ def bench_loops(
     loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels, batch)}
     for name, scale in (("decef", 1.0), ("0.75", 0.75), ("0.5", 0.5)):
         loops[name] = _our_loop(copy.deepcopy(model), ours, batch, scale)
-    seconds = interleaved(loops, rounds)
+    seconds = interleaved_times(loops, rounds)
     return {name: len(images) / value for name, value in seconds.items()}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from decef.results.findings import KINDS, Comparison, Finding, Measured
+from decef.results.findings import KINDS, Comparison, Finding, Measurements
 from decef.results.published import Published, load_papers, load_published
 from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
 from decef.training.record import Record
@@ -110,7 +110,7 @@ def load_claims() -> tuple[Claim, ...]:
     return tuple(claims.values())
 
 
-def judge(claim: Claim, records: Sequence[Record], measured: Measured | None = None) -> Verdict:
+def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None = None) -> Verdict:
     """Hold a claim against what was run.
 
     Every comparison of two seeds or more is tested by a two-sided t test against its bound. All of a claim are
@@ -119,14 +119,14 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measured | None = N
     Args:
         claim: one of `load_claims()`.
         records: finished runs, see `decef.training.record.load_records`. A run that diverged is not among them.
-        measured: see `load_measured`.
+        measured: see `load_measurements`.
 
     Raises:
         ValueError: a run's control is several experiments, or runs of one experiment have the same seed.
     """
     asks = {key: value for key, value in claim.asks.items() if key != "kind"}
     try:
-        findings = list(KINDS[claim.asks["kind"]](claim.published, records, measured or Measured(), **asks))
+        findings = list(KINDS[claim.asks["kind"]](claim.published, records, measured or Measurements(), **asks))
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
     # A control that several experiments are held against is one comparison.

@@ -25,7 +25,7 @@ def workspace(project: str, entity: str) -> Any:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError:
-        raise ValueError("wandb-workspaces is not installed: pip install 'decef[dashboard]'") from None
+        raise ValueError("wandb-workspaces is not installed: pip install 'decef[results]'") from None
     layer = wr.Config("layer.name")
     top1, flops, params = (wr.SummaryMetric(name) for name in ("test_top1", "flops", "params"))
 

@@ -30,8 +30,8 @@ SHARES = ("params", "trainable_params", "flops")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What scripts/ranks.py and scripts/significance.py found, by the names of their tables, see `load_measured`.
+class Measurements:
+    """What scripts/ranks.py and scripts/significance.py found, by the names of their tables, see `load_measurements`.
 
     `origins` has what scripts/ranks.py says of each of its tables: `network`, `weights` and more.
     """
@@ -41,7 +41,7 @@ class Measured:
     origins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def load_measured(results: Path) -> Measured:
+def load_measurements(results: Path) -> Measurements:
     """What scripts/ranks.py and scripts/significance.py wrote to results/ranks and results/significance, by name."""
     import pandas as pd
 
@@ -49,7 +49,7 @@ def load_measured(results: Path) -> Measured:
         {path.stem: pd.read_csv(path) for path in sorted((results / kind).glob("*.csv"))}
         for kind in ("ranks", "significance")
     )
-    return Measured(ranks, significance, {name: _origin(results / "ranks" / f"{name}.json") for name in ranks})
+    return Measurements(ranks, significance, {name: _origin(results / "ranks" / f"{name}.json") for name in ranks})
 
 
 def _origin(path: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Finding:
 def _non_inferior(
     published: Sequence[Published],
     records: Sequence[Record],
-    measured: Measured,
+    measured: Measurements,
     *,
     runs: Mapping[str, Any],
     margin: float,
@@ -131,7 +131,7 @@ def _non_inferior(
 def _trains(
     published: Sequence[Published],
     records: Sequence[Record],
-    measured: Measured,
+    measured: Measurements,
     *,
     runs: Mapping[str, Any],
     at_least: float,
@@ -160,7 +160,7 @@ def _trains(
 
 
 def _reaches(
-    published: Sequence[Published], records: Sequence[Record], measured: Measured, *, tolerance: float
+    published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, tolerance: float
 ) -> Iterator[Finding]:
     """Top-1 is at most `tolerance` points below the published values, of the same data, network, layer and setting."""
     for one in published:
@@ -171,7 +171,7 @@ def _reaches(
 
 
 def _monotone_rank(
-    published: Sequence[Published], records: Sequence[Record], measured: Measured, *, over: str
+    published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, over: str
 ) -> Iterator[Finding]:
     """Effective ranks ("threshold") fall with depth, or change less and less over training.
 
@@ -196,7 +196,7 @@ def _monotone_rank(
             yield Finding(f"{len(shape)} convolutions", len(trends), "", (comparison,), sources)
 
 
-def _dense_ranks(records: Sequence[Record], measured: Measured) -> dict[str, pd.DataFrame]:
+def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, pd.DataFrame]:
     """Rank tables of dense networks by name: of finished runs, and of weights that published.yaml knows.
 
     Which training a table of another origin shows cannot be told; and one network counts once. Both are logged.
@@ -242,7 +242,7 @@ def _rank_trends(table: pd.DataFrame, over: str) -> dict[str, float]:
 
 
 def _significance(
-    published: Sequence[Published], records: Sequence[Record], measured: Measured, *, measure: str
+    published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, measure: str
 ) -> Iterator[Finding]:
     """Components of a larger `measure` are those whose removal costs more, by Spearman's correlation.
 

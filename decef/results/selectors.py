@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from decef.results.comparisons import experiments
-from decef.training.config import OF_REPLACEMENT
-from decef.training.record import OF_LAYERS, Record
+from decef.training.config import REPLACEMENT_OPTIONS
+from decef.training.record import LAYER_TRAINING, Record
 
 
 def selects(selector: Mapping[str, Any], record: Record) -> bool:
@@ -47,12 +47,12 @@ def chosen(
 
 
 def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    """Equal for a run and its control: what must be the same in both, see `_no_worse`."""
-    free = {key.removeprefix("train.") for key in (*runs, *control) if key.startswith("train.")} | set(OF_LAYERS)
+    """Equal for a run and its control: what must be the same in both, see `decef.results.findings`."""
+    free = {key.removeprefix("train.") for key in (*runs, *control) if key.startswith("train.")} | set(LAYER_TRAINING)
     kept = {key: value for key, value in record.experiment.items() if key != "layer"}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in free}
     if control.get("layer.name") == "conv2d":  # which replaces no layer
-        kept["model"] = {key: value for key, value in kept["model"].items() if key not in OF_REPLACEMENT}
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in REPLACEMENT_OPTIONS}
     return json.dumps(kept, sort_keys=True)
 
 

@@ -27,6 +27,7 @@ def without_finetuning(
     shares: Sequence[float],
     exclude: str | None,
     seen: Data | None = None,
+    progress: bool = False,
 ) -> Iterator[dict[str, object]]:
     """Top-1 of a trained network right after decomposition, without any fine-tuning, at shares of its FLOPs.
 
@@ -37,6 +38,7 @@ def without_finetuning(
         shares: of the dense network's FLOPs.
         exclude: names that stay dense.
         seen: training images on which kernels are also made nearest in their outputs; labels are not looked at.
+        progress: show bars.
 
     Yields:
         Rows: the dense network first, then a row for every share, layer type, way to spread the budget over the layers
@@ -69,7 +71,9 @@ def without_finetuning(
                     model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
                 )
                 for nearest in ("kernels", "outputs") if moments else ("kernels",):
-                    converted = convert(model, the_plan, data=moments if nearest == "outputs" else None)
+                    converted = convert(
+                        model, the_plan, data=moments if nearest == "outputs" else None, progress=progress
+                    )
                     errors = [r.error for r in the_plan.rows if r.error is not None]
                     yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
 

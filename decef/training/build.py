@@ -9,18 +9,29 @@ from torch import nn
 
 from decef.conversion import convert
 from decef.costs import total_cost
-from decef.data import Dataset
+from decef.data import Data, Dataset
 from decef.models import create_model, stem_name
 from decef.models.weights import load_weights
+from decef.moments import input_moments
 from decef.plans import Plan, plan
 from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.training.config import LayerConfig, ModelConfig
 
+MOMENTS_BATCH = 128
 
-def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset) -> tuple[nn.Module, Plan, dict[str, int]]:
+
+def build(
+    model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data | None = None
+) -> tuple[nn.Module, Plan, dict[str, int]]:
     """The network before training, the plan it follows, and the cost of its dense twin.
 
     It is freshly initialised, or with `model.weights` decomposed from trained ones.
+
+    Args:
+        model, layer: what to build.
+        dataset: for which images.
+        seen: images on which trained weights are decomposed, nearest in the layers' outputs; None is nearest in the
+            kernels.
 
     Raises:
         ValueError: an unknown model or layer type, or a rank or budget that is not possible.
@@ -28,6 +39,10 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset) -> tuple[nn.
     dense = dense_network(model, dataset)
     if model.weights:
         load_weights(dense, Path(model.weights))
+    moments = None
+    if seen is not None:
+        names = [name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)]
+        moments = input_moments(dense, names, [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)])
     the_plan = plan(
         dense,
         layer.name,
@@ -36,6 +51,7 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset) -> tuple[nn.
         exclude=_excluded(model, dense),
         min_kernel_size=model.min_kernel_size or 1,
         input_size=dataset.input_size,
+        data=moments,
         **layer.options,
     )
     if layer.name != "conv2d" and not the_plan.ranks:
@@ -45,7 +61,8 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset) -> tuple[nn.
     if model.factorize_classifier and layer.name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={layer.name}: {reason}")
-    return convert(dense, the_plan, from_scratch=not model.weights), the_plan, total_cost(dense, dataset.input_size)
+    network = convert(dense, the_plan, from_scratch=not model.weights, data=moments)
+    return network, the_plan, total_cost(dense, dataset.input_size)
 
 
 def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:

@@ -18,7 +18,7 @@ DECAYS = ("factors", "kernel")
 DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", when a layer is given neither rank nor budget
 DEFAULT_DECAY = "factors"
 #: Model options that say which layers are replaced, and mean nothing for a dense network.
-OF_REPLACEMENT = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
+REPLACEMENT_OPTIONS = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
 
 _Group = TypeVar("_Group")
 
@@ -102,16 +102,24 @@ class ModelConfig:
     factorize_classifier: bool = False
     weights: str | None = None
     weights_md5: str | None = None
+    decompose_on: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_whole("model.decompose_on", self.decompose_on)
 
     def resolved(self) -> ModelConfig:
         """With the place and the MD5 of the file of weights: its content belongs to a run, its place doesn't.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: its MD5 is another than that of a run which is done again.
+            ValueError: its MD5 is another than that of a run which is done again, or there are no weights to decompose.
         """
         if not self.weights:
+            if self.decompose_on:
+                raise ValueError(
+                    f"model.decompose_on={self.decompose_on} is for trained weights: say model.weights=FILE"
+                )
             return self
         path = find_weights(self.weights)
         found = md5_of(path)

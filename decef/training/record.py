@@ -20,15 +20,15 @@ from typing import Any, TypedDict
 
 import yaml
 
-from decef.training.config import DEFAULT_DECAY, OF_REPLACEMENT, RunConfig
+from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig
 
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 TIMES = ("images_per_second", "seconds")  # in metrics: what no two runs have in common
 FORMAT = 2  # of config.yaml; 1 left out what was off
-ASKED = ("rank", "flops", "energy")
-OF_LAYERS = ("atcd", "decay")  # training options that belong to a low-rank layer, which Conv2d has not
+RANK_SETTINGS = ("rank", "flops", "energy")
+LAYER_TRAINING = ("atcd", "decay")  # training options that belong to a low-rank layer, which Conv2d has not
 #: Dataset options that make another task of it, and what they are in the task that the dataset's name stands for.
 TASKS: dict[str, Mapping[str, Any]] = {
     "split_test": {},
@@ -143,7 +143,7 @@ class Record:
     @property
     def model(self) -> str:
         """The network's name and its options that are on, but for those that say which layers are replaced."""
-        left_out = ("name", *OF_REPLACEMENT, "weights_md5")
+        left_out = ("name", *REPLACEMENT_OPTIONS, "weights_md5", "decompose_on")
         model = self.experiment["model"]
         options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
         return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
@@ -174,17 +174,18 @@ class Record:
         model, layer, train = (self.experiment[group] for group in ("model", "layer", "train"))
         words = [self.rank_setting]
         if self.layer != "conv2d":
-            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", *ASKED)]
-            words += [f"{key} {train[key]}" for key in OF_LAYERS if key in train and train[key] != DEFAULT_DECAY]
+            words += [f"{k} {v}" for k, v in layer.items() if k not in ("name", *RANK_SETTINGS)]
+            words += [f"{key} {train[key]}" for key in LAYER_TRAINING if key in train and train[key] != DEFAULT_DECAY]
             words += ["stem too"] if not model.get("dense_stem") else []
-            words += [f"{key} {model[key]}" for key in OF_REPLACEMENT if key != "dense_stem" and key in model]
+            words += [f"{key} {model[key]}" for key in REPLACEMENT_OPTIONS if key != "dense_stem" and key in model]
+            words += [f"decomposed on {model['decompose_on']} images"] if "decompose_on" in model else []
         words += [f"from weights {self.weights[:8]}"] if self.weights else []
         return ", ".join([*words, *self._task_options])
 
     @property
     def comparison(self) -> str:
         """Equal for runs that may stand in one table: same data, same training."""
-        train = {key: value for key, value in self.experiment["train"].items() if key not in OF_LAYERS}
+        train = {key: value for key, value in self.experiment["train"].items() if key not in LAYER_TRAINING}
         return json.dumps({"dataset": self.experiment["dataset"], "train": train}, sort_keys=True)
 
 
@@ -221,7 +222,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 def run_id(config: RunConfig) -> str:
     """A name for a run that people can read, and a hash of its identity."""
     layer = config.layer
-    cost = [f"{key[0]}{value:g}" for key in ASKED if (value := getattr(layer, key))]
+    cost = [f"{key[0]}{value:g}" for key in RANK_SETTINGS if (value := getattr(layer, key))]
     parts = [config.dataset.name, config.model.name, layer.name, *cost, config.train.name]
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
     name = "-".join([*parts, f"s{config.seed}", digest])

@@ -28,19 +28,23 @@ from decef.training.tracking import resolve_mode
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """A run that can start: everything in its config has been checked."""
+    """A run that can start here: what can be checked without any work has been."""
 
     config: RunConfig
     train: TrainConfig
     dataset: Dataset
     device: torch.device
     wandb_mode: str
+    recorder: Recorder
+
+
+@dataclass(frozen=True)
+class _Built:
     model: nn.Module
     plan: Plan
     dense_cost: dict[str, int]
-    recorder: Recorder
 
 
 def run(config: RunConfig, precision: str | None = None) -> Summary:
@@ -63,6 +67,8 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             words = job.recorder.id, summary["test_top1"], summary["precision"]
             log.info("%s is finished already (top-1 %.2f %%, in %s)", *words)
             return summary
+        with input_errors():
+            built = _build(job)
         refused, checkpoint, data = None, None, None
         if processes.is_first:
             try:
@@ -76,12 +82,12 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         if refused:
             raise InputError(refused)
         if checkpoint is not None:  # a run is of one precision, on whatever machine it goes on
-            job.train = replace(job.train, precision=checkpoint["precision"])
+            job = replace(job, train=replace(job.train, precision=checkpoint["precision"]))
         train, test = data or _load_data(job)
         if processes.is_first:
-            summary = _train_and_record(job, checkpoint, train, test, processes)
+            summary = _train_and_record(job, built, checkpoint, train, test, processes)
         else:
-            _fit(job, train, test, _State(checkpoint), lambda metrics: None, processes)
+            _fit(job, built.model, train, test, _State(checkpoint), lambda metrics: None, processes)
         return processes.broadcast(summary)
 
 
@@ -90,13 +96,18 @@ def _prepare(config: RunConfig, precision: str | None) -> _Job:
     device = _device(config.device)
     train = replace(config.train, precision=precision or resolve_precision(device, config.train.precision))
     check_possible(train, device, launched())
-    wandb_mode = resolve_mode(config.wandb.mode)
+    return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
+
+
+def _build(job: _Job) -> _Built:
+    config, seen = job.config, None
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.model.decompose_on:
+        images, _ = job.dataset.load(config.dataset.folder, workers=config.dataset.workers)
+        seen = stratified_subset(images, config.model.decompose_on)
     torch.manual_seed(config.seed)
-    recorder = Recorder(config)
-    model, plan, dense_cost = build(config.model, config.layer, dataset)
-    return _Job(config, train, dataset, device, wandb_mode, model, plan, dense_cost, recorder)
+    return _Built(*build(config.model, config.layer, job.dataset, seen))
 
 
 def _load_data(job: _Job) -> tuple[Data, Data]:
@@ -110,13 +121,13 @@ def _load_data(job: _Job) -> tuple[Data, Data]:
 
 
 def _train_and_record(
-    job: _Job, checkpoint: dict[str, Any] | None, train: Data, test: Data, processes: Processes
+    job: _Job, built: _Built, checkpoint: dict[str, Any] | None, train: Data, test: Data, processes: Processes
 ) -> Summary:
     recorder, precision = job.recorder, job.train.precision
     known = Summary(
-        **total_cost(job.model, job.dataset.input_size),  # type: ignore[typeddict-item]
-        dense=job.dense_cost,
-        ranks=job.plan.ranks,
+        **total_cost(built.model, job.dataset.input_size),  # type: ignore[typeddict-item]
+        dense=built.dense_cost,
+        ranks=built.plan.ranks,
         precision=precision,
         processes=processes.count,
         device=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
@@ -125,10 +136,10 @@ def _train_and_record(
     recorder.start(known, checkpoint["epoch"] if checkpoint else 0, job.wandb_mode)
 
     def save(state: dict[str, Any]) -> None:
-        recorder.save_checkpoint({**state, "plan": job.plan.to_dict(), "precision": precision})
+        recorder.save_checkpoint({**state, "plan": built.plan.to_dict(), "precision": precision})
 
     try:
-        _fit(job, train, test, _State(checkpoint, save), recorder.epoch, processes)
+        _fit(job, built.model, train, test, _State(checkpoint, save), recorder.epoch, processes)
     except (Exception, KeyboardInterrupt) as error:
         recorder.fail(error)
         raise
@@ -136,10 +147,16 @@ def _train_and_record(
 
 
 def _fit(
-    job: _Job, train: Data, test: Data, state: State, on_epoch: Callable[[Metrics], None], processes: Processes
+    job: _Job,
+    model: nn.Module,
+    train: Data,
+    test: Data,
+    state: State,
+    on_epoch: Callable[[Metrics], None],
+    processes: Processes,
 ) -> None:
     fit(
-        job.model.to(job.device),
+        model.to(job.device),
         train,
         test,
         job.train,

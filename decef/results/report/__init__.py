@@ -118,9 +118,6 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
                 "curves": [_curves(run, curves) for run in row.runs],
             }
         )
-    dashes = charts.dashes(rows)
-    for row in rows:
-        row["dashes"] = " ".join(map(str, dashes[row["id"]]))
     drawn = {
         "Top-1 (%) against FLOPs": charts.tradeoff(rows, "flops"),
         "Top-1 (%) against parameters": charts.tradeoff(rows, "params"),
@@ -131,6 +128,7 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
         "name": name,
         "train": records[0].config.train,
         "rows": rows,
+        "dashes": {row_id: " ".join(map(str, dashes)) for row_id, dashes in charts.dashes(rows).items()},
         "charts": [
             {"id": f"{number}-{i}", "title": title, "spec": spec} for i, (title, spec) in enumerate(drawn.items())
         ],

@@ -66,7 +66,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
     costs = [point["cost"] for point in points]
     logarithmic = bool(costs) and max(costs) > LOGARITHMIC * min(costs)
     title = f"{COSTS[cost]}, logarithmic" if logarithmic else COSTS[cost]
-    axis = {"format": ".4~s", "grid": False, "tickCount": {"expr": "width / 70"}}
+    axis = {"format": ".4~s", "grid": False, "labelFlush": False, "tickCount": {"expr": "width / 70"}}
     x = _quantity("cost", title, axis, nice=False, padding=20, **({"type": "log"} if logarithmic else {"zero": False}))
     y = {
         end: _quantity(end, None, {"tickCount": 5}, zero=False, nice=False, padding=10)
@@ -92,6 +92,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
     ]
     last = {"aggregate": [{"op": "max", "field": name, "as": name} for name in ("cost", "top1")]}
     thin, grey = {"strokeDash": [4, 4], "strokeWidth": 1.25, "aria": False}, {"value": MUTED}
+    told = {"name": "title", "result": "top-1", "difference": "against Conv2d", "costs": "costs"}
     layers = [
         # Draws nothing, but makes room on the axis.
         _layer("room", {"type": "rule", "opacity": 0, "aria": False}, x={**x, "field": "near"}, x2={"field": "far"}),
@@ -111,7 +112,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
             y=y["top1"],
             shape=_scale("layer", {name: PATHS[LOOK[name][1]] for name in LAYERS}),
             description={"field": "label"},
-            tooltip=_tooltip(name="title", result="top-1", difference="against Conv2d", costs="costs"),
+            tooltip=[{"field": field, "title": title} for field, title in told.items()],
         ),
     ]
     return _chart(
@@ -160,6 +161,7 @@ def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
         _calculate("label", "datum.name + ', ' + datum.of"),
         _calculate("range", "' (' + format(datum.low, '.4~g') + ' to ' + format(datum.high, '.4~g') + ')'"),
         _calculate("text", "format(datum.value, '.4~g') + (datum.n > 1 ? datum.range : '')"),
+        _calculate("told", "{title: datum.name, of: datum.of, epoch: datum.epoch, value: datum.text}"),
     ]
     layers = [
         _layer(
@@ -176,14 +178,15 @@ def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
             strokeDash=_scale("row", dashes(rows)),
             description={"field": "label"},
         ),
-        # Only the one nearest to the pointer is seen.
+        # Only the one nearest to the pointer is seen. What takes the pointer is a cell around it, whose datum it is; a
+        # tooltip by fields doesn't find them there in Vega-Lite 6.4.
         {
             **_layer(
                 "spots",
                 {"type": "point", "size": 60, "filled": True, "stroke": PAPER, "strokeWidth": 1.5, "aria": False},
                 y=y["value"],
                 opacity={"condition": {"param": "near", "empty": False, "value": 1}, "value": 0},
-                tooltip=_tooltip(name="title", of="of", epoch="epoch", text="value"),
+                tooltip={"value": {"expr": "(datum.datum || datum).told"}},
             ),
             "params": [
                 {
@@ -299,10 +302,6 @@ def _scale(field: str, looks: Mapping[str, Any]) -> Spec:
     """What of its looks a mark has by the value of a field. The page has the legend."""
     scale = {"domain": list(looks), "range": list(looks.values())}
     return {"field": field, "type": "nominal", "legend": None, "scale": scale}
-
-
-def _tooltip(**titles: str) -> list[Spec]:
-    return [{"field": field, "title": title} for field, title in titles.items()]
 
 
 def _by(field: str, order: str = "ascending") -> Spec:

@@ -10,7 +10,8 @@
   // State: what is shown, in the address ------------------------------------------------------------------------------
 
   const layers = [...form.querySelectorAll("[name=layer]")].map((box) => box.value);
-  const first = Object.fromEntries([...form.querySelectorAll("select")].map((select) => [select.name, select.options[0].value]));
+  const selects = [...form.querySelectorAll("select")];
+  const first = Object.fromEntries(selects.map((select) => [select.name, select.options[0].value]));
   let state = { ...first, layer: "" };
   let wanted = {}; // the charts' parameters
   const updates = [];
@@ -18,8 +19,8 @@
   function readAddress() {
     const given = new URLSearchParams(location.hash.slice(1));
     state = { ...first, layer: "" };
-    for (const select of form.querySelectorAll("select"))
-      if ([...select.options].some((option) => option.value === given.get(select.name))) state[select.name] = given.get(select.name);
+    for (const { name, options } of selects)
+      if ([...options].some((option) => option.value === given.get(name))) state[name] = given.get(name);
     state.layer = layers.filter((layer) => (given.get("layer") || "").split(",").includes(layer)).join(",");
     if (location.hash.length > 1) goTo(given.get("at") || [...given.keys()][0]);
   }
@@ -30,8 +31,10 @@
     history[at ? "pushState" : "replaceState"](null, "", `#${hash}`);
   }
 
-  const matches = (row, wanted = state) =>
-    FIELDS.every((field) => !wanted[field] || (field === "layer" ? wanted.layer.split(",") : [wanted[field]]).includes(row[field]));
+  function matches(row, chosen = state) {
+    const values = (field) => (field === "layer" ? chosen.layer.split(",") : [chosen[field]]);
+    return FIELDS.every((field) => !chosen[field] || values(field).includes(row[field]));
+  }
 
   function goTo(id) {
     const target = document.getElementById(id);
@@ -48,20 +51,21 @@
   }
 
   function show() {
-    for (const select of form.querySelectorAll("select")) {
+    for (const select of selects) {
       select.value = state[select.name];
       if (!FIELDS.includes(select.name)) continue;
       for (const option of select.options)
         option.disabled = !rows.some((row) => matches(row, { ...state, [select.name]: option.value }));
     }
-    for (const box of form.querySelectorAll("[name=layer]")) box.checked = !state.layer || state.layer.split(",").includes(box.value);
+    for (const box of form.querySelectorAll("[name=layer]"))
+      box.checked = !state.layer || state.layer.split(",").includes(box.value);
     const shown = rows.filter((row) => matches(row));
     const ids = new Set(shown.map((row) => row.id));
     for (const item of document.querySelectorAll("[data-row]")) item.hidden = !ids.has(item.dataset.row);
     for (const group of document.querySelectorAll("[data-group]"))
       group.hidden = !data.groups[group.dataset.group].some((row) => ids.has(row.id));
     const title = form.metric?.selectedOptions[0].text;
-    for (const caption of document.querySelectorAll("figcaption[data-metric]")) caption.textContent = `Training: ${title}`;
+    for (const caption of document.querySelectorAll("[data-metric]")) caption.textContent = `Training: ${title}`;
     wanted = { shown: [...ids], metric: state.metric, seeds: state.seeds };
     for (const update of updates) update();
     dispatchEvent(new Event("resize")); // a chart that was hidden had no width
@@ -71,7 +75,7 @@
   }
 
   form.addEventListener("change", () => {
-    for (const select of form.querySelectorAll("select")) state[select.name] = select.value;
+    for (const select of selects) state[select.name] = select.value;
     const chosen = layers.filter((layer) => form.querySelector(`[name=layer][value="${CSS.escape(layer)}"]`).checked);
     state.layer = chosen.length === layers.length ? "" : chosen.join(",");
     writeAddress();
@@ -130,7 +134,9 @@
       await view.runAsync();
       for (const point of plot.querySelectorAll(".points_marks path")) point.tabIndex = 0;
     };
-    view.addEventListener("click", (event, item) => event.target.closest(".points_marks") && lead(`runs-${item.datum.row}`));
+    view.addEventListener("click", (event, item) => {
+      if (event.target.closest(".points_marks")) lead(`runs-${item.datum.row}`);
+    });
     // The keyboard does on a point what a pointer does there.
     for (const [key, pointer] of Object.entries({ focusin: "pointermove", focusout: "mouseout", keydown: "click" }))
       plot.addEventListener(key, (event) => {
