@@ -67,11 +67,11 @@ evidence: setup ## Run what configs/evidence.yaml still lacks, most valuable fir
 evidence-status: setup ## What of configs/evidence.yaml is there, and how long the rest would take
 	$(RUN) scripts/evidence.py status --processes $(PROCESSES) --device $(DEVICE) --results $(RESULTS)
 
-costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md and README.md
-	$(RUN) scripts/costs.py --out $(RESULTS)/costs --readme README.md
+costs: setup ## Parameters and MACs of every architecture and layer type, into results/costs.md and docs/layers.md
+	$(RUN) scripts/costs.py --out $(RESULTS)/costs --page docs/layers.md
 
-tables: setup ## Rebuild results/tables from the run records (SOURCE=wandb: from W&B)
-	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE)
+tables: setup ## Rebuild results/tables and README.md's from the run records (SOURCE=wandb: from W&B)
+	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE) --readme README.md
 
 figures: setup ## Draw all figures from the run records and tables, into results/figures
 	$(RUN) scripts/figures.py --results $(RESULTS)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from decef.layers import FactorizedConv2d
 from decef.moments import moments_on
-from decef.progress import bar
 from decef.plans import Plan, layer_type, plan
+from decef.progress import bar
 from decef.sites import count_parameters, shared_weights
 
 _Module = TypeVar("_Module", bound=nn.Module)

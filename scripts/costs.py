@@ -1,6 +1,6 @@
 """Parameters and MACs of every architecture, dense and with each layer type at a share of its FLOPs.
 
-python scripts/costs.py --out results/costs --readme README.md
+python scripts/costs.py --out results/costs --page docs/layers.md
 """
 
 import argparse
@@ -19,12 +19,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
-    parser.add_argument("--readme", type=Path, help="put the table into this file too, between its marks")
+    parser.add_argument("--page", type=Path, help="put the table into this file too, between its marks")
     arguments = parser.parse_args()
 
     from decef.data import dataset
     from decef.layers import LAYERS
     from decef.results.costs import cost_table, write_costs
+    from decef.results.overview import replace_between
 
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")
@@ -41,9 +42,8 @@ def main() -> None:
         rows.append(row)
         print(*row.values(), flush=True)
     table = write_costs(rows, arguments.out, arguments.flops)
-    if arguments.readme:
-        before, mark, rest = arguments.readme.read_text().partition("<!-- costs -->\n")
-        arguments.readme.write_text(before + mark + table + "\n" + rest[rest.index("<!-- end of costs -->") :])
+    if arguments.page:
+        replace_between(arguments.page, "costs", table)
     print(f"wrote {arguments.out}.csv and .md")
 
 

@@ -27,11 +27,10 @@ def main() -> None:
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
 
-    from decef.results.measure import input_size_of, load_networks
-
     from decef.conversion import convert
     from decef.inference.export import export
     from decef.plans import Plan
+    from decef.results.networks import input_size_of, load_networks
 
     try:
         _, model = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)[-1]

@@ -15,10 +15,12 @@ def main() -> None:
     parser.add_argument("--source", choices=["local", "wandb"], default="local", help="where the run records are")
     parser.add_argument("--project", default="decef", help="W&B project")
     parser.add_argument("--entity", help="W&B entity; default: the account's")
+    parser.add_argument("--readme", type=Path, help="put the overview into this file too, between its marks")
     parser.add_argument("--print", metavar="NAME", help="also print the tables whose name begins so, 'all' for all")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from decef.results.overview import overview_table, replace_between
     from decef.results.tables import load_wandb_records, write_tables
     from decef.training.record import load_records
 
@@ -37,6 +39,8 @@ def main() -> None:
         if arguments.print and (arguments.print == "all" or path.name.startswith(arguments.print)):
             print(path.read_text())
         print(f"wrote {path} and {path.with_suffix('.csv').name}")
+    if arguments.readme:
+        replace_between(arguments.readme, "results", overview_table(arguments.results))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,16 @@ from PIL import Image
 from support import ROOT, composed, config
 
 from decef.data import DATASETS, Images
-from decef.layers import BasisConv2d
+from decef.layers import LAYERS, BasisConv2d
 from decef.models import create_model
 from decef.plans import plan
 from decef.ranks import Energy
 from decef.results.costs import cost_table, write_costs
 from decef.results.networks import load_networks
+from decef.results.overview import overview_table
 from decef.training.build import build
 from decef.training.config import InputError, RunConfig
-from decef.training.record import first_difference, load_config, read_metrics, replay, run_id
+from decef.training.record import first_difference, load_config, load_records, read_metrics, replay, run_id
 from decef.training.run import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -128,6 +129,26 @@ def test_trained_weights_are_decomposed_and_trained_on(weights, tmp_path):
     assert ranks == summary["ranks"]
 
 
+def test_weights_are_decomposed_on_images(weights, tmp_path):
+    path, _ = weights
+    options = {
+        "layer": {"name": "decef", "flops": 0.4},
+        "train__epochs": 1,
+        "train__lr": 1e-6,
+        "train__weight_decay": 0.0,
+    }
+    by_kernels, by_outputs = (
+        run(config(tmp_path, model__weights=str(path), model__decompose_on=images, **options)) for images in (None, 128)
+    )
+    assert by_kernels["id"] != by_outputs["id"]
+    assert by_outputs["test_loss"] < 0.9 * by_kernels["test_loss"]
+    settings = {record.id: record.setting for record in load_records(tmp_path)}
+    assert "decomposed on 128 images" in settings[by_outputs["id"]]
+    assert "decomposed" not in settings[by_kernels["id"]]
+    with pytest.raises(InputError, match=r"model\.decompose_on=128 is for trained weights: say model\.weights=FILE"):
+        run(config(tmp_path, model__decompose_on=128, **options))
+
+
 def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
     energy = {"name": "decef", "energy": 0.9}
     with pytest.raises(InputError, match=r"layer\.energy is of trained kernels: say model\.weights=FILE"):
@@ -143,7 +164,7 @@ def test_weights_and_energy_that_do_not_fit(weights, tmp_path):
         run(config(tmp_path, layer=energy, model__name="resnet32", model__weights=str(weights[0])))
 
 
-def test_the_table_of_costs_and_its_place_in_the_readme(tmp_path):
+def test_the_table_of_costs(tmp_path):
     model, mobile = (RunConfig.from_dict(composed(f"model={name}")).model for name in ("resnet20", "mobilenetv1"))
     networks = [("resnet20", model, DATASETS["cifar10"]), ("mobilenetv1", mobile, DATASETS["cifar10"])]
     rows = list(cost_table(networks, ["conv2d", "decef"], 0.667))
@@ -153,14 +174,25 @@ def test_the_table_of_costs_and_its_place_in_the_readme(tmp_path):
     assert "can't be met" in rows[3]["note"]
     shown = write_costs(rows, tmp_path / "costs", 0.667)
     assert "mobilenetv1 decef: a budget of 0.667" in (tmp_path / "costs.md").read_text()
-    line = next(line for line in shown.splitlines() if "resnet20" in line)
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    readme = (ROOT / "README.md").read_text()
-    ours = next(line for line in readme.splitlines() if line.startswith("| resnet20 "))
-    assert [cell.strip() for cell in ours.strip("|").split("|")][:3] == cells
-    committed = (ROOT / "results" / "costs.md").read_text()
-    table = readme.partition("<!-- costs -->\n")[2].partition("<!-- end of costs -->")[0]
-    assert table in committed
+    cells = cells_of(shown, "resnet20")
+    page = between(ROOT / "docs" / "layers.md", "costs")
+    assert cells_of(page, "resnet20")[:3] == cells
+    assert page in (ROOT / "results" / "costs.md").read_text()
+
+
+def test_the_readmes_table_is_made_from_the_results():
+    ours, made = between(ROOT / "README.md", "results"), overview_table(ROOT / "results")
+    for layer in LAYERS:
+        assert cells_of(ours, f"`{layer}`") == cells_of(made, f"`{layer}`")
+
+
+def between(path, name):
+    return path.read_text().partition(f"<!-- {name} -->\n")[2].partition(f"<!-- end of {name} -->")[0]
+
+
+def cells_of(table, first):
+    rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return next(row for row in rows if row[0] == first)
 
 
 def test_records_in_the_repository_are_found_again():

@@ -19,6 +19,7 @@ from decef.results import figures, plots
 from decef.results.comparisons import comparison_groups
 from decef.results.effective_ranks import rank_table
 from decef.results.eigenfilters import eigenfilters, significance, write_filters
+from decef.results.look import look_of
 from decef.results.networks import load_networks
 from decef.results.tables import summarize
 from decef.training.record import load_records, read_metrics
@@ -53,7 +54,10 @@ def test_points_are_the_tables_rows(records):
             assert label.startswith(row.layer)
             assert label.endswith(f"(n={row.n})")
             assert point.get_xydata().tolist() == [[getattr(row, cost) / 1e6, row.top1]]
-            assert (to_hex(point.get_color()).upper(), point.get_marker()) == plots.LOOK[row.layer]
+            assert (to_hex(point.get_color()).upper(), point.get_marker()) == (
+                look_of(row.layer).color,
+                look_of(row.layer).marker,
+            )
         front = plots.pareto(frame, cost)
         assert lines(panel)["Pareto front"].get_xydata().tolist() == (
             np.column_stack([front[cost] / 1e6, front.top1]).tolist()

@@ -13,7 +13,7 @@ import yaml
 
 from decef.layers import LAYERS
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
-from decef.results.look import DARK, LOOK, PATHS
+from decef.results.look import look_of
 from decef.results.report import VERDICTS, build
 from decef.training.record import to_record
 
@@ -212,22 +212,23 @@ def test_no_runs_and_no_epochs_make_a_page_too():
 
 
 def test_layer_types_look_the_same_in_tables_charts_and_figures():
-    assert list(LOOK) == list(DARK) == list(LAYERS)
     records = [run(layer, 0, 90.0 + i) for i, layer in enumerate(LAYERS)]
     text = page(*records)
-    for colors in ({layer: color for layer, (color, _) in LOOK.items()}, DARK):
+    looks = {layer: look_of(layer) for layer in LAYERS}
+    assert (
+        len({found.color for found in looks.values()}) == len({found.dark for found in looks.values()}) == len(LAYERS)
+    )
+    for colors in ({k: found.color for k, found in looks.items()}, {k: found.dark for k, found in looks.items()}):
         assert ":root {" + "".join(f" --{layer}: {color};" for layer, color in colors.items()) in text
     flops, _, training = charts(*records)[0]
     points = {mark.get("aria-label").split(",")[1].split(";")[0].strip(): mark for mark in Drawn(flops).marks("points")}
-    for layer, (color, marker) in LOOK.items():
-        mark = f'style="color: var(--{layer})" aria-hidden="true"><path d="{PATHS[marker]}"/></svg>{layer}</td>'
+    for layer, found in looks.items():
+        mark = f'style="color: var(--{layer})" aria-hidden="true"><path d="{found.path}"/></svg>{layer}</td>'
         assert mark in text
-        assert points[layer].get("fill") == f"var(--{layer}, {color})"
+        assert points[layer].get("fill") == f"var(--{layer}, {found.color})"
     assert len({mark.get("d") for mark in points.values()}) == len(LAYERS)
     shapes = flops["layer"][-1]["layer"][-1]["encoding"]["shape"]["scale"]
-    assert dict(zip(shapes["domain"], shapes["range"], strict=True)) == {
-        k: PATHS[marker] for k, (_, marker) in LOOK.items()
-    }
+    assert dict(zip(shapes["domain"], shapes["range"], strict=True)) == {k: found.path for k, found in looks.items()}
     assert {mark.get("stroke") for mark in Drawn(training).paths("lines")} == {p.get("fill") for p in points.values()}
 
 

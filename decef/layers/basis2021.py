@@ -1,6 +1,6 @@
 """BasisConv with a trained basis and batch norm.
 
-Tayyab, Khan, Mahalanobis: "BasisConv: a method for compressed representation and learning in CNNs", ICIP 2021, arXiv
+Tayyab, Khan, Mahalanobis: "Compressing deep CNNs using basis representation and spectral fine-tuning", ICIP 2021, arXiv
 2105.10436.
 """
 

@@ -1,7 +1,7 @@
 """DeCEF: every input channel's filters in a small subspace of their own.
 
-Yu, Scheidegger, McKelvey: "DeCEF: depthwise separable convolution eigen-filters for efficient convolutional neural
-networks", Neurocomputing 609 (2024) 128461; arXiv 1910.09359.
+Yu, Scheidegger, McKelvey: "Building efficient CNNs using depthwise convolutional eigen-filters (DeCEF)", Neurocomputing
+609 (2024) 128461; arXiv 1910.09359.
 """
 
 from __future__ import annotations

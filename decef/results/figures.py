@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from decef.layers import LAYERS
 from decef.plans import plan
 from decef.results import plots
 from decef.results.comparisons import comparison_groups, experiments
@@ -99,7 +100,7 @@ def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         ran = {record.layer: record for record in reversed(group) if record.summary.get("ranks")}
         if len({record.layer for record in group}) < 2 or not ran:
             continue
-        order = [layer for layer in plots.LOOK if layer in ran]
+        order = [layer for layer in LAYERS if layer in ran]
         settings = "; ".join(f"{layer}: {ran[layer].rank_setting}" for layer in order)
         shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
         plans = {layer: _plan(ran[layer]) for layer in order}
@@ -216,7 +217,7 @@ def _metrics(records: Sequence[Record]) -> pd.DataFrame:
         if frame.empty
         else frame.sort_values(
             ["layer", "setting", "seed", "epoch"],
-            key=lambda c: c.map(list(plots.LOOK).index) if c.name == "layer" else c,
+            key=lambda c: c.map(list(LAYERS).index) if c.name == "layer" else c,
         )
     )
 

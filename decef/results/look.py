@@ -1,24 +1,10 @@
-"""How the layer types look, in every figure and on the page: one colour, one marker and one set of lines each."""
+"""How the layer types look, in every figure and on the page: one colour and one marker each."""
 
-#: Colour (Okabe and Ito's palette) and matplotlib's marker of every layer type.
-LOOK = {
-    "conv2d": ("#000000", "o"),
-    "decef": ("#0072B2", "s"),
-    "basisconv": ("#E69F00", "^"),
-    "basisconv2021": ("#CC79A7", ">"),
-    "cpac": ("#009E73", "D"),
-    "rank1": ("#D55E00", "v"),
-}
-#: The same colours for a dark page, lighter where they would hardly be seen there.
-DARK = {
-    "conv2d": "#F2F2F2",
-    "decef": "#56B4E9",
-    "basisconv": "#F0B53C",
-    "basisconv2021": "#DC96BD",
-    "cpac": "#1FBF93",
-    "rank1": "#F07F2E",
-}
-#: `LOOK`'s markers as SVG paths that fill the square from -1 to 1.
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Markers, as matplotlib names them, as SVG paths that fill the square from -1 to 1.
 PATHS = {
     "o": "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",
     "s": "M-0.9,-0.9H0.9V0.9H-0.9Z",
@@ -26,4 +12,35 @@ PATHS = {
     ">": "M1,0L-0.9,1V-1Z",
     "D": "M0,-1.2L1.2,0L0,1.2L-1.2,0Z",
     "v": "M0,1L1,-0.9H-1Z",
+    "P": "M-0.35,-1H0.35V-0.35H1V0.35H0.35V1H-0.35V0.35H-1V-0.35H-0.35Z",
 }
+
+
+@dataclass(frozen=True)
+class Look:
+    """A layer type's colour (Okabe and Ito's palette), a lighter one for a dark page, and matplotlib's marker."""
+
+    color: str
+    dark: str
+    marker: str
+
+    @property
+    def path(self) -> str:
+        """The marker as an SVG path."""
+        return PATHS[self.marker]
+
+
+_LOOKS = {
+    "conv2d": Look("#000000", "#F2F2F2", "o"),
+    "decef": Look("#0072B2", "#56B4E9", "s"),
+    "basisconv": Look("#E69F00", "#F0B53C", "^"),
+    "basisconv2021": Look("#CC79A7", "#DC96BD", ">"),
+    "cpac": Look("#009E73", "#1FBF93", "D"),
+    "rank1": Look("#D55E00", "#F07F2E", "v"),
+}
+_OTHER = Look("#777777", "#AAAAAA", "P")
+
+
+def look_of(layer: str) -> Look:
+    """A layer type's look; a type that has none of its own is a grey plus."""
+    return _LOOKS.get(layer, _OTHER)

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from decef.results.eigenfilters import EigenFilters
-from decef.results.look import LOOK
+from decef.results.look import look_of
 
 LINES: Sequence[Any] = ("-", "--", "-.", ":", (0, (6, 2, 1, 2, 1, 2)), (0, (1, 3)))
 FILLS = ("full", "none", "top", "left", "bottom", "right")
@@ -102,10 +102,12 @@ def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
     axes.axhline(dense.top1, color="0.6", linewidth=1, zorder=1)
     axes.plot([1], [dense.top1], label="conv2d (dense)", **{**_look("conv2d"), "linestyle": "none"})
     by_energy = frame[frame.spread == "energy"]
+    named: set[str] = set()
     for nearest, variant in (("outputs", 0), ("kernels", 1)):
         for layer, rows in by_energy[by_energy.nearest == nearest].groupby("layer", sort=False):
             rows = rows.sort_values("flops_ratio")
-            label = str(layer) if nearest == "outputs" else f"_{layer}, {nearest}"
+            label = f"_{layer}, {nearest}" if str(layer) in named else str(layer)
+            named.add(str(layer))
             axes.plot(rows.flops_ratio, rows.top1, label=label, **_look(str(layer), variant))
     axes.set_xlabel("FLOPs, share of dense")
     axes.set_ylabel("test top-1 / %, no fine-tuning")
@@ -258,7 +260,7 @@ def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
         x = np.arange(1, len(frame) + 1)
         before, after = (frame[key].astype(float) / 1e6 for key in ("macs_before", "macs_after"))
         panel.bar(x, before, width=0.85, color="0.82", label="dense")
-        panel.bar(x, after, width=0.5, color=LOOK[layer][0], label=layer)
+        panel.bar(x, after, width=0.5, color=look_of(layer).color, label=layer)
         panel.set_title(f"{layer}: {after.sum() / before.sum():.3f} of the dense convolutions' MACs", loc="left", pad=3)
         panel.grid(visible=False, axis="x")
     panels[-1].set_xlabel("convolution, from input to output")
@@ -277,7 +279,7 @@ def save(figure: Figure, out: Path) -> None:
 
 def _look(layer: str, variant: int = 0) -> dict[str, Any]:
     """How a layer type's points and lines look; the settings of one type differ by line and by the marker's filling."""
-    color, marker = LOOK[layer]
+    color, marker = look_of(layer).color, look_of(layer).marker
     return {
         "color": color,
         "marker": marker,

@@ -21,7 +21,7 @@ from decef.layers import LAYERS
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict
 from decef.results.claims_page import asks_words
 from decef.results.comparisons import comparison_groups
-from decef.results.look import DARK, LOOK, PATHS
+from decef.results.look import look_of
 from decef.results.published import load_papers, published_lines
 from decef.results.report import charts
 from decef.results.tables import table_rows
@@ -83,7 +83,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         run_ids={record.id for record in records},
         choices={key: sorted({row[key] for row in rows}) for key in ("dataset", "network", "schedule")},
         layers=[name for name in LAYERS if any(row["layer"] == name for row in rows)],
-        looks={name: {"light": c, "dark": DARK[name], "path": PATHS[marker]} for name, (c, marker) in LOOK.items()},
+        looks={name: look_of(name) for name in LAYERS},
         curves=curves,
         sorted_by=SORTED_BY,
         claims=[_claim(claim, verdict) for claim, verdict in verdicts],

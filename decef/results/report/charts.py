@@ -15,7 +15,7 @@ from typing import Any
 import vl_convert
 
 from decef.layers import LAYERS
-from decef.results.look import LOOK, PATHS
+from decef.results.look import look_of
 
 Spec = dict[str, Any]
 
@@ -39,7 +39,7 @@ def script() -> str:
 
 def color(layer: str) -> str:
     """A layer type's colour, for CSS."""
-    return f"var(--{layer}, {LOOK[layer][0]})"
+    return f"var(--{layer}, {look_of(layer).color})"
 
 
 def dashes(rows: Iterable[Mapping[str, Any]]) -> dict[str, Sequence[int]]:
@@ -110,7 +110,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
             "points",
             point,
             y=y["top1"],
-            shape=_scale("layer", {name: PATHS[LOOK[name][1]] for name in LAYERS}),
+            shape=_scale("layer", {name: look_of(name).path for name in LAYERS}),
             description={"field": "label"},
             tooltip=[{"field": field, "title": title} for field, title in told.items()],
         ),

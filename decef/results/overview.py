@@ -1,0 +1,95 @@
+"""README.md's table: what each layer type costs, from records, `without_finetuning` and `bench` of a results folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from decef.layers import LAYERS
+from decef.results.comparisons import comparison_groups
+from decef.results.tables import Row, table_rows
+from decef.training.record import load_records
+
+NETWORK, DATASET, SETTINGS = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
+SCHEDULES = ("standard", "quick")  # the first that every layer type's control ran with
+TIMED = ("torchvision/resnet18", 1)  # network and batch size
+NONE = "-"
+
+
+def overview_table(results: Path) -> str:
+    """A row per layer type as Markdown: trained from scratch, decomposed, and its time, a dash where there is none."""
+    trained, decomposed, time = _trained(results), _decomposed(results), _time(results)
+    rows = []
+    for layer in LAYERS:
+        row = trained.get(layer)
+        two_thirds, half = (decomposed.get((layer, budget)) for budget in ("0.667", "0.500"))
+        rows.append(
+            {
+                "layer": f"`{layer}`",
+                "trained, 2/3 of the FLOPs: top-1 %": f"{row.top1.mean:.2f} {row.top1.interval()}" if row else NONE,
+                "n": str(len(row.runs)) if row else NONE,
+                "minus `conv2d`, paired": _difference(row),
+                "decomposed at 2/3: top-1 %": _number(two_thirds),
+                "at 1/2": _number(half),
+                "time at 1/2": _number(time.get(layer)),
+            }
+        )
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Put `text` into a file between the lines `<!-- name -->` and `<!-- end of name -->`.
+
+    Raises:
+        ValueError: the file has no such lines.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, mark, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not mark or not found:
+        raise ValueError(f"{path} has no lines {begin.strip()} and {end} to put a table between")
+    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
+def _trained(results: Path) -> dict[str, Row]:
+    groups = comparison_groups(load_records(results))
+    for schedule in SCHEDULES:
+        rows = table_rows(groups.get(f"{DATASET}-{schedule}", []))
+        found = {row.first.layer: row for row in rows if row.first.model == NETWORK and row.first.setting in SETTINGS}
+        if "conv2d" in found:
+            return found
+    return {}
+
+
+def _decomposed(results: Path) -> dict[tuple[str, str], float]:
+    path = results / "without_finetuning" / f"{NETWORK}.csv"
+    if not path.is_file():
+        return {}
+    frame = pd.read_csv(path, dtype={"budget": str})
+    best = frame[(frame.spread == "energy") & (frame.nearest == "outputs")]
+    found = {(row["layer"], row["budget"]): float(row["top1"]) for row in best.to_dict("records")}
+    dense = float(frame[frame.layer == "conv2d"].top1.iloc[0])
+    return found | {("conv2d", budget): dense for budget in ("0.667", "0.500")}
+
+
+def _time(results: Path) -> dict[str, float]:
+    path = results / "bench" / "networks-cpu.json"
+    if not path.is_file():
+        return {}
+    rows: list[Mapping[str, Any]] = json.loads(path.read_text())["rows"]
+    seconds = {row["layer"]: row["deployed"] for row in rows if (row["network"], row["batch"]) == TIMED}
+    return {layer: value / seconds["conv2d"] for layer, value in seconds.items()}
+
+
+def _difference(row: Row | None) -> str:
+    if row is None or row.difference is None:
+        return NONE
+    return f"{row.difference.mean:+.2f} {row.difference.interval('+.2f')}".rstrip()
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
