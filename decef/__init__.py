@@ -1,4 +1,4 @@
-"""Low-rank convolution layers: DeCEF, BasisConv, CPAC and rank-1, against the plain Conv2d."""
+"""Low-rank convolution layers (DeCEF, BasisConv, CPAC, rank-1) that replace `torch.nn.Conv2d`."""
 
 from decef.atcd import ATCD
 from decef.conversion import convert, fold

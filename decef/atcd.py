@@ -1,7 +1,8 @@
-"""ATCD: train dense kernels and keep returning them to the low-rank set.
+"""ATCD: train dense kernels and keep projecting them onto the low-rank set.
 
 Lee, Kim, Jeong, Yoon: "Compression of deep learning models by alternating tensor compose-decompose", Appl. Sci. 2021,
-11(2), 643. The paper has it for rank-1 filters; it needs nothing but a projection, so here it takes every layer type.
+11(2), 643. The paper applies it to rank-1 filters. It only needs a projection, so here it works with every layer type
+that has a dense kernel in training.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ class ATCD:
         for every epoch: ...; atcd.after_epoch()
         model = atcd.model      # the factors of the last projection
 
-    A projection decomposes every dense kernel (truncated SVD, or alternating least squares from the last factors) and
-    composes it again. How the paper decomposes, and how often, is not known to us. Its other reading, the chain rule
-    through the composed kernel, is training a `FactorizedConv2d` with `implementation="reconstructed"`: there the step
-    depends on how the norm is split between the factors, here it does not.
+    A projection decomposes every dense kernel and composes it again. It is a truncated SVD, alternating least squares
+    that start from the last factors, or, if BasisConv's basis is frozen, a projection onto its span. We do not know how
+    or how often the paper decomposes. ATCD can also be read as the chain rule through the composed kernel. For that,
+    train a `FactorizedConv2d` with `implementation="reconstructed"`. There the step depends on how the norm is split
+    between the factors; here it does not.
 
-    To first order a projection after every step is a step along the tangent space of the low-rank set. The
-    optimizer's momentum is left alone.
+    To first order, a projection after every step makes it a step along the tangent space of the low-rank set. The
+    optimizer's momentum is left unchanged.
 
     Args:
-        model: the factorised network; its layers receive the factors. At the start its kernels are the dense ones.
+        model: the factorised network. Its kernels are the initial dense ones, and projections store factors in it.
         every: steps between projections, or "epoch".
 
     Attributes:
-        dense: the network to train: `model` with `torch.nn.Conv2d` where it has factorised layers. The rest of it is a
-            copy too; `model` gets its values whenever the kernels are projected.
+        dense: the network to train, a copy of `model` with `torch.nn.Conv2d` in place of the factorised layers.
+            `after_epoch` copies everything but the kernels back to `model`.
 
     Raises:
-        ValueError: `model` has no factorised layer or one without a kernel in training, or `every` is neither "epoch"
-            nor a whole number from 1 on.
+        ValueError: `model` has no factorised layer, or has one without a dense kernel in training; or `every` is
+            neither "epoch" nor a whole number from 1 on.
     """
 
     def __init__(self, model: nn.Module, every: int | str = 1) -> None:
@@ -61,33 +63,40 @@ class ATCD:
         self._steps = 0
 
     def after_step(self) -> None:
-        """Call after every optimizer step: projects when it is due."""
+        """Call after every optimizer step: projects if a projection is due.
+
+        Raises:
+            FloatingPointError: see `project`.
+        """
         self._steps += 1
         if self.every != "epoch" and self._steps % int(self.every) == 0:
             self.project()
 
     def after_epoch(self) -> bool:
-        """Call after every epoch: projects, so that what is measured and saved is in the low-rank set.
+        """Call after every epoch, before measuring or saving: projects unless the last step did, and updates `model`.
 
         Returns:
-            Whether that moved the kernels; batch norm's running statistics are then those of other kernels.
+            Whether it projected. If so, batch norm's running statistics still belong to the kernels before that.
+
+        Raises:
+            FloatingPointError: see `project`.
         """
         moved = self.every == "epoch" or self._steps % int(self.every) > 0
         if moved:
             self.project()
-        self._steps = 0  # an epoch is a new start, so that a resumed run projects after the same steps
+        self._steps = 0  # every epoch counts anew, so that a resumed run projects after the same steps
         self._copy_rest()
         return moved
 
     @torch.no_grad()
     def project(self) -> float:
-        """Return every dense kernel to the low-rank set.
+        """Project every dense kernel onto the low-rank set.
 
         Returns:
-            The largest relative Frobenius distance that a kernel was moved.
+            The largest relative Frobenius distance by which a kernel moved.
 
         Raises:
-            FloatingPointError: a kernel is not finite any more: the training diverged.
+            FloatingPointError: a kernel has NaN or infinite values, because training diverged.
         """
         errors = []
         for layer, conv in self._pairs:
@@ -100,7 +109,7 @@ class ATCD:
 
     @torch.no_grad()
     def _copy_rest(self) -> None:
-        """Give `model` all that is not a kernel: biases, normalisation, classifier."""
+        """Copy to `model` everything but the projected kernels: biases, normalisation, classifier."""
         own = self.model.state_dict()
         for name, value in self.dense.state_dict().items():
             if name in own:

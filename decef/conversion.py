@@ -1,4 +1,4 @@
-"""Convert a network's convolutions to factorised layers, and turn factorised layers back into convolutions."""
+"""Convert a network's convolutions to factorised layers, and factorised layers back to convolutions."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ def convert(
     progress: bool = False,
     **arguments: Any,
 ) -> nn.Module:
-    """A copy of `model` in which convolutions are factorised; `model` stays as it is.
+    """A copy of `model` with its convolutions factorised; `model` itself does not change.
 
-    Each convolution's forward and backward hooks move to the layer that replaces it. Hooks on its state dict do not:
-    they know its weight by name. Convolutions that share a weight become layers that share their factors; if the layer
-    type has a batch norm, each layer has its own.
+    The forward and backward hooks of a convolution move to the layer that replaces it. Its state-dict hooks do not,
+    because they refer to the weight by name. Convolutions that share a weight become layers that share factors. If the
+    layer type has a batch norm, each of them still has its own.
 
     Args:
         model: the network that was planned for, or one with the same module names and shapes.
-        how: a plan, or a layer type, for which a plan is made first. Each converted row of a plan gets its layer's
-            relative error as `error`, see `FactorizedConv2d.decompose_`; `from_scratch` leaves `error` as it was.
+        how: a plan, or the name of a layer type, which is planned first. Every converted row of the plan gets its
+            layer's relative error as `error`, see `FactorizedConv2d.decompose_`; with `from_scratch`, `error` stays
+            as it was.
         from_scratch: draw new factors instead of decomposing the weights. Each composed kernel gets the same root mean
             square as the weight that it replaces, so the network starts at the scale of its dense twin.
-        data: a few hundred inputs in batches `(B, ...)`, as a DataLoader yields them (labels are ignored), or what
-            `decef.moments.input_moments` found on them. Factors are then chosen to be nearest in the layers' outputs
-            on these data, not in the kernels, and errors are those of the outputs.
+        data: a few hundred inputs in batches `(B, ...)`, as a DataLoader yields them (labels are ignored), or their
+            moments from `decef.moments.input_moments`. Factors are then fitted to the layers' outputs on these data
+            instead of to the kernels, and errors are those of the outputs.
         progress: show progress bars.
-        **arguments: those of `plan`, where `how` is a layer type.
+        **arguments: arguments of `plan`, if `how` is a layer type.
 
     Raises:
         ValueError: the plan names a layer that the network doesn't have, a rank that is not possible there, or
-            different ranks for layers that share a weight; or what `plan` and `input_moments` raise.
-        TypeError: `arguments` beside a plan; or what `plan` raises.
+            different ranks for layers that share a weight; a weight has NaN or infinite values. Also what `plan` and
+            `input_moments` raise.
+        KeyError: with inputs as `data`, the plan names a module that the network doesn't have.
+        TypeError: `arguments` are given together with a plan. Also what `plan` raises.
     """
     if isinstance(how, str):
-        if data is not None:  # planning and decomposing need the same moments, and `data` may not last for two passes
+        if data is not None:  # planning and decomposing both need the moments, but `data` may only last for one pass
             names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
             data = moments_on(model, names, data, progress=progress)
         how = plan(model, how, data=data, **arguments)
@@ -85,10 +88,10 @@ def convert(
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of `model` in which each factorised layer is a `torch.nn.Conv2d`, the same function in evaluation mode.
+    """A copy of `model` with a `torch.nn.Conv2d` for each factorised layer; it computes the same in evaluation mode.
 
-    Hooks move as in `convert`. Layers that share factors become convolutions that share a weight, unless each has a
-    batch norm of its own, which makes their kernels different.
+    Hooks move as in `convert`. Layers that share factors become convolutions that share a weight, unless they contain
+    batch norms: their kernels then differ.
     """
     model = copy.deepcopy(model)
     replaced: dict[int, nn.Module] = {}
@@ -104,14 +107,14 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace modules wherever they stand in `model`, in place.
+    """Replace modules in place, wherever they occur in `model`.
 
     Args:
         model: the network.
-        new: replacements, by the `id` of the module that each replaces.
+        new: replacements by the `id` of the module to replace.
 
     Returns:
-        `model`, or the replacement of `model` itself.
+        `model`, or its replacement if `model` itself is in `new`.
     """
     if id(model) in new:
         return new[id(model)]
@@ -132,14 +135,14 @@ def _check_shared_ranks(ranks: Mapping[str, int], sharing: Mapping[str, list[str
 
 
 def _share_factors(layer: FactorizedConv2d, first: FactorizedConv2d) -> None:
-    """Let `layer` have the factors of `first`; everything else is its own and starts with the same values."""
+    """Make `layer` use the factors of `first`; everything else is copied and stays separate."""
     layer.load_state_dict(first.state_dict(), strict=False)
     for name, factor in first.factors().items():
         setattr(layer, name, factor)
 
 
 def _take_over(new: _Module, old: nn.Module) -> _Module:
-    """Give `new` the hooks of `old`, whose place it takes."""
+    """Give `new` the hooks of `old`, which it replaces."""
     for hooks in (
         "_forward_hooks",
         "_forward_hooks_with_kwargs",

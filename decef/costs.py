@@ -1,7 +1,7 @@
-"""Parameters, MACs and FLOPs of a network, per layer, as it is deployed (factorised layers as their chains).
+"""Parameters, MACs and FLOPs of a network, per layer. A factorised layer counts as its chain of convolutions.
 
-One MAC is one multiply-add; FLOPs = 2 x MACs, as `torch.utils.flop_counter` has them. Convolutions and matrix
-products count; normalisation, activations, pooling and additions don't.
+One MAC is one multiply-add; FLOPs = 2 x MACs, as counted by `torch.utils.flop_counter`. Only convolutions and matrix
+products count, not normalisation, activations, pooling or additions.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ COLUMNS = ("params", "trainable_params", "macs", "flops")
 
 
 def cost(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
-    """Cost of `model` per layer; nothing is computed and `model` stays as it is.
+    """Cost of `model` per layer, counted on the meta device without computing anything; `model` does not change.
 
     Args:
         model: any network whose forward takes one tensor and runs on the meta device.
-        input_size: shape of one input without the batch, `(3, 32, 32)` for CIFAR.
+        input_size: shape of one input without the batch dimension, `(3, 32, 32)` for CIFAR.
 
     Returns:
-        A frame indexed by module name, a row for every module that has parameters or does MACs, with the columns
-        `type`, `params`, `trainable_params`, `macs` and `flops` (for one input). A parameter that several modules
-        share counts once. Totals are in `.attrs` under the same names.
+        A DataFrame indexed by module name, with a row for every module that has parameters or does MACs. The columns
+        are `type`, `params`, `trainable_params`, `macs` and `flops`, the last two for one input. A parameter that
+        several modules share counts once. The totals are in `.attrs` under the names of the columns.
 
     Raises:
         ValueError: the network doesn't run on an input of this size.
@@ -49,14 +49,18 @@ def cost(model: nn.Module, input_size: Sequence[int]) -> pd.DataFrame:
 
 
 def total_cost(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
-    """The totals of `cost`: params, trainable_params, macs, flops."""
+    """The totals of `cost`: params, trainable_params, macs, flops. Works without pandas.
+
+    Raises:
+        ValueError: the network doesn't run on an input of this size.
+    """
     return _totals(_rows(model, input_size))
 
 
 def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[tuple[int, ...]]]:
-    """Shape, batch of one included, of what every convolution receives, a call each, by module name.
+    """Input shapes of every convolution by module name: one for each call, with the batch dimension.
 
-    A convolution that does not run in evaluation mode is not among them.
+    The network gets a batch of one input. Convolutions that do not run in evaluation mode are left out.
 
     Raises:
         ValueError: the network doesn't run on an input of this size.
@@ -77,7 +81,15 @@ def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[
 
 
 def layer_macs(layer: nn.Module, input_shape: Sequence[int]) -> int:
-    """MACs of one layer, a factorised one as its chain, on an input of this shape (batch included)."""
+    """MACs of one layer for a single input; a factorised layer counts as its chain.
+
+    Args:
+        layer: takes one tensor.
+        input_shape: `(B, C, H, W)`; B is ignored.
+
+    Raises:
+        ValueError: the layer doesn't run on an input of this shape.
+    """
     with FlopCounterMode(display=False) as counter:
         _forward(_on_meta(layer), input_shape[1:])
     return counter.get_total_flops() // 2
@@ -115,10 +127,10 @@ def _totals(rows: Mapping[str, _Row]) -> dict[str, int]:
 
 
 def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
-    """FLOPs of every module by name, without those of the modules inside it, summed over its calls."""
+    """FLOPs of every module by name, summed over its calls, without those of its submodules."""
     model = _on_meta(model)
     own: dict[nn.Module, int] = {}
-    open_calls: list[tuple[int, int]] = []  # FLOPs counted when the call began, FLOPs of the calls inside it
+    open_calls: list[tuple[int, int]] = []  # FLOPs counted before the call, FLOPs of the calls inside it
     counter = FlopCounterMode(display=False)
 
     def enter(module: nn.Module, args: tuple[object, ...]) -> None:
@@ -145,7 +157,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
         if isinstance(module, FactorizedConv2d):
             module.implementation = "factorized"
         elif type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            # It does no MACs and changes no shape, but on the meta device it takes most of the time.
+            # Batch norm does no MACs and keeps the shape, but takes most of the time on the meta device.
             module.forward = _same
     return model
 
@@ -160,6 +172,6 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> None:
     try:
         with torch.no_grad():
             model(torch.zeros(1, *input_size, device="meta", dtype=dtype))
-    # timm's vision transformers assert their image's size, and unpack a shape that may be too short.
+    # timm's vision transformers assert the image size, and unpack a shape that may be too short.
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(f"the network does not run on an input of size {tuple(input_size)}: {error}") from error

@@ -1,4 +1,4 @@
-"""The library needs torch and numpy alone; what else a part of it needs comes with an extra of the package."""
+"""Optional dependencies. The library needs only torch and numpy; some parts need an extra of the package."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import importlib.util
 
 
 def need(extra: str, *modules: str) -> None:
-    """Say in one sentence which packages are missing, before something is imported that fails without them.
+    """Check that optional packages are installed, before importing them; the error says how to install them.
 
     Args:
-        extra: of this package, as in `pip install 'decef[extra]'`.
-        modules: what must be there, by the names that they are imported by.
+        extra: the extra that installs them, as in `pip install 'decef[extra]'`.
+        modules: the packages, by the names under which they are imported.
 
     Raises:
-        ImportError: one of them isn't.
+        ImportError: at least one of them is missing.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:

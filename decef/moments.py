@@ -1,8 +1,8 @@
-"""Second moments of what convolutions receive. They tell how far a change of a kernel changes the layer's output.
+"""Second moments of the inputs of convolutions. They tell how much changing a kernel changes the layer's output.
 
-Let W be a kernel with a filter in each row, V an approximation of it, and x the input patches. The squared error of the
-output is `sum ||(W - V) x||^2 = tr((W - V) S (W - V)^T)` with the second moments `S = sum x x^T`: the squared norm of
-W - V in the metric S. A few hundred images, without labels, are enough to estimate S.
+Let W be a kernel with a filter in each row, V an approximation of W, and x the input patches. The squared error of the
+output is `sum ||(W - V) x||^2 = tr((W - V) S (W - V)^T)` with the second moments `S = sum x x^T`. It is the squared
+norm of W - V in the metric S. A few hundred images without labels are enough to estimate S.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from torch import Tensor, nn
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
-MEMORY = 2**30  # bytes of moments that are collected in one pass
+MEMORY = 2**30  # bytes of moments collected in one pass
 
 
 def input_moments(
     model: nn.Module, names: Sequence[str], inputs: Iterable[object], *, memory: int = MEMORY, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Mean second moments of the input patches of convolutions, in evaluation mode.
+    """Mean second moments of the input patches of convolutions, with the network in evaluation mode.
 
     Args:
-        model: any network; it stays as it is.
-        names: which of its `torch.nn.Conv2d`s.
-        inputs: batches for the network: tensors `(B, ...)` on its device, or tuples that begin with one, as a
-            DataLoader yields them. They are iterated over once for every pass, see `memory`.
-        memory: bytes of moments that are collected in one pass over `inputs`; what does not fit takes further passes.
-        progress: show a bar.
+        model: any network; it does not change.
+        names: names of `torch.nn.Conv2d` modules in it.
+        inputs: batches for the network, on its device: tensors `(B, ...)`, or tuples that begin with one, as a
+            DataLoader yields them. Every pass iterates over them once, see `memory`.
+        memory: bytes of moments to collect in one pass over `inputs`; if they don't all fit, more passes follow.
+        progress: show a progress bar.
 
     Returns:
-        By name: `(groups, d, d)` in float64, d = `in_channels // groups * kh * kw` in the order of a kernel's weights.
-        A convolution that does not run is not among them.
+        Moments by name, `(groups, d, d)` in float64 with `d = in_channels // groups * kh * kw`, in the order of a
+        kernel's weights. Convolutions that do not run are left out.
 
     Raises:
-        ValueError: `inputs` yields nothing, or, as an iterator does, nothing any more in a further pass.
+        ValueError: `inputs` yields nothing, or is an iterator that is exhausted when a further pass begins.
+        KeyError: the network has no module of such a name.
     """
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
@@ -48,7 +49,7 @@ def input_moments(
     for wanted in bar(passes, "moments", progress):
         sums, counts, batches = _collect(model, wanted, inputs)
         if not batches:
-            raise ValueError("the data yields no batch: give a few hundred images, as something to iterate over anew")
+            raise ValueError("the data yields no batch: give a few hundred images, as a list or DataLoader")
         found |= {name: total / counts[name] for name, total in sums.items()}
     return found
 
@@ -60,14 +61,14 @@ def moments_on(
     *,
     progress: bool = False,
 ) -> Mapping[str, Tensor]:
-    """Moments from `data`: none, those that it is already, or those that are collected on it now."""
+    """Moments for `data`: none if it is None, `data` itself if it holds moments, else moments collected on it."""
     if isinstance(data, Mapping):
         return data
     return {} if data is None else input_moments(model, names, data, progress=progress)
 
 
 def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[str, nn.Conv2d]]:
-    """Groups of convolutions whose moments fit into memory together; one that alone doesn't is a group by itself."""
+    """Groups of convolutions whose moments fit into memory together; one that is too large gets its own group."""
     chosen: dict[str, nn.Conv2d] = {}
     used = 0
     for name, conv in convolutions.items():
@@ -110,7 +111,7 @@ def _collect(
 
 
 def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """The patches that a convolution multiplies its kernel with, in single precision, some images at a time.
+    """The input patches that a convolution multiplies its kernel with, in float32, a few images at a time.
 
     Args:
         conv: the convolution, of any padding, stride, dilation and groups.

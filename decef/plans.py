@@ -1,4 +1,4 @@
-"""Plan what becomes of a network's convolutions: which are factorised, at what rank, and what that saves."""
+"""Plan a conversion: which convolutions are factorised, at what rank, and what that saves."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class PlanRow:
     """What happens to one convolution.
 
-    Costs are without bias. MACs are for one input of the network; they are None where no input size was given, and for
-    a convolution that does not run.
+    Costs exclude the bias. MACs are for one input of the network. They are None if no input size was given or if the
+    convolution does not run.
     """
 
     name: str
@@ -33,7 +33,7 @@ class PlanRow:
     reason: str  # why it is kept, or which layer it shares its weight with
     rank: int | None
     max_rank: int | None
-    error: float | None  # relative error of the new layer, see `convert`; None before the plan was carried out
+    error: float | None  # relative error of the new layer, see `convert`; None until the plan is carried out
     params_before: int
     params_after: int
     macs_before: int | None
@@ -42,7 +42,7 @@ class PlanRow:
 
 @dataclass
 class Plan:
-    """A row for every convolution of a network, the layer type that they become, and the options of that type."""
+    """A row for every convolution of a network, the layer type to convert them to, and options of that type."""
 
     layer: str
     rows: list[PlanRow]
@@ -50,11 +50,11 @@ class Plan:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of every layer that is converted, by name."""
+        """Ranks of the converted layers by name."""
         return {row.name: row.rank for row in self.rows if row.action == "convert" and row.rank is not None}
 
     def to_frame(self) -> pd.DataFrame:
-        """The rows as a table."""
+        """The rows as a DataFrame; raises ImportError if pandas is not installed."""
         need("results", "pandas")
         import pandas as pd
 
@@ -67,11 +67,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote down."""
+        """The plan that `to_dict` returned as plain data."""
         return cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as YAML, to be read, edited and loaded again."""
+        """Write the plan as YAML, to read, edit and load again; raises ImportError if PyYAML is not installed."""
         need("train", "yaml")
         import yaml
 
@@ -79,7 +79,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote."""
+        """Read a plan that `save` wrote; raises ImportError if PyYAML is not installed."""
         need("train", "yaml")
         import yaml
 
@@ -101,29 +101,31 @@ def plan(
     data: Iterable[object] | Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Plan:
-    """Say what converting `model` would do; nothing is changed.
+    """Plan what converting `model` would do, without changing anything.
 
-    A number, ranks by layer name and Share are taken as they are, even where a layer then costs more than dense.
-    Energy, EffectiveRank and rules of your own leave a layer dense where the rank that they choose would save nothing,
-    in MACs if `input_size` is given, else in parameters; see `decef.ranks.Rule`. Budget chooses which layers to leave
-    dense. Convolutions that share a weight get the same rank, and their parameters count with the first of them.
+    If `rank` is a number, ranks by layer name or a `Share`, the ranks are used as given, even where a layer then costs
+    more than dense. With `Energy`, `EffectiveRank` and your own rules, a layer stays dense if its rank would save
+    nothing: in MACs if `input_size` is given, else in parameters. A rule can opt out of that, see `decef.ranks.Rule`.
+    `Budget` chooses which layers stay dense. Convolutions that share a weight get the same rank; their parameters count
+    for the first of them.
 
     Args:
         model: any network.
         layer: a layer type, a key of `decef.layers.LAYERS`; with "conv2d" every convolution is kept.
-        rank: a number, ranks by layer name, or a rule of `decef.ranks`.
-        include: names of the convolutions to convert, with `*` and `?` as wildcards; None is all.
-        exclude: names of convolutions to keep, written the same way.
-        min_kernel_size: a convolution is kept if its kernel is smaller than this in both directions.
-        input_size: shape of one input without the batch, `(3, 32, 32)` for CIFAR; without it no MACs are known.
-        data: a few hundred inputs, as for `convert`. Rules that look at energies then look at those of the layers'
-            outputs on these data, not at those of the kernels.
-        **options: passed to every new layer: `implementation`, and what its type has besides.
+        rank: a number, ranks by layer name, or a rule such as those of `decef.ranks`.
+        include: names of the convolutions to convert, with `*` and `?` as wildcards; None means all.
+        exclude: names of convolutions to keep, with the same wildcards.
+        min_kernel_size: convolutions whose kernel is smaller than this in both directions are kept.
+        input_size: shape of one input without the batch dimension, `(3, 32, 32)` for CIFAR. Needed to know the MACs.
+        data: a few hundred inputs, as for `convert`. Rules then use the energy of the layers' outputs on these data,
+            not that of the kernels.
+        **options: keyword arguments for every new layer: `implementation`, and those of its type.
 
     Raises:
-        ValueError: an unknown layer type, a pattern that matches no convolution, a rank that is not possible, a
-            budget that cannot be met, or a network that does not run on `input_size`.
-        TypeError: `rank` is none of the three, or the layer type does not know an option.
+        ValueError: an unknown layer type, a pattern that matches no convolution, an impossible rank, a budget that
+            cannot be met, an option value that the layer type refuses, data without a batch, or a network that does not
+            run on `input_size`.
+        TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
     layer_class, rule = layer_type(layer), as_rule(rank)
     sites = find_sites(model, input_size)
@@ -154,7 +156,7 @@ def layer_type(name: str) -> type[nn.Module]:
 
 
 def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict[str, tuple[int | None, str]]:
-    """By name of every candidate: its rank and no reason, or None and the reason why it is left dense."""
+    """For every candidate by name: its rank and an empty reason, or None and the reason why it stays dense."""
     ranks = rule(candidates, totals)
     final = getattr(rule, "ranks_are_final", False)
     chosen: dict[str, tuple[int | None, str]] = {}

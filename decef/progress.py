@@ -1,4 +1,4 @@
-"""Progress bars, where a person waits."""
+"""Progress bars for operations that take a while."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _T = TypeVar("_T")
 
 
 def bar(items: Sequence[_T], what: str, progress: bool = True) -> Iterable[_T]:
-    """`items`, with a progress bar on a terminal where that is asked for.
+    """`items`, with a progress bar if `progress` is true and the output is a terminal.
 
     Raises:
-        ImportError: tqdm is not installed, and a bar is asked for.
+        ImportError: `progress` is true and tqdm is not installed.
     """
     if not progress:
         return items

@@ -1,4 +1,4 @@
-"""The convolutions of a network, as planning looks at them: what stands there, what it costs, what it may become."""
+"""The convolutions of a network as a plan sees them: what they are, what they cost, what they may become."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from decef.ranks import Candidate
 class Site:
     """One convolution of the network, and what planning finds out about it.
 
-    Costs are without bias. MACs are for one input of the network. Convolutions that share a weight are several sites
-    but one `Candidate`; the parameters that they share count with the first of them.
+    Costs exclude the bias. MACs are for one input of the network. Convolutions that share a weight are several sites
+    but one `Candidate`; the parameters that they share count for the first of them.
 
     Attributes:
-        name: of the convolution in the network.
-        module: the convolution, or a layer that is factorised already.
-        sharing: names of all modules that have its weight, itself included, in the network's order.
-        inputs: shape of its input, batch of one included, at each call; None where no input size was given.
-        macs: MACs as it is; None where no input size was given, and for a convolution that does not run.
-        reason: why it is kept; empty while nothing is against converting it.
-        rank: the rank at which it is converted; None until that is decided, and if it is kept.
-        unit: the layer that it may become, at rank 1 and without storage; None if it is kept in any case.
-        macs_per_rank: MACs of `unit`, 0 where they are not known.
+        name: name of the convolution in the network.
+        module: the convolution, or a layer that is already factorised.
+        sharing: names of all modules with this weight, itself included, in the network's order.
+        inputs: shape of its input at each call, with the batch dimension; None if no input size was given.
+        macs: MACs before conversion; None if no input size was given or the convolution does not run.
+        reason: why it is kept; empty if it can be converted.
+        rank: the rank to convert it at; None if it is kept or the rank is not chosen yet.
+        unit: the layer that it would become, at rank 1 on the meta device; None if it is kept whatever the ranks.
+        macs_per_rank: MACs of `unit`; 0 if they are not known.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Site:
 
     @property
     def first(self) -> str:
-        """Name of the first module that has its weight."""
+        """Name of the first module with this weight."""
         return self.sharing[0]
 
     @property
     def params(self) -> int:
-        """Parameters as it is; 0 where an earlier module has the same weight."""
+        """Parameters before conversion; 0 if an earlier module has the same weight."""
         if self.first != self.name:
             return 0
         if isinstance(self.module, FactorizedConv2d):
@@ -60,12 +60,12 @@ class Site:
 
     @property
     def params_per_rank(self) -> int:
-        """Parameters of `unit`, without the factors where an earlier layer has the same."""
+        """Parameters of `unit`, without the factors if it shares them with an earlier layer."""
         return 0 if self.unit is None else count_parameters(self.unit, factors=self.first == self.name)
 
 
 def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> list[Site]:
-    """All convolutions of a network, in its order.
+    """All convolutions of a network, in the order of its modules.
 
     Raises:
         ValueError: the network does not run on an input of this size.
@@ -89,7 +89,7 @@ def note_kept(
     exclude: Sequence[str],
     min_kernel_size: int,
 ) -> None:
-    """Give every site that is kept, whatever the ranks, its `reason`. Arguments are those of `decef.plan`.
+    """Set the `reason` of every site that is kept whatever the ranks. For the arguments see `decef.plan`.
 
     Raises:
         ValueError: a pattern that matches no convolution.
@@ -99,7 +99,7 @@ def note_kept(
             raise ValueError(f"the pattern '{pattern}' matches no convolution of the network")
     for site in sites:
         site.reason = _reason_to_keep(site, layer_class, include, exclude, min_kernel_size)
-    # Layers can share factors, as they shared a weight, only if all of them are converted and have the same groups.
+    # Convolutions that share a weight can share factors only if all of them are converted and have the same groups.
     groups = {site.name: site.module.groups for site in sites if not site.reason}
     for site in sites:
         different = [name for name in site.sharing if groups.get(name) != site.module.groups]
@@ -114,7 +114,7 @@ def _reason_to_keep(
     exclude: Sequence[str],
     min_kernel_size: int,
 ) -> str:
-    """Why a convolution is kept, leaving aside those that share its weight; empty if nothing is against converting."""
+    """Why a convolution is kept, regardless of those that share its weight; empty if it can be converted."""
     module = site.module
     if not issubclass(layer_class, FactorizedConv2d):
         return "conv2d keeps every convolution"
@@ -139,10 +139,11 @@ def _reason_to_keep(
 
 
 def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapping[str, Any]) -> None:
-    """Give every site the layer that it may become, and that layer's cost.
+    """Set the `unit` and `macs_per_rank` of every site.
 
     Raises:
-        ValueError or TypeError: an option that the layer type does not take.
+        ValueError: the layer type refuses the value of an option.
+        TypeError: the layer type does not have an option.
     """
     macs_of = _mac_counter()
     for site in sites:
@@ -153,11 +154,11 @@ def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapp
 
 
 def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[Candidate]:
-    """What rules choose ranks for: a candidate for every weight of the sites, which have their units.
+    """The candidates that a rule chooses ranks for: one for every weight of the sites.
 
     Args:
-        sites: in the network's order.
-        moments: what `decef.moments.input_moments` found at some or all of them.
+        sites: in the network's order, each with its `unit`.
+        moments: from `decef.moments.input_moments`, for some or all of them by name.
     """
     owners: dict[str, list[Site]] = {}
     for site in sites:
@@ -184,9 +185,9 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:
-    """By the name of every Conv2d that has a weight parameter: all modules with that parameter, itself included.
+    """For every Conv2d with a weight parameter, by name: the names of all modules with that parameter.
 
-    Names are in the network's order.
+    These include the Conv2d itself. All names are in the network's order.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -201,14 +202,14 @@ def shared_weights(model: nn.Module) -> dict[str, list[str]]:
 
 
 def count_parameters(layer: FactorizedConv2d, *, factors: bool = True) -> int:
-    """Parameters of a factorised layer without its bias, and with `factors=False` without its factors."""
+    """Number of parameters of a factorised layer without its bias; with `factors=False` also without its factors."""
     left_out = {"bias", *(() if factors else layer.factors())}
     return sum(p.numel() for name, p in layer.named_parameters() if name not in left_out)
 
 
 def _mac_counter() -> Callable[[nn.Module, Sequence[tuple[int, ...]]], int]:
-    """A function that counts the MACs of a layer over all its calls, from the shape of the input at each of them."""
-    # A layer's text says everything that its MACs depend on, so layers with the same text are measured once.
+    """A function that counts the MACs of a layer over all its calls, given its input shape at each call."""
+    # A layer's repr shows everything that its MACs depend on, so layers with the same repr are measured once.
     measured: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def macs_of(layer: nn.Module, inputs: Sequence[tuple[int, ...]]) -> int:

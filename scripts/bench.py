@@ -1,4 +1,4 @@
-"""Time layers, whole networks and training, each against the dense convolution in the same run.
+"""Time layers, whole networks and training, each beside its dense counterpart in the same run.
 
 python scripts/bench.py layers networks training --out results/bench      (all three: make bench)
 """
@@ -14,12 +14,12 @@ LAYERS = ("decef", "basisconv", "cpac", "rank1")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(WHAT)}; default: all")
+    parser.add_argument("what", nargs="*", help=f"any of {', '.join(WHAT)}; default: all")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>.json, .md")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the layers' benchmark")
-    parser.add_argument("--share", type=float, default=0.5, help="of the dense FLOPs")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="images, for layers")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="for the layers benchmark")
+    parser.add_argument("--share", type=float, default=0.5, help="share of the dense FLOPs (default 0.5)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes for layers (default 1 8)")
     arguments = parser.parse_args()
     wrong = set(arguments.what) - set(WHAT)
     if wrong:
@@ -49,7 +49,7 @@ def main() -> None:
             for row in bench_layers.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):
                 rows.append(row)
                 print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
-                bench_layers.write_layers(rows, out, made)  # after every row: nothing measured is lost
+                bench_layers.write_layers(rows, out, made)  # after every row, so that nothing measured is lost
         elif what == "networks":
             for row in bench_inference.bench_inference(bench_inference.INFERENCE, arguments.share, device):
                 rows.append(row)

@@ -9,7 +9,7 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="what was run and measured")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

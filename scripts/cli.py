@@ -1,4 +1,4 @@
-"""What the command lines share: Hydra arguments checked before anything is imported or run."""
+"""What the scripts share: above all, checking Hydra arguments before anything slow is imported or run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def fail(message: str) -> NoReturn:
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """What Hydra doesn't understand as what it does.
+    """Rewrite arguments that Hydra doesn't understand.
 
-    `model=timm/<name>` as `model=timm model.name=timm/<name>`, torchvision likewise; `layer.name=<name>`, as in a W&B
-    sweep, as `layer=<name>`, so that the layer type comes with its own options.
+    `model=timm/<name>` becomes `model=timm model.name=timm/<name>`; torchvision likewise. `layer.name=<name>`, which
+    W&B sweeps use, becomes `layer=<name>`, so that the layer type comes with its own options.
     """
     expanded = []
     for argument in arguments:
@@ -52,9 +52,9 @@ def expand(arguments: list[str]) -> list[str]:
 
 
 def check_arguments(arguments: list[str]) -> None:
-    """Exit with status 2 when an override names a config group's choice or a key that there is not.
+    """Exit with status 2 if an override names a key, or a choice of a config group, that doesn't exist.
 
-    Every value of a sweep is checked, so that a typing error in the last does not show after the first has run.
+    Every value of a sweep is checked, so that a typo in the last one shows before the first one runs.
     """
     given = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra"))]
     try:
@@ -84,10 +84,11 @@ def _check_choices(group: str, values: list[str]) -> None:
 
 
 def run_config(overrides: Sequence[str]) -> RunConfig:
-    """What scripts/train.py composes from overrides.
+    """The config that scripts/train.py makes from overrides.
 
     Raises:
         ValueError: an override is wrong.
+        InputError: see `RunConfig.from_dict`.
     """
     from decef.training.config import RunConfig
 

@@ -1,4 +1,4 @@
-"""Parameters and MACs of every architecture, dense and with each layer type at a share of its FLOPs.
+"""Count parameters and MACs of every architecture, dense and with each layer type at a share of its FLOPs.
 
 python scripts/costs.py --out results/costs --page docs/layers.md
 """
@@ -11,15 +11,15 @@ from cli import fail, run_config
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn", "mobilenetv1", "mobilenetv2")
 IMAGENET = ("resnet18", "resnet34", "resnet50", "vgg16_imagenet", "vgg16_bn_imagenet", "mobilenetv1_imagenet",
             "mobilenetv2_imagenet")  # fmt: skip
-#: MobileNets' pairs as dense convolutions, which the layer types then make cheap.
+#: Networks that are also counted with dense_pairs: dense convolutions, which the layer types can then make cheaper.
 PAIRS = ("mobilenetv1", "mobilenetv2")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs")
+    parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs (default 0.667)")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
-    parser.add_argument("--page", type=Path, help="put the table into this file too, between its marks")
+    parser.add_argument("--page", type=Path, help="also put the table between this file's <!-- costs --> lines")
     arguments = parser.parse_args()
 
     from decef.data import dataset
@@ -28,7 +28,7 @@ def main() -> None:
     from decef.results.overview import replace_between
 
     if not 0 < arguments.flops <= 1:
-        fail(f"--flops {arguments.flops:g} is no share: it must be above 0 and at most 1")
+        fail(f"--flops {arguments.flops:g} is not a share: it must be above 0 and at most 1")
     imagenet = dataset("imagenet", size=224, num_classes=1000)
     networks = []
     for names, data in ((CIFAR, dataset("cifar10")), (IMAGENET, imagenet)):

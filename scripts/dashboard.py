@@ -1,4 +1,4 @@
-"""Make or update the W&B workspace of a project: python scripts/dashboard.py [--dry-run]."""
+"""Make or update a project's workspace in W&B: python scripts/dashboard.py [--dry-run]."""
 
 import argparse
 import json

@@ -1,7 +1,7 @@
-"""The runs that the claims rest on: configs/evidence.yaml.
+"""Do the runs that the claims rest on, listed in configs/evidence.yaml.
 
-python scripts/evidence.py run --hours 2.5        # what is missing, most valuable first; stops in time
-python scripts/evidence.py status                 # what is there, what is left, and how long it would take
+python scripts/evidence.py run --hours 2.5        # the missing runs, most valuable first; stops when time is up
+python scripts/evidence.py status                 # what is done, what is missing, and how long it would take
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "status"])
-    parser.add_argument("--hours", type=float, default=2.5, help="how long to run")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time, of one CPU thread each")
-    parser.add_argument("--device", default="cpu", help="cuda: the same list, schedule standard as paper")
+    parser.add_argument("--hours", type=float, default=2.5, help="time limit")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one CPU thread")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; off the CPU, schedule paper replaces standard")
     parser.add_argument("--only", nargs="+", help="names of entries; default: all")
-    parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="the list")
+    parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="file with the entries")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
-    parser.add_argument("overrides", nargs="*", help="for every run, such as wandb.mode=disabled")
+    parser.add_argument("overrides", nargs="*", help="of scripts/train.py, for every run, such as wandb.mode=disabled")
     arguments = parser.parse_intermixed_args()
     if not arguments.hours > 0 or arguments.processes < 1:
         fail("--hours must be above 0 and --processes at least 1")
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def _measure(results: Path, job: Job) -> list[str]:
-    """What is measured of a finished run: its effective ranks, or what its components are worth."""
+    """The command that measures a finished run: its effective ranks, or the significance of its components."""
     script, run = str(job.entry.after), results / "runs" / job.run_id
     out = results / "ranks" / job.run_id if script == "ranks" else results / script
     return [sys.executable, str(Path(__file__).with_name(f"{script}.py")), str(run), "--out", str(out)]

@@ -1,4 +1,4 @@
-"""Write a trained network for another engine, check it there, and time it beside torch.
+"""Export a trained network for another engine, check it there, and time it beside torch.
 
 python scripts/export.py results/runs/ID --out network.onnx          (ONNX; network.pt2: torch.export)
 python scripts/export.py resnet20 --weights resnet20-12fca82f.th --plan plan.yaml --out network.onnx
@@ -9,20 +9,20 @@ from pathlib import Path
 
 from cli import fail
 
-FORMATS = {".onnx": "onnxruntime", ".pt2": "eager"}  # and the engine to be fast in
+FORMATS = {".onnx": "onnxruntime", ".pt2": "eager"}  # by ending, the engine in which the network should be fast
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="folder of a run, or a network's name, such as resnet20 or timm/resnet18")
+    parser.add_argument("network", help="a run's folder, or a network's name such as resnet20 or timm/resnet18")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .onnx or .pt2")
-    parser.add_argument("--weights", type=Path, help="file with trained weights, for a network's name")
+    parser.add_argument("--weights", type=Path, help="file with trained weights, for a network given by name")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
-    parser.add_argument("--plan", type=Path, help="convert by this plan first (decef.Plan.save)")
-    parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="of the input; default: the run's")
-    parser.add_argument("--batch", type=int, default=1, help="batch size to be fast at (default 1)")
+    parser.add_argument("--plan", type=Path, help="first convert by this plan (from decef.Plan.save)")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="input size; default: the network's")
+    parser.add_argument("--batch", type=int, default=1, help="batch size to optimise for (default 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free in an ONNX file")
-    parser.add_argument("--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches")
+    parser.add_argument("--form", default="fastest", help="of layers: fastest, reconstructed, factorized or branches")
     arguments = parser.parse_args()
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")

@@ -14,13 +14,13 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/; figures/ goes there")
-    parser.add_argument("--network", help="write <results>/filters first, of this model or run")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/; gets figures/")
+    parser.add_argument("--network", help="first write <results>/filters for this model or run")
     parser.add_argument("--weights", type=Path, help="file with the model's trained weights")
     parser.add_argument("--layer", help="the convolution whose eigen-filters are drawn; default: the middle one")
     arguments = parser.parse_args()
     if not arguments.network and (arguments.weights or arguments.layer):
-        fail("--weights and --layer say what of a network is wanted: name it with --network")
+        fail("--weights and --layer belong to a network: name it with --network")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.models.weights import describe_file

@@ -1,4 +1,4 @@
-"""Effective rank against depth of any network.
+"""Measure the effective ranks of any network by depth.
 
 python scripts/ranks.py results/runs/<run id>                       # a run: its last checkpoint, or all it kept
                                                                     # (train with keep_checkpoints=true)
@@ -18,9 +18,11 @@ def main() -> None:
     parser.add_argument("network", help="a run's folder, a model of configs/model, timm/<name> or torchvision/<name>")
     parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
-    parser.add_argument("--threshold", type=float, default=0.3, help="share of the largest singular value that counts")
     parser.add_argument(
-        "--out", type=Path, help="write <out>.csv, .json, .png and .svg too; claims count a run's under its id"
+        "--threshold", type=float, default=0.3, help="a singular value counts from this share of the largest"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="also write <out>.csv, .json, .png, .svg; for a run to count in claims, use its id"
     )
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Write results/report.html, claims, tables, charts and runs on one page: python scripts/report.py [--results DIR]."""
+"""Write claims, tables, charts and runs as one page, results/report.html: python scripts/report.py [--results DIR]."""
 
 import argparse
 import logging
@@ -13,7 +13,7 @@ def main() -> None:
         "--results",
         type=Path,
         default=Path("results"),
-        help="what was run and measured; report.html goes there too",
+        help="the results folder; report.html is written there",
     )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""What CPAC's feature maps are worth: remove them one by one from trained networks.
+"""Measure what CPAC's components are worth: remove them one by one from trained networks.
 
 python scripts/significance.py results/runs/<run of layer=cpac> ... --out results/significance
 """
@@ -13,7 +13,7 @@ from cli import fail
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that still have their checkpoints")
-    parser.add_argument("--root", type=Path, help="where the data are; default: as for training")
+    parser.add_argument("--root", type=Path, help="folder with the data; default: as for training")
     parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
     arguments = parser.parse_args()
 

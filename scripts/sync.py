@@ -1,4 +1,4 @@
-"""Upload the runs that W&B hasn't got yet: python scripts/sync.py [--results FOLDER]."""
+"""Upload the runs that W&B doesn't have yet: python scripts/sync.py [--results FOLDER]."""
 
 import argparse
 import os

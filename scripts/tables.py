@@ -10,13 +10,15 @@ from cli import fail
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/; tables/ goes there too"
+        "--results", type=Path, default=Path("results"), help="folder with runs/; tables/ is written there too"
     )
     parser.add_argument("--source", choices=["local", "wandb"], default="local", help="where the run records are")
     parser.add_argument("--project", default="decef", help="W&B project")
     parser.add_argument("--entity", help="W&B entity; default: the account's")
-    parser.add_argument("--readme", type=Path, help="put the overview into this file too, between its marks")
-    parser.add_argument("--print", metavar="NAME", help="also print the tables whose name begins so, 'all' for all")
+    parser.add_argument("--readme", type=Path, help="also put the overview between this file's <!-- results --> lines")
+    parser.add_argument(
+        "--print", metavar="NAME", help="also print tables whose names begin with NAME; 'all': every table"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

@@ -3,11 +3,11 @@
 python scripts/train.py dataset=cifar10 model=resnet20 layer=decef layer.rank=4 train=quick seed=0
 python scripts/train.py -m layer=conv2d,decef,basisconv,basisconv2021,cpac,rank1 layer.flops=0.667 seed=0,1,2
 
-Run again, the same command skips what is finished and resumes what is not. configs/ says what there is to choose.
+The same command, run again, skips what is finished and resumes what is not. configs/ has all settings and choices.
 
 python scripts/train.py --from results/runs/<run id> [results=replayed] [device=cpu] [dataset.root=FOLDER]
 
-does a recorded run exactly again, elsewhere, and says whether the same came out.
+repeats a recorded run exactly, in another folder, and says whether the same came out.
 """
 
 import logging
@@ -24,8 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-PLACES = ("results", "device", "dataset.root", "model.weights")  # what a run that is done again may be given
-SWEEP = "DECEF_SWEEP"  # names the sweep to all of its jobs, which may be other processes
+PLACES = ("results", "device", "dataset.root", "model.weights")  # the settings that --from takes
+SWEEP = "DECEF_SWEEP"  # this variable tells the sweep's id to its jobs, which may be other processes
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
             if isinstance(error, FloatingPointError):
                 sys.exit(f"the training failed: {error}")
             raise
-        # The other jobs of a sweep go on; this one is named when all are over.
+        # The other jobs of a sweep still run; the failed ones are listed at the end.
         job = " ".join(HydraConfig.get().overrides.task)
         logging.error("FAILED %s: %s", job, error, exc_info=not isinstance(error, InputError))
         failures = _failures(cfg.results)
@@ -59,7 +59,7 @@ def _failures(results: str) -> Path:
 
 
 def train_again(arguments: list[str]) -> None:
-    """`--from FOLDER`, then where to do it, as overrides."""
+    """Repeat a recorded run. `arguments` are --from, its folder, then where to run, as overrides."""
     from decef.training.config import InputError
     from decef.training.record import first_difference, read_metrics, replay
     from decef.training.run import run
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:])
     os.environ.setdefault(SWEEP, uuid.uuid4().hex)
-    # The jobs of other launchers are processes that must find what this file imports.
+    # Some launchers run jobs as processes of their own, which must find what this file imports.
     paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     try:

@@ -1,4 +1,4 @@
-"""Top-1 of a trained CIFAR-10 network right after decomposition, without fine-tuning, for each layer type and budget.
+"""Measure a trained CIFAR-10 network right after decomposition, without fine-tuning, for each layer type and budget.
 
 python scripts/without_finetuning.py resnet20 --weights resnet20-12fca82f.th --out results/without_finetuning/resnet20
 """
@@ -13,12 +13,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a model of configs/model, or a run's folder")
     parser.add_argument("--weights", type=Path, help="file with trained weights")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
+    )
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
-    what = "that the network expects; default: what a run was trained with, ImageNet's for other weights"
+    what = "per channel, as the network expects; default: those of the run, else ImageNet's"
     parser.add_argument("--mean", type=float, nargs=3, help=what)
     parser.add_argument("--std", type=float, nargs=3, help=what)
-    parser.add_argument("--images", type=int, default=512, help="training images for the outputs; 0: kernels alone")
+    parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on; 0: kernels only")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
@@ -33,7 +35,7 @@ def main() -> None:
     from decef.training.record import load_config
     from decef.training.recorder import environment
 
-    made = environment("cpu", torch.get_num_threads())  # of the code that runs, before it may change
+    made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     try:

@@ -1,7 +1,56 @@
-"""What holds for every test."""
+"""What holds for every test, and the command lines, whose slow imports all tests share."""
 
+import json
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from support import ROOT
 
 # Before torch is imported: several workers of pytest-xdist would else use every core each, and so would their children.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Every command line is a process of its own, with its own environment and folder.
+DRIVER = r"""
+import json, os, runpy, sys
+import hydra, pandas, wandb
+import decef.inference.export, decef.results.dashboard, decef.results.figures, decef.results.tables, decef.training.run
+for line in sys.stdin:
+    command, environment, folder, out = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        for descriptor, path in enumerate((os.devnull, f"{out}/stdout", f"{out}/stderr")):
+            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.argv = command
+        sys.path.insert(0, os.path.dirname(command[0]))
+        runpy.run_path(command[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Runs a script of scripts/, or another by its path, as somebody would type it who has no W&B account."""
+    start = [sys.executable, "-c", DRIVER]
+    plain = {**os.environ, "WANDB_MODE": "offline", "NETRC": "/nonexistent"}
+    with (
+        tempfile.TemporaryDirectory() as out,
+        subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as driver,
+    ):
+
+        def run(script, *arguments, cwd=ROOT, env=None):
+            command = [str(ROOT / "scripts" / script), *map(str, arguments)]
+            print(json.dumps([command, env or plain, str(cwd), out]), file=driver.stdin, flush=True)
+            status = int(driver.stdout.readline())
+            said = [Path(out, name).read_text() for name in ("stdout", "stderr")]
+            return subprocess.CompletedProcess(command, status, *said)
+
+        yield run

@@ -1,7 +1,6 @@
 import dataclasses
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -59,16 +58,11 @@ def test_kernels_of_a_network_in_training_are_those_of_evaluation(layer):
         assert not weight.requires_grad
 
 
-def test_ranks_of_a_run_over_its_epochs(tmp_path):
+def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     run(config(tmp_path, keep_checkpoints=True, layer={"name": "conv2d"}))
     (folder,) = (tmp_path / "runs").iterdir()
     out = tmp_path / "figures" / "ranks"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "ranks.py"), str(folder), "--out", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = call("ranks.py", folder, "--out", out)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(out.with_suffix(".csv"))
     assert table.network.unique().tolist() == ["epoch 1", "epoch 2"]
@@ -131,10 +125,10 @@ def test_accuracy_without_finetuning_falls_with_the_budget(trained, tmp_path):
     by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
     assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]
     assert by_budget.loc["0.900", "mean_error"] < by_budget.loc["0.300", "mean_error"]
-    write_rows(rows, tmp_path / "untuned", "a test", environment("cpu", 1))
-    text = (tmp_path / "untuned.md").read_text()
+    write_rows(rows, tmp_path / "rows", "a test", environment("cpu", 1))
+    text = (tmp_path / "rows.md").read_text()
     assert f"{dense['top1']:.2f}".rstrip("0") in text
-    assert len(pd.read_csv(tmp_path / "untuned.csv")) == 17
+    assert len(pd.read_csv(tmp_path / "rows.csv")) == 17
 
 
 @pytest.fixture

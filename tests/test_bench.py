@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -135,15 +133,13 @@ def test_whole_networks(tmp_path, quick):
     assert "the usual script" in (tmp_path / "training.md").read_text()
 
 
-def test_what_the_command_refuses():
+def test_what_the_command_refuses(call):
     for arguments, message in (
         (["speed"], "there is no benchmark speed; there are layers, networks, training"),
         (["layers", "--share", "2"], "--share 2 must be above 0"),
         (["layers", "--device", "cuda:99"], "torch sees no GPU"),
     ):
-        done = subprocess.run(
-            [sys.executable, "scripts/bench.py", *arguments], capture_output=True, text=True, timeout=300
-        )
+        done = call("bench.py", *arguments)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 """The command lines, as a user types them."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=192", "wandb.mode=disabled"]
 
 
@@ -19,18 +18,11 @@ def command(script, *arguments):
     return [sys.executable, str(ROOT / "scripts" / script), *arguments]
 
 
-def call(script, *arguments, cwd, **kwargs):
-    environment = {**os.environ, "WANDB_MODE": "offline", "NETRC": "/nonexistent"}
-    return subprocess.run(
-        command(script, *arguments), cwd=cwd, capture_output=True, text=True, env=environment, timeout=300, **kwargs
-    )
-
-
 def records(results):
     return {p.parent.name: json.loads(p.read_text()) for p in sorted(Path(results, "runs").glob("*/summary.json"))}
 
 
-def test_a_sweep_a_failed_job_a_rerun_and_the_table(tmp_path):
+def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
     sweep = ["-m", "layer=conv2d,decef,basisconv,cpac,rank1", "seed=0", "layer.flops=0.3,0.16", *TINY]
     first = call("train.py", *sweep, cwd=tmp_path)
     assert first.returncode == 1, first.stderr
@@ -49,7 +41,7 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_a_record_is_done_again(tmp_path):
+def test_a_record_is_done_again(call, tmp_path):
     assert call("train.py", "layer=cpac", "threads=1", *TINY, cwd=tmp_path).returncode == 0
     (name,) = records(tmp_path / "results")
     again = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
@@ -69,7 +61,7 @@ def test_a_record_is_done_again(tmp_path):
     assert (missing.returncode, "is no run's record" in missing.stderr) == (2, True)
 
 
-def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
+def test_a_killed_run_is_resumed_and_ends_the_same(call, tmp_path):
     arguments = ["layer=decef", *TINY, "train.epochs=4", "threads=1"]
     whole = call("train.py", *arguments, f"results={tmp_path / 'whole'}", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -102,7 +94,7 @@ def test_a_killed_run_is_resumed_and_ends_the_same(tmp_path):
         ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
     ],
 )
-def test_other_launchers_name_what_failed(tmp_path, launcher):
+def test_other_launchers_name_what_failed(call, tmp_path, launcher):
     sweep = ["-m", "layer=decef", "layer.flops=0.3,0.01", "train.epochs=1", *TINY, *launcher]
     done = call("train.py", *sweep, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -111,7 +103,7 @@ def test_other_launchers_name_what_failed(tmp_path, launcher):
     assert [summary["status"] for summary in records(tmp_path / "results").values()] == ["finished"]
 
 
-def test_any_network_of_timm(tmp_path):
+def test_any_network_of_timm(call, tmp_path):
     shown = call("train.py", "model=timm/resnet10t", "layer=decef", *TINY, "--cfg", "job", cwd=tmp_path)
     assert "name: timm/resnet10t" in shown.stdout
     done = call("train.py", "-m", "model=timm/resnet10t,resnet20", *TINY, cwd=tmp_path)
@@ -131,7 +123,7 @@ def test_any_network_of_timm(tmp_path):
         (["results=file"], "cannot be written"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(tmp_path, arguments, message):
+def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, message):
     (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     done = call("train.py", "dataset=digits", "wandb.mode=disabled", *arguments, cwd=tmp_path)
@@ -162,7 +154,7 @@ def test_importing_the_package_imports_nothing_heavy_but_torch():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_tables_without_runs_say_what_to_do(tmp_path):
+def test_tables_without_runs_say_what_to_do(call, tmp_path):
     done = call("tables.py", cwd=tmp_path)
     assert done.returncode == 2
     assert "make quickstart" in done.stderr

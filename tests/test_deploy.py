@@ -1,6 +1,5 @@
 """Every fast path computes what the network does: plain convolutions, folded batch norms, other engines, files."""
 
-import subprocess
 import sys
 
 import pytest
@@ -193,14 +192,18 @@ def test_onnx_with_a_free_batch():
     assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
 
 
-def export(*arguments):
-    done = subprocess.run(
-        [sys.executable, "scripts/export.py", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def export(call):
+    """What scripts/export.py says, with its status."""
+
+    def export(*arguments):
+        done = call("export.py", *arguments)
+        return done.returncode, done.stdout + done.stderr
+
+    return export
 
 
-def test_export_as_typed(tmp_path):
+def test_export_as_typed(export, tmp_path):
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=10)
     plan = decef.plan(model, "basisconv", rank=Budget(flops=0.5), exclude="conv1", input_size=(3, 32, 32))
@@ -236,7 +239,7 @@ def test_a_torch_program_is_the_network(tmp_path):
         (["resnet20", "--out", "network.onnx", "--size", "3", "4"], "expected 3 arguments"),
     ],
 )
-def test_export_refuses(arguments, message):
+def test_export_refuses(export, arguments, message):
     code, said = export(*arguments)
     assert code == 2
     assert message in said

@@ -1,7 +1,6 @@
 """The queue of runs: what is wanted once is run once, stops in time, goes on, and says what failed."""
 
 import json
-import subprocess
 import sys
 import time
 
@@ -14,31 +13,26 @@ from decef.training.evidence import Entry, Job, list_jobs, load_entries, run_job
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
 
-def call(*arguments, timeout=300):
-    script = [sys.executable, str(ROOT / "scripts" / "evidence.py"), *map(str, arguments)]
-    return subprocess.run(script, capture_output=True, text=True, timeout=timeout)
-
-
 def write(path, *entries):
     path.write_text(yaml.safe_dump(list(entries)))
     return ["--list", path, "--results", path.parent / "results"]
 
 
-def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(tmp_path):
+def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(call, tmp_path):
     first = {"name": "first", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
     first["sweep"] = {"layer": ["conv2d", "decef"], "layer.flops": [0.5, 0.667]}
     second = {**first, "name": "second", "overrides": f"{TINY} train.lr=1e20", "sweep": {"layer": ["conv2d"]}}
     there = write(tmp_path / "list.yaml", first, second)
-    done = call("run", *there, "wandb.mode=disabled")
+    done = call("evidence.py", "run", *there, "wandb.mode=disabled")
     assert done.returncode == 1
     assert done.stdout.count("begins: ") == 4  # the dense network is one run at both budgets
     assert "the training failed: the loss is not finite any more" in done.stderr
     summaries = [json.loads(p.read_text()) for p in (tmp_path / "results" / "runs").glob("*/summary.json")]
     assert sorted(s["status"] for s in summaries) == ["failed", "finished", "finished", "finished"]
-    status = call("status", *there).stdout
+    status = call("evidence.py", "status", *there).stdout
     assert "| first        | 3/3" in status
     assert "| second       | 0/1" in status
-    again = call("run", *there, "--only", "first")
+    again = call("evidence.py", "run", *there, "--only", "first")
     assert (again.returncode, again.stdout) == (0, "")
 
 
@@ -59,14 +53,14 @@ def test_time_is_up(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("run-*")) == ["run-0", "run-1"]
 
 
-def test_what_cannot_start_is_said(tmp_path):
+def test_what_cannot_start_is_said(call, tmp_path):
     good = {"name": "good", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
     there = write(tmp_path / "list.yaml", {**good, "name": "bad", "overrides": f"{TINY} model.weights=none.th"}, good)
-    status = call("status", *there)
+    status = call("evidence.py", "status", *there)
     assert status.returncode == 0
     assert "bad can't start here: there is no file of weights none.th" in status.stdout
     assert "| good " in status.stdout
-    unknown = call("run", *there, "--only", "goood")
+    unknown = call("evidence.py", "run", *there, "--only", "goood")
     assert (unknown.returncode, "no entry goood; there are bad, good" in unknown.stderr) == (2, True)
 
 

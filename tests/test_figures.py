@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -24,15 +22,6 @@ from decef.results.networks import load_networks
 from decef.results.tables import summarize
 from decef.training.record import load_records, read_metrics
 from decef.training.run import run
-
-
-def figures_script(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "figures.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +81,7 @@ def test_curves_are_the_metrics_mean_and_range(records):
         assert (edge.min(), edge.max()) == pytest.approx((seeds[:, epoch - 1].min(), seeds[:, epoch - 1].max()))
 
 
-def test_untuned_curves_are_the_csv():
+def test_curves_without_finetuning_are_the_csv():
     frame = pd.read_csv(ROOT / "results" / "without_finetuning" / "resnet20.csv")
     drawn = lines(plots.plot_without_finetuning(frame).axes[0])
     for nearest, prefix in (("outputs", "{}"), ("kernels", "_{}, kernels")):
@@ -133,7 +122,7 @@ def test_significance_is_sorted_and_complete():
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(call, tmp_path_factory):
     """A results folder with everything there is a figure of, and its figures."""
     results = tmp_path_factory.mktemp("results")
     model = {"name": "plain", "width": 0.25, "relu": True, "dense_stem": True}
@@ -149,7 +138,7 @@ def drawn(tmp_path_factory):
     (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
     (results / "without_finetuning").mkdir()
     shutil.copy(ROOT / "results" / "without_finetuning" / "resnet20.csv", results / "without_finetuning")
-    done = figures_script("--results", results, "--network", folder)
+    done = call("figures.py", "--results", results, "--network", folder)
     assert done.returncode == 0, done.stderr
     return results, done, tables
 
@@ -214,8 +203,8 @@ def test_cost_bars_are_the_ranks_that_ran(records):
         assert total[layer.get_label()] + linear == pytest.approx(macs[layer.get_label()])
 
 
-def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(tmp_path):
-    done = figures_script("--results", tmp_path)
+def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(call, tmp_path):
+    done = call("figures.py", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said == [
@@ -232,8 +221,8 @@ def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):
     assert len(json.loads((tmp_path / "filters" / "x.json").read_text())["eigenfilters"]["filters"][0]) == 3
 
 
-def test_what_the_script_cannot_do(tmp_path):
-    done = figures_script("--results", tmp_path, "--weights", "w.th")
+def test_what_the_script_cannot_do(call, tmp_path):
+    done = call("figures.py", "--results", tmp_path, "--weights", "w.th")
     assert done.returncode == 2
     assert "name it with --network" in done.stderr
     with pytest.raises(ValueError, match="no convolution 'conv9'"):

@@ -145,7 +145,7 @@ def test_compose_is_the_formula_of_the_docstring(cls, groups):
 @pytest.mark.parametrize("cls", TYPES)
 def test_implementation_says_what_runs(cls, monkeypatch):
     layer, x, calls = make(cls), torch.randn(1, 4, 5, 5, dtype=F64), []
-    for name in ("factorized", "compose"):
+    for name in ("forward_factorized", "compose"):
         whole = getattr(layer, name)
         monkeypatch.setattr(layer, name, lambda *a, name=name, whole=whole: calls.append(name) or whole(*a))
 
@@ -155,10 +155,10 @@ def test_implementation_says_what_runs(cls, monkeypatch):
         layer(x)
         return list(calls)
 
-    assert runs("factorized") == ["factorized"]
+    assert runs("factorized") == ["forward_factorized"]
     assert runs("reconstructed") == ["compose"]
     for seconds, expected in (
-        ({"factorized": 1, "reconstructed": 2}, "factorized"),
+        ({"factorized": 1, "reconstructed": 2}, "forward_factorized"),
         ({"factorized": 2, "reconstructed": 1}, "compose"),
     ):
         monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", {})

@@ -13,7 +13,8 @@ import wandb
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from test_cli import ROOT, command
+from support import ROOT
+from test_cli import command
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import ENTITY, WandbServer
 
@@ -32,44 +33,6 @@ def environment(folder, url):
     times = {"WANDB_INIT_TIMEOUT": "3", "WANDB_FINISH_TIMEOUT": "3", "WANDB_ERROR_REPORTING": "false"}
     key = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": url}
     return {**clean, **folders, **times, **key, "HOME": str(folder), "NETRC": str(folder / "netrc")}
-
-
-# Every command line is a process of its own, with its own environment and folder; they share the slow imports.
-DRIVER = r"""
-import json, os, runpy, sys
-import decef.results.dashboard, decef.training.run, decef.results.tables, hydra, wandb
-for line in sys.stdin:
-    command, environment, folder = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        for descriptor, path in enumerate((os.devnull, "stdout", "stderr")):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
-        sys.argv = command
-        sys.path.insert(0, os.path.dirname(command[0]))
-        runpy.run_path(command[0], run_name="__main__")
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def call():
-    """Runs a command line of scripts/ in an environment, in the environment's HOME."""
-    start = [sys.executable, "-c", DRIVER]
-    with subprocess.Popen(start, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as driver:
-
-        def run(env, script, *arguments):
-            folder = Path(env["HOME"])
-            print(json.dumps([command(script, *arguments)[1:], env, str(folder)]), file=driver.stdin, flush=True)
-            status = int(driver.stdout.readline())
-            return subprocess.CompletedProcess(
-                arguments, status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
-            )
-
-        yield run
 
 
 def records(env):
@@ -98,7 +61,9 @@ def mirrored(call, tmp_path_factory):
     server, folder = WandbServer(), tmp_path_factory.mktemp("online")
     env = environment(folder, server.url)
     online = ["wandb.mode=online", "wandb.artifacts=true"]
-    done = call(env, "train.py", "-m", "layer=decef", "train.label_smoothing=0.0,0.1", *TINY, *online)
+    done = call(
+        "train.py", "-m", "layer=decef", "train.label_smoothing=0.0,0.1", *TINY, *online, cwd=env["HOME"], env=env
+    )
     assert done.returncode == 0, done.stderr
     yield server, env
     server.stop()
@@ -124,7 +89,7 @@ def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
     results = Path(env["HOME"], "results")
     write_tables(load_records(results), results / "local")
     local = {path.name: path.read_bytes() for path in (results / "local").iterdir()}
-    done = call(env, "tables.py", "--source", "wandb")
+    done = call("tables.py", "--source", "wandb", cwd=env["HOME"], env=env)
     assert done.returncode == 0, done.stderr
     assert len(local) == 4
     assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == local
@@ -135,14 +100,14 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     env = environment(tmp_path, server.url)
     server.refuse_after = "file_stream"  # the first run loses W&B on its way, the second never reaches it
     started = time.monotonic()
-    done = call(env, "train.py", "-m", "seed=0,1", *TINY, "wandb.mode=online")
+    done = call("train.py", "-m", "seed=0,1", *TINY, "wandb.mode=online", cwd=env["HOME"], env=env)
     assert time.monotonic() - started < 120
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B has not taken all of this run") == 1
     assert done.stdout.count("W&B does not take this run, so it is mirrored offline") == 1
     assert [summary["status"] for summary in records(env).values()] == ["finished"] * 2
     server.refuse_after, server.status = None, 401
-    refused = call(env, "sync.py")
+    refused = call("sync.py", cwd=env["HOME"], env=env)
     assert refused.returncode == 2
     assert "W&B cannot be reached" in refused.stderr
     server.status = 200
@@ -150,7 +115,7 @@ def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
     unreadable.parent.mkdir(parents=True)
     unreadable.write_bytes(b"")
     (unreadable.parents[2] / "summary.json").write_text('{"status": "failed"}')
-    done = call(env, "sync.py")
+    done = call("sync.py", cwd=env["HOME"], env=env)
     assert done.returncode == 1
     assert done.stdout.count("uploaded digits-") == 2
     assert "1 of 3 runs could not be uploaded" in done.stderr
@@ -171,7 +136,7 @@ def test_a_run_that_wandb_refuses_on_its_way_is_left_for_sync(call, tmp_path):
         "t = Tracker('online', run_id='a', folder=Path('runs/a'), config={}, group='g', tags=[], project='decef')\n"
         "t.log({'epoch': 1, 'test_top1': 10.0}); t.finish({'test_top1': 10.0})\n"
     )
-    done = call(environment(tmp_path, server.url), script)
+    done = call(script, cwd=tmp_path, env=environment(tmp_path, server.url))
     assert done.returncode == 0, done.stderr
     assert "W&B has not taken all of this run" in done.stderr
     assert [folder.parents[1].name for folder in offline_runs(tmp_path)] == ["a"]
@@ -189,11 +154,11 @@ def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(
                 run.kill()
                 break
     assert not offline_runs(tmp_path / "results")  # its log isn't whole
-    done = call(env, "train.py", *arguments)
+    done = call("train.py", *arguments, cwd=env["HOME"], env=env)
     assert "goes on after epoch" in done.stdout
     assert "make sync" in done.stdout
     assert not server.asked
-    done = call(env, "sync.py")
+    done = call("sync.py", cwd=env["HOME"], env=env)
     assert done.returncode == 0, done.stderr
     assert "uploaded digits-" in done.stdout
     assert not offline_runs(tmp_path / "results")
@@ -270,11 +235,11 @@ def test_the_dashboard_is_made_once_and_updated(call, mirrored):
     dry = call({**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}, "dashboard.py", "--dry-run")
     assert dry.returncode == 0, dry.stderr
     assert not server.views
-    first = call(env, "dashboard.py")
+    first = call("dashboard.py", cwd=env["HOME"], env=env)
     assert first.returncode == 0, first.stderr
     (view,) = server.views.values()
     before, view["spec"] = view["spec"], view["spec"].replace("Training loss", "An old title")
-    again = call(env, "dashboard.py")
+    again = call("dashboard.py", cwd=env["HOME"], env=env)
     assert again.returncode == 0, again.stderr
     assert first.stdout == again.stdout == f"{server.url}/{ENTITY}/decef?nw=decefdashboard\n"
     (now,) = server.views.values()

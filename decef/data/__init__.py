@@ -1,4 +1,4 @@
-"""Datasets, found on disk, downloaded, or bundled; small ones as uint8 tensors, large ones read as they are wanted."""
+"""Datasets found on disk, downloaded or bundled. Small ones are uint8 tensors, large ones are read on demand."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a dataset before it is loaded.
+    """What is known about a dataset before it is loaded.
 
     Args:
         input_size: `(channels, height, width)`.
-        num_classes: number of labels.
-        mean, std: per channel, of pixels scaled to [0, 1], over the training part.
-        read: returns the training and the test images; takes the folder to look in first.
+        num_classes: number of classes.
+        mean, std: per channel over the training images, with pixels scaled to [0, 1].
+        read: takes the folder to look in first, and returns the training and the test images.
     """
 
     input_size: tuple[int, int, int]
@@ -42,13 +42,14 @@ class Dataset:
 
         Args:
             root: folder to look in first.
-            crop_padding: of images in memory, see `Images`.
-            flip: whether training images are mirrored half of the times.
-            workers: processes that read images from folders.
+            crop_padding: for training images in memory, see `Images`.
+            flip: whether training images are mirrored with probability 1/2.
+            workers: number of processes that read images from folders.
 
         Raises:
-            FileNotFoundError: the dataset is nowhere and cannot be downloaded.
-            ValueError: a file is damaged, or a folder has other classes than expected.
+            FileNotFoundError: the dataset is not found and cannot be downloaded.
+            ValueError: a file is damaged, or a folder does not have the expected classes.
+            ImportError: a package that reads the dataset is not installed.
         """
         train, test = (replace(part, mean=self.mean, std=self.std) for part in self.read(root))
         if isinstance(train, Images):
@@ -58,7 +59,7 @@ class Dataset:
         return replace(train, flip=flip, workers=workers), replace(test, workers=workers)
 
 
-#: Datasets of one size, which are held in memory.
+#: Datasets of a fixed image size, which are held in memory.
 DATASETS = {
     "cifar10": Dataset((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), load_cifar10),
     "cifar100": Dataset((3, 32, 32), 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), load_cifar100),
@@ -68,9 +69,9 @@ DATASETS = {
     "magnetic_tile": Dataset((1, 100, 100), 6, (0.3919,), (0.1790,), load_magnetic_tile),
     "digits": Dataset((1, 8, 8), 10, (0.2874,), (0.3540,), load_digits),
 }
-#: Datasets in folders, of the size and with the classes that are asked for, by the names that the folder may have.
+#: Datasets in folders, with the names that the folder may have. The caller gives image size and number of classes.
 FOLDERS = {"imagenet": ("imagenet", "ILSVRC2012", "imagenet-1k"), "imagefolder": ()}
-#: Options that one dataset has.
+#: Options that only one dataset has, by dataset.
 OPTIONS = {"mnist": ("split_test",), "magnetic_tile": ("as_published",)}
 
 
@@ -83,13 +84,13 @@ def dataset(
     num_classes: int | None = None,
     **options: bool,
 ) -> Dataset:
-    """A dataset by name; nothing is read.
+    """A dataset by name; nothing is read yet.
 
     Args:
         name: a key of `DATASETS` or `FOLDERS`.
-        mean, std: other than the dataset's own.
-        size, num_classes: of `FOLDERS`.
-        **options: of `OPTIONS`.
+        mean, std: per channel; None means the dataset's own.
+        size, num_classes: image size in pixels and number of classes; required for `FOLDERS`, else ignored.
+        **options: those of `OPTIONS`.
 
     Raises:
         ValueError: there is no such dataset, or it doesn't take these settings.
@@ -121,7 +122,7 @@ def dataset(
 
 
 def count_classes(root: Path | None) -> int:
-    """How many classes a folder of images has.
+    """Number of classes in a folder of images.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -20,8 +20,8 @@ TEST_FILE = "test_batch"
 IMAGES_PER_FILE = 10_000
 PIXELS = 3 * 32 * 32
 PY_FOLDER, BIN_FOLDER = "cifar-10-batches-py", "cifar-10-batches-bin"
-#: Of the official files. Python version: as torchvision checks them. Binary version: of the same labels and pixels in
-#: the same order, a byte and 3,072 bytes per image; the SHA-1 of these bytes is what MXNet's CIFAR10 checks.
+#: MD5 of the official files. Python version: as torchvision checks them. Binary version: of the same labels and pixels
+#: in the same order, a byte and 3,072 bytes per image; the SHA-1 of these bytes is the one that MXNet's CIFAR10 checks.
 MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -41,12 +41,12 @@ MD5 = {
 def load_cifar10(root: Path | None = None) -> tuple[Images, Images]:
     """The 50,000 training and the 10,000 test images `(3, 32, 32)`, in the official order.
 
-    Looks for `cifar-10-batches-py` or `cifar-10-batches-bin` in `root`, else in `$DECEF_DATA`, else in `data/`, and
-    downloads to the first of these that is given when none has it.
+    Looks for `cifar-10-batches-py` or `cifar-10-batches-bin` in `root` and `$DECEF_DATA`, or in `data/` if neither is
+    given. If none of these folders has it, it is downloaded into the first.
 
     Raises:
-        FileNotFoundError: it is nowhere and cannot be downloaded, or a file of it is missing.
-        ValueError: a file is not the official one, bit for bit.
+        FileNotFoundError: it is not found and cannot be downloaded, or one of its files is missing.
+        ValueError: a file differs from the official one.
     """
     folder = find_cifar10(root) or _download(root)
     suffix, read = (".bin", _read_bin) if folder.name == BIN_FOLDER else ("", _read_pickle)
@@ -60,7 +60,7 @@ def load_cifar10(root: Path | None = None) -> tuple[Images, Images]:
 
 
 def find_cifar10(root: Path | None = None) -> Path | None:
-    """The folder of CIFAR-10's files, None when there is none in the search path."""
+    """The folder with CIFAR-10's files, or None if it is not on the search path."""
     for folder in search_path(root):
         for candidate in (folder, folder / PY_FOLDER, folder / BIN_FOLDER):
             if candidate.name in (PY_FOLDER, BIN_FOLDER) and candidate.is_dir():
@@ -97,11 +97,11 @@ def _read_bin(path: Path) -> Images:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and plain containers; a file with anything else is not CIFAR-10."""
+    """Unpickles only NumPy arrays and plain containers; a file with anything else is not CIFAR-10."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.split(".")[0], name) in {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")}:
-            # The files name a module that NumPy has moved since; any array knows the function itself.
+            # NumPy has since moved the module that the files name; any array knows the function itself.
             return np.empty(0).__reduce__()[0] if name == "_reconstruct" else getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)

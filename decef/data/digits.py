@@ -17,12 +17,16 @@ TEST_IMAGES = 360
 
 
 def load_digits(root: Path | None = None) -> tuple[Images, Images]:
-    """1,437 training and 360 test images `(1, 8, 8)`, always the same stratified split; `root` is not looked at."""
+    """1,437 training and 360 test images `(1, 8, 8)`, always the same stratified split; `root` is ignored.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     need("train", "sklearn")
     from sklearn.datasets import load_digits as bundled
 
     digits = bundled()
-    # 17 grey levels, 0 to 16, spread over a byte.
+    # 17 grey levels, 0 to 16, spread over a byte
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).long()
     return stratified_split(Images(images, labels), TEST_IMAGES)

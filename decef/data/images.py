@@ -1,4 +1,4 @@
-"""What the training loop takes its batches from; images that live as one tensor on the training device."""
+"""The interface that gives the training loop its batches, and images held as one tensor on the training device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]  # uint8 images, labels
-Part = tuple[int, int]  # which of how many processes
+Part = tuple[int, int]  # (i, n): process i of n
 
 
 class Data(Protocol):
@@ -20,45 +20,45 @@ class Data(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the batches are."""
+        """The device of the batches."""
 
     @property
     def labels(self) -> Tensor:
-        """int64, `(N,)`."""
+        """Labels of all images: int64, `(N,)`."""
 
     def __len__(self) -> int: ...
 
     def to(self, device: torch.device) -> Self:
-        """The same images with their batches on `device`."""
+        """The same images, with batches on `device`."""
 
     def subset(self, index: Tensor | slice) -> Self:
-        """The images that `index` names."""
+        """The images at these indices."""
 
     def batches(self, batch_size: int, generator: torch.Generator, part: Part = (0, 1)) -> Iterator[Batch]:
-        """One epoch of random augmented batches; images that don't fill the last batch are left out.
+        """One epoch of random, augmented batches; images left over after the last full batch are dropped.
 
         Args:
             batch_size: images in a batch over all processes, a multiple of their number, at most `len(self)`.
-            generator: a CPU generator; it alone determines order and augmentation, on every device alike.
-            part: `(i, n)` yields the i-th of n equal parts of every batch.
+            generator: a CPU generator. It alone determines order and augmentation, so they are the same on all devices.
+            part: `(i, n)` yields the i-th of n equal parts of every batch, counting from 0.
 
         Yields:
             uint8 images `(batch_size / n, C, H, W)` and labels `(batch_size / n,)`.
         """
 
     def views(self, batch_size: int) -> Iterator[Batch]:
-        """One view of every image, in order, at most `batch_size` at a time."""
+        """One view of every image for evaluation, in order, at most `batch_size` at a time."""
 
     def normalize(self, images: Tensor) -> Tensor:
-        """See `normalize`, with this data's mean and standard deviation."""
+        """The function `normalize` with the mean and standard deviation of these data."""
 
 
 @dataclass
 class Images:
     """uint8 images `(N, C, H, W)` in memory and their int64 labels `(N,)`; `mean` and `std` as in `normalize`.
 
-    For a batch an image is padded by `crop_padding` black pixels on each side and cropped back at a random place, then
-    with `flip` mirrored left to right half of the times: one gather for a whole batch.
+    In training batches, every image is padded by `crop_padding` black pixels on each side and cropped back at a random
+    place. With `flip` it is then mirrored left to right with probability 1/2. A whole batch takes one gather.
     """
 
     images: Tensor
@@ -73,7 +73,7 @@ class Images:
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """The device of the images."""
         return self.images.device
 
     def to(self, device: torch.device | str) -> Images:
@@ -81,7 +81,7 @@ class Images:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, index: Tensor | slice) -> Images:
-        """The images that `index` names."""
+        """The images at these indices."""
         index = index.to(self.device) if isinstance(index, Tensor) else index
         return replace(self, images=self.images[index], labels=self.labels[index])
 
@@ -118,7 +118,7 @@ class Images:
 
 
 def parts(n: int, batch_size: int, part: Part) -> Iterator[slice]:
-    """Where in an order of `n` images the i-th of `count` equal parts of every full batch lies."""
+    """For every full batch of `n` ordered images: the slice that is the i-th of `count` equal parts of the batch."""
     i, count = part
     size = batch_size // count
     for start in range(0, n - batch_size + 1, batch_size):
@@ -126,7 +126,10 @@ def parts(n: int, batch_size: int, part: Part) -> Iterator[slice]:
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 images `(B, C, H, W)` as floats in [0, 1], less `mean`, over `std`: a number for every channel, or one."""
+    """uint8 images `(B, C, H, W)` scaled to [0, 1], minus `mean`, divided by `std`, as floats.
+
+    `mean` and `std` have one number for every channel, or one for all.
+    """
     mean_there, std_there = (_on(tuple(values), images.device) for values in (mean, std))
     scale = (1 / (255 * std_there))[:, None, None]
     return images.to(std_there.dtype) * scale - (mean_there / std_there)[:, None, None]

@@ -1,4 +1,4 @@
-"""Where datasets are looked for, how they are downloaded, how one part is split in two or made smaller."""
+"""Find datasets, download them, split them in two or draw a subset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decef.extras import need
 
 
 def search_path(root: Path | None) -> list[Path]:
-    """Folders in which a dataset is looked for, in order: `root`, `$DECEF_DATA`, else `data/`."""
+    """Folders in which to look for a dataset, in order: `root` and `$DECEF_DATA`, or `data/` if neither is given."""
     given = [root] if root is not None else []
     if os.environ.get("DECEF_DATA"):
         given.append(Path(os.environ["DECEF_DATA"]))
@@ -21,17 +21,17 @@ def search_path(root: Path | None) -> list[Path]:
 
 
 def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], None], hint: str = "") -> Path:
-    """Download a dataset into the first folder of the search path, and return that.
+    """Download a dataset into the first folder of the search path, and return that folder.
 
     Args:
-        name: for people.
-        what: files or folders that would have been it.
+        name: the dataset's name in messages.
+        what: the files or folders that were looked for, for the message.
         root: see `search_path`.
-        fetch: downloads into a folder.
-        hint: what else one could do.
+        fetch: downloads the dataset into the given folder.
+        hint: another way out, appended to the message.
 
     Raises:
-        FileNotFoundError: that failed; the message says what was tried and the two ways out.
+        FileNotFoundError: the download failed; the message says what was tried and what to do.
     """
     tried = search_path(root)
     try:
@@ -46,7 +46,14 @@ def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], No
 
 
 def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
-    """The same two parts every time, with the classes in proportion."""
+    """Split off `test_images` images, always the same ones, with the classes in proportion.
+
+    Returns:
+        The other images, and those that were split off.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
     need("train", "sklearn")
     from sklearn.model_selection import train_test_split
 
@@ -57,7 +64,7 @@ def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
 
 
 def stratified_subset(data: Data, size: int, seed: int = 0) -> Data:
-    """A random part of `size` images, always the same, in their order and with the classes in proportion.
+    """A random subset of `size` images in their order, with the classes in proportion; the same for the same `seed`.
 
     Raises:
         ValueError: `size` is larger than there are images, or smaller than there are classes.
@@ -72,7 +79,7 @@ def stratified_subset(data: Data, size: int, seed: int = 0) -> Data:
         )
     if size == len(data):
         return data
-    # Not by scikit-learn as above: it wants two images of every class, and one of each left over.
+    # scikit-learn, used above, needs two images of every class, and one of each left over.
     share, remainder = counts * size // len(data), counts * size % len(data)
     largest = remainder.argsort(descending=True, stable=True)
     share[largest[: size - int(share.sum())]] += 1

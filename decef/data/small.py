@@ -1,4 +1,4 @@
-"""CIFAR-100, SVHN, MNIST and Fashion-MNIST: found on disk, else downloaded by torchvision with its checksums.
+"""CIFAR-100, SVHN, MNIST and Fashion-MNIST, found on disk or downloaded by torchvision, which checks the downloads.
 
 Krizhevsky: "Learning multiple layers of features from tiny images", 2009 (CIFAR-100). Netzer et al.: "Reading digits in
 natural images with unsupervised feature learning", 2011 (SVHN). LeCun, Cortes, Burges: "The MNIST database of
@@ -19,14 +19,14 @@ from decef.data.images import Images
 from decef.data.search import download, search_path, stratified_split
 from decef.data.torchvision_cpu import import_torchvision
 
-SPLIT_TEST_IMAGES = 1_500  # of the 10,000 in MNIST's test part
+SPLIT_TEST_IMAGES = 1_500  # test images with `split_test`, of the 10,000 in MNIST's test part
 
 
 def load_cifar100(root: Path | None = None) -> tuple[Images, Images]:
     """50,000 training and 10,000 test images `(3, 32, 32)` with their 100 fine labels.
 
     Raises:
-        FileNotFoundError: it is nowhere and cannot be downloaded.
+        FileNotFoundError: it is not found and cannot be downloaded.
         ValueError: a file is damaged.
     """
     return _checked_by_torchvision("CIFAR-100", "CIFAR100", "cifar-100-python", root)
@@ -36,7 +36,7 @@ def load_svhn(root: Path | None = None) -> tuple[Images, Images]:
     """73,257 training and 26,032 test images `(3, 32, 32)` of house numbers; the extra part is left out.
 
     Raises:
-        FileNotFoundError: it is nowhere and cannot be downloaded.
+        FileNotFoundError: it is not found and cannot be downloaded.
         ValueError: a file is damaged.
     """
     return _checked_by_torchvision("SVHN", "SVHN", "train_32x32.mat", root)
@@ -47,11 +47,11 @@ def load_mnist(root: Path | None = None, split_test: bool = False) -> tuple[Imag
 
     Args:
         root: folder to look in first.
-        split_test: leave the training images alone, for where they can't be had, and split the 10,000 test images:
-            8,500 to train on, 1,500 to test on, always the same ones.
+        split_test: split the 10,000 test images into 8,500 for training and 1,500 for testing, always the same ones.
+            Use it where the training images are not available.
 
     Raises:
-        FileNotFoundError: it is nowhere and cannot be downloaded.
+        FileNotFoundError: it is not found and cannot be downloaded.
         ValueError: a file is damaged.
     """
     return _load_idx("MNIST", "MNIST", root, split_test)
@@ -61,14 +61,14 @@ def load_fashion_mnist(root: Path | None = None) -> tuple[Images, Images]:
     """60,000 training and 10,000 test images `(1, 28, 28)` of clothes.
 
     Raises:
-        FileNotFoundError: it is nowhere and cannot be downloaded.
+        FileNotFoundError: it is not found and cannot be downloaded.
         ValueError: a file is damaged.
     """
     return _load_idx("Fashion-MNIST", "FashionMNIST", root, False)
 
 
 def _checked_by_torchvision(name: str, class_name: str, mark: str, root: Path | None) -> tuple[Images, Images]:
-    """A dataset whose files torchvision checks each time it reads them; `mark` is in its folder."""
+    """A dataset whose files torchvision checks each time it reads them; `mark` is a file or folder of it."""
     import_torchvision()
     from torchvision import datasets
 
@@ -101,7 +101,7 @@ def _images(data: Any) -> Images:
 
 
 def _damaged(cls: Any, folder: Path) -> Path | None:
-    """The first file that is missing or not what it should be."""
+    """The first file that is missing or has the wrong MD5."""
     from torchvision.datasets.utils import check_integrity
 
     if hasattr(cls, "split_list"):
@@ -147,10 +147,10 @@ def _read_pair(images: Path, labels: Path) -> Images:
 
 
 def read_idx(path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The bytes of an IDX file (LeCun's format: two zeros, type 8, the number of dimensions, their sizes, the data).
+    """The array in an IDX file (LeCun's format: two zeros, type 8, the number of dimensions, their sizes, the data).
 
     Raises:
-        ValueError: it is truncated or something else.
+        ValueError: the file is truncated, or not an IDX file of bytes.
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()

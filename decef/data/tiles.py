@@ -21,19 +21,20 @@ TEST_SHARE = 0.15
 
 
 def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> tuple[Images, Images]:
-    """Grey photographs `(1, 100, 100)` of six classes, at most 150 of each; 15 % are set aside for testing.
+    """Grey photographs `(1, 100, 100)` of six classes, at most 150 of each; 15 % of them are the test images.
 
-    CPAC-Conv's authors resize to 100 x 100 (nearest) and enlarge two small classes: "crack" by its mirror images,
-    "fray" by mirror images and turns of 90 degrees.
+    As in the code of CPAC-Conv's authors, images are resized to 100 x 100 (nearest neighbour) and two small classes
+    are enlarged: "crack" by its mirror images, "fray" by its mirror images and rotations by 90 degrees.
 
     Args:
         root: folder to look in first for `magnetic-tile/MT_<class>/*.jpg`.
-        as_published: enlarge before the split, as the authors' code does: copies of a photograph can then be on both
-            sides. Default: split first, enlarge the training side alone.
+        as_published: enlarge before the split, as the authors' code does. Copies of a photograph can then be in both
+            parts. By default the split comes first, and only the training part is enlarged.
 
     Raises:
-        FileNotFoundError: it is nowhere; there is no download.
+        FileNotFoundError: it is not found; there is no download.
         ValueError: a class has no photographs, or a file is damaged.
+        ImportError: Pillow or scikit-learn is not installed.
     """
     folder = _find(root)
     photographs, labels = [], []

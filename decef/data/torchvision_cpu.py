@@ -1,9 +1,9 @@
-"""Import torchvision beside a CPU build of torch for which its compiled operators cannot be loaded.
+"""Import torchvision even if its compiled operators cannot be loaded.
 
-A torchvision wheel linked to CUDA installs beside a CPU torch, but its library of compiled operators does not load,
-and `import torchvision` then fails since it describes two operators that nobody has declared. Declaring them is
-enough for datasets, transforms, models and feature extraction; the operators themselves (`nms`, `roi_align`, the
-image codecs) stay unavailable and are not used here. Ordinary installs never get to this.
+A CUDA build of torchvision can be installed with a CPU build of torch, but its library of compiled operators then does
+not load. `import torchvision` fails, because it describes two operators that nobody has declared. Declaring them is
+enough for datasets, transforms, models and feature extraction. The operators themselves (`nms`, `roi_align`, the image
+codecs) stay unavailable and are not used here. Ordinary installations are not affected.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from types import ModuleType
 
 from decef.extras import need
 
-_declared: list[object] = []  # a torch.library.Library undoes its declarations when it is collected
+_declared: list[object] = []  # kept, because a torch.library.Library undoes its declarations when it is collected
 
 
 def import_torchvision() -> ModuleType:
-    """`import torchvision`, with the missing operators declared when that is what stops it.
+    """Import torchvision; if only the missing operators stop that, declare them first.
 
     Raises:
         ImportError: it is not installed.

@@ -1,1 +1,1 @@
-"""A trained network, fast: its forms and engines, measured, and files for other engines."""
+"""Fast inference with a trained network: measure its forms and engines, or export it for other engines."""

@@ -1,4 +1,4 @@
-"""The fastest network for this machine that computes what a trained one does."""
+"""Find the fastest network on this machine that computes the same as a trained one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ FORMS = ("reconstructed", "factorized", "branches")
 
 
 class Deployed(nn.Module):
-    """A network as `deploy` left it; call it like the original.
+    """The network that `deploy` returns; call it like the original.
 
     Attributes:
-        engine: what runs it.
-        arrangement: how factorised layers run: in one of `FORMS` everywhere, or "measured", each in the form that was
-            fastest for it alone.
-        forms: that form, by layer.
-        times: the candidates, a dict each with `engine`, `arrangement` and `seconds`, the time of a call.
+        engine: the engine that runs it.
+        arrangement: how factorised layers run: all in one of `FORMS`, or "measured", each in the form in which it ran
+            fastest when timed alone.
+        forms: the form of every layer by name.
+        times: a dict for each candidate with `engine`, `arrangement` and `seconds`, the time of a call.
     """
 
     def __init__(
@@ -54,23 +54,26 @@ class Deployed(nn.Module):
 def deploy(
     model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | None = None, progress: bool = False
 ) -> Deployed:
-    """The fastest network, of those that were measured, that computes what `model` does in evaluation mode.
+    """The fastest of several networks that compute what `model` does in evaluation mode, by measurement.
 
-    Batch norms are folded into the convolutions before them. Then, for every engine, each factorised layer is timed as
-    one dense convolution, factorized and in branches (`FactorizedConv2d.as_convolutions`), on what it gets to see when
-    the example runs through the network, and whole networks are timed: all dense, all in one form, and each layer in
-    its fastest. Since the dense network is among them, the result is never slower than that, noise apart.
+    Batch norms are folded into the convolutions before them. Each factorised layer is then timed as one dense
+    convolution, as its chain and in branches (`FactorizedConv2d.as_convolutions`), on the input that it gets when the
+    example runs through the network. Finally whole networks are timed: all layers dense, all in another form, and each
+    in its fastest form. The dense network is among them, so apart from noise the result is never slower than that.
+
+    All of this is done for every engine, except that "compile" reuses the layer times of "eager" and only tries two
+    networks: all layers dense, and each in its fastest form.
 
     Args:
-        model: any network that takes one tensor and gives one; it stays as it is.
-        example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on. Other shapes still
-            run where the engine is torch.
-        engines: of `decef.inference.engines.ENGINES`; None is all that are installed.
-        progress: show bars.
+        model: any network that takes one tensor and returns one; it does not change.
+        example_input: `(B, C, H, W)` with the batch size, and on the device, to optimise for. Other shapes still run if
+            the engine is torch.
+        engines: some of `decef.inference.engines.ENGINES`; None means all that are available.
+        progress: show progress bars.
 
     Raises:
-        ValueError: the network doesn't run on the example, an engine that isn't there, or no candidate gives the
-            original's output but for rounding.
+        ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
+            the original's output up to rounding.
     """
     engines = available(example_input.device) if engines is None else [check_engine(e, example_input) for e in engines]
     model = copy.deepcopy(model).eval()
@@ -91,7 +94,7 @@ def deploy(
                 network = load(engine, _arranged(model, layers, forms), example_input)
                 check_equal(network(example_input), expected)
                 networks[engine, name], chosen[engine, name] = network, forms
-        except Exception as error:  # an engine may fail in any way, and then is no candidate
+        except Exception as error:  # an engine may fail in any way, and is then left out
             log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
     if not networks:
         raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
@@ -102,15 +105,15 @@ def deploy(
 
 
 def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorized") -> nn.Module:
-    """A copy of plain modules for inference, to be exported: batch norms folded, factorised layers as convolutions.
+    """A copy of `model` for export and inference: batch norms folded, factorised layers as plain convolutions.
 
     Args:
         model: any network.
-        form: of every factorised layer, or of each by name, of `FORMS`, see `forms_of`; a layer type that has no
-            branches runs factorized.
+        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. Layer types without
+            "branches" run "factorized" instead.
 
     Raises:
-        ValueError: there is no such form.
+        ValueError: an unknown form.
     """
     model = copy.deepcopy(model).eval()
     layers = _with_batch_norm(model)
@@ -122,13 +125,13 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 
 
 def forms_of(layer: FactorizedConv2d, batch_norm: nn.BatchNorm2d | None = None) -> dict[str, nn.Module]:
-    """The layer, with the batch norm that follows it, as plain convolutions in every arrangement there is."""
+    """The layer as plain convolutions in every form that it has, by name, with the batch norm after it folded in."""
     arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
     return {name: _Sum(chains, batch_norm) for name, chains in arrangements.items()}
 
 
 class _Sum(nn.Module):
-    """Chains of convolutions whose outputs add up, in evaluation mode; the batch norm after them is folded in."""
+    """The sum of several chains of convolutions, in evaluation mode, with the batch norm after them folded in."""
 
     def __init__(self, chains: Sequence[nn.Sequential], batch_norm: nn.BatchNorm2d | None = None) -> None:
         super().__init__()
@@ -145,7 +148,7 @@ class _Sum(nn.Module):
 
 
 def _fold_into(conv: nn.Module, norm: nn.BatchNorm2d, *, shift: bool = True) -> None:
-    """Make `conv` do what the batch norm after it does; without `shift` only the scaling."""
+    """Fold the batch norm after `conv` into it; without `shift` only its scale."""
     assert isinstance(conv, nn.Conv2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -158,9 +161,9 @@ def _fold_into(conv: nn.Module, norm: nn.BatchNorm2d, *, shift: bool = True) -> 
 
 
 def _with_batch_norm(model: nn.Module) -> dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]]:
-    """Fold the batch norms after plain convolutions, in place; return the factorised layers with the ones after them.
+    """Fold batch norms into plain convolutions, in place; return factorised layers with the batch norms after them.
 
-    A batch norm that was folded, or is handed out with its layer, becomes an identity.
+    Every batch norm that is folded or returned becomes an identity in `model`.
     """
     modules = dict(model.named_modules())
     layers: dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]] = {
@@ -183,7 +186,7 @@ class _Tracer(fx.Tracer):
 
 
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of every convolution whose output goes into a batch norm and nowhere else, each called once."""
+    """Names of convolutions and batch norms, where one feeds only the other and both are called exactly once."""
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
@@ -210,14 +213,14 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _is_unhooked(module: nn.Module) -> bool:
-    """Whether a module's call is its class's forward with its own parameters, without hooks, pruning and the like."""
+    """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     known = isinstance(module, FactorizedConv2d) or type(module) in (nn.Conv2d, nn.BatchNorm2d)
     return known and not hooks
 
 
 def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What each of the named layers receives when the example runs through the network; not those that don't run."""
+    """Inputs of the named layers when the example runs through the network; layers that don't run are left out."""
     modules = dict(model.named_modules())
     seen: dict[str, Tensor] = {}
 
@@ -234,7 +237,7 @@ def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Any]) -> dict
 def _candidates(
     engine: str, layers: Mapping[str, tuple[FactorizedConv2d, Any]], measured: Mapping[str, str]
 ) -> dict[str, Mapping[str, str]]:
-    """Forms of every layer by name, for every whole network that is worth timing."""
+    """The whole networks worth timing: for each by name, the form of every layer."""
     if not layers:
         return {"reconstructed": {}}
     arrangements: dict[str, Any] = {}
@@ -250,7 +253,7 @@ def _fastest_forms(
     seen: Mapping[str, Tensor],
     progress: bool,
 ) -> dict[str, str]:
-    """The form of every layer that is fastest alone; equal layers with equal inputs are timed once."""
+    """The form in which each layer runs fastest alone; equal layers with equal input shapes are timed once."""
     first: dict[tuple[Any, ...], str] = {}
     same: dict[str, str] = {}
     for name, (layer, _) in layers.items():
@@ -277,7 +280,7 @@ def _arranged(
     layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]],
     forms: Mapping[str, str],
 ) -> nn.Module:
-    """A copy of the network with every factorised layer in the form that is asked for."""
+    """A copy of the network with every factorised layer in the requested form."""
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     replaced: dict[int, nn.Module] = {}

@@ -1,4 +1,4 @@
-"""What can run a network for inference on this machine: torch, compiled or not, and ONNX Runtime."""
+"""Engines that run a network for inference on this machine: torch, compiled or not, and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import onnx
 
 ENGINES = ("eager", "compile", "onnxruntime")
-#: What reads ONNX files. OpenVINO is no engine of a network in this process: after a `DataLoader` with workers it left
-#: the process with broken memory (OpenVINO 2026.4, torch 2.13; seen in our tests, gone without either).
+#: Libraries that read ONNX files. OpenVINO is not among the engines: after a `DataLoader` with workers it corrupted the
+#: memory of the process (OpenVINO 2026.4, torch 2.13; seen in our tests, gone without either).
 ONNX_READERS = ("onnxruntime", "openvino")
 
 
@@ -35,10 +35,10 @@ def onnx_readers() -> list[str]:
 
 
 def check_engine(engine: str, example_input: Tensor) -> str:
-    """`engine`, if it is installed and runs where the example is.
+    """Return `engine` if it is installed and runs on the device of the example.
 
     Raises:
-        ValueError: it isn't, or there is no such engine.
+        ValueError: it is unknown or not available.
     """
     if engine not in ENGINES:
         raise ValueError(f"there is no engine '{engine}'; there are {', '.join(ENGINES)}")
@@ -60,7 +60,8 @@ def load_all(engine: str, networks: Sequence[tuple[nn.Module, Tensor]]) -> list[
         networks: modules in evaluation mode, each with an example input `(B, C, H, W)`.
 
     Raises:
-        ValueError: there is no such engine, it isn't installed or doesn't run on the input's device.
+        ValueError: the engine is unknown, not installed or doesn't run on the input's device, or a network cannot be
+            exported to ONNX for it.
     """
     device = networks[0][1].device
     check_engine(engine, networks[0][1])
@@ -73,12 +74,12 @@ def load_all(engine: str, networks: Sequence[tuple[nn.Module, Tensor]]) -> list[
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
-    """The network as ONNX, input "input" and output "output".
+    """The network as ONNX, with an input named "input" and an output named "output".
 
     Args:
-        model: takes one tensor and gives one, in evaluation mode.
-        example_input: `(B, ...)`; its shape is fixed in the file.
-        dynamic_batch: leave B free.
+        model: takes one tensor and returns one; it is set to evaluation mode.
+        example_input: `(B, ...)`; the ONNX network only takes this shape.
+        dynamic_batch: allow any B.
 
     Raises:
         ValueError: the network cannot be exported.
@@ -93,10 +94,10 @@ def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> n
 
 
 def check_equal(output: Tensor, expected: Tensor) -> None:
-    """That two engines computed the same sums, if in another order.
+    """Check that an output equals the expected one up to rounding.
 
     Raises:
-        ValueError: they differ by more than the square root of the precision, relative to the largest output.
+        ValueError: they differ by more than the square root of the dtype's `eps`, relative to the largest output.
     """
     error = (output - expected).abs().max().item()
     if not error <= torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().max().item():
@@ -104,19 +105,19 @@ def check_equal(output: Tensor, expected: Tensor) -> None:
 
 
 class _ChannelsLast(nn.Module):
-    """A torch network with its input and weights in the layout that convolutions like best."""
+    """A torch network with its input and weights in channels-last layout, in which convolutions run fastest."""
 
     def __init__(self, model: nn.Module, compiled: Callable[[nn.Module], Any] | None = None) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._run = [compiled(self.model) if compiled else self.model]  # in a list: no second submodule
+        self._run = [compiled(self.model) if compiled else self.model]  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run[0](x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
 
 
 class _Fixed(nn.Module):
-    """A network that is no torch module any more and takes inputs of one shape."""
+    """A network that runs outside torch and takes inputs of one shape only."""
 
     shape: torch.Size
 
@@ -138,7 +139,7 @@ class _OnnxRuntime(_Fixed):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Else its threads go on spinning for milliseconds after a call, and whatever runs next lacks their cores.
+        # Otherwise its threads keep spinning for milliseconds after a call, and whatever runs next lacks their cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -157,7 +158,7 @@ class _OpenVINO(_Fixed):
         settings = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # equal means equal: no bf16 unasked
+            "INFERENCE_PRECISION_HINT": "f32",  # no silent bf16, which would change the output
         }
         core = openvino.Core()
         self._compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", settings)
@@ -176,7 +177,7 @@ class _SideBySide(nn.Module):
 
 
 def _to_onnx_all(networks: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[onnx.ModelProto]:
-    """ONNX of each, by one export: an export takes a second, whatever its size."""
+    """Each network as ONNX, all in one export, because an export takes a second whatever its size."""
     if len(networks) == 1:
         yield to_onnx(*networks[0])
         return
@@ -185,7 +186,7 @@ def _to_onnx_all(networks: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[onnx.
     names = [(f"input{i}", f"output{i}") for i in range(len(networks))]
     inputs, outputs = zip(*names, strict=True)
     side_by_side = _SideBySide([model for model, _ in networks])
-    distinct = tuple(x.clone() for _, x in networks)  # one tensor given twice would be one input
+    distinct = tuple(x.clone() for _, x in networks)  # the same tensor given twice would become one input
     extractor = Extractor(_export(side_by_side, distinct, list(inputs), list(outputs)))
     for one, other in names:
         yield extractor.extract_model([one], [other])
@@ -213,7 +214,7 @@ def _export(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on its own insides."""
+    """Silence the exporter's log messages, warnings and output."""
     import warnings
 
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]

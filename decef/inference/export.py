@@ -1,4 +1,4 @@
-"""Networks as files for other engines, checked there."""
+"""Write networks to files for other engines, and check what the files compute."""
 
 from __future__ import annotations
 
@@ -23,19 +23,25 @@ def export(
     dynamic_batch: bool = False,
     progress: bool = False,
 ) -> Iterator[str]:
-    """Write `model` to a file, load it again and compare it with the original; says what it did, line by line.
+    """Write `model` to a file, load it again, compare it with the original and time it.
+
+    This is a generator: nothing happens until it is iterated.
 
     Args:
-        model: takes one tensor and gives one; it stays as it is.
-        path: to write, ONNX where it ends in .onnx, a `torch.export` program where it ends in .pt2.
+        model: takes one tensor and returns one; it is set to evaluation mode.
+        path: file to write: ONNX if it ends in .onnx, a `torch.export` program if it ends in .pt2.
         input_shape: `(B, C, H, W)`.
-        form: of factorised layers, of `FORMS`, or "fastest": each layer's fastest in ONNX Runtime, or in torch.
-        dynamic_batch: leave B free.
-        progress: show bars.
+        form: one of `FORMS` for all factorised layers, or "fastest": the forms that `deploy` finds fastest, in ONNX
+            Runtime for an ONNX file if that is installed, else in torch.
+        dynamic_batch: allow any B.
+        progress: show progress bars.
+
+    Yields:
+        Lines that say what was done.
 
     Raises:
-        ValueError: no such form or kind of file, a network that cannot be exported, or a file whose output is not the
-            original's; then nothing is left behind.
+        ValueError: an unknown form or file suffix, a network that cannot be exported to ONNX, or a file whose output
+            differs from the original's. No file is then left behind.
     """
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
     if path.suffix not in kinds:

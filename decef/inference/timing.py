@@ -1,4 +1,4 @@
-"""Times that are measured side by side, and what bounds them: arithmetic, memory traffic, memory."""
+"""Measure times side by side, the roofline that bounds them, and peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 ROUNDS = 5
 ROUND_SECONDS = 0.02  # about how long one variant runs in a round
 SETTLE = 0.005  # seconds until the threads that the last variant left spinning are asleep
-SLOW = 0.5  # seconds a call from which on two rounds are enough
+SLOW = 0.5  # seconds a call above which two rounds are enough
 
 
 def interleaved_times(
@@ -30,18 +30,19 @@ def interleaved_times(
     rounds: int = ROUNDS,
     reduce: Callable[[Sequence[float]], float] = statistics.median,
 ) -> dict[Any, float]:
-    """Seconds a call of each step, in rounds that run every step in turn, so that all meet the same noise.
+    """Seconds a call of each step. Every round runs all steps in turn, so that all meet the same noise.
 
     Args:
         steps: what to time, by name.
-        rounds: how often each has its turn; two where a call takes half a second or more.
-        reduce: of a step's times a round; the median to report, `min` to choose by on a busy machine.
+        rounds: number of rounds; at most two if a call of any step takes more than half a second.
+        reduce: makes one number of a step's times in all rounds: the median for reports, `min` for choosing the fastest
+            on a busy machine.
     """
     threads = torch.get_num_threads()
     timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
     numbers = {}
     for name, timer in timers.items():
-        seconds = timer.timeit(1).mean  # after two calls to warm up
+        seconds = timer.timeit(1).mean  # timeit makes two warm-up calls first
         if seconds > SLOW:
             rounds = min(rounds, 2)
         numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
@@ -55,11 +56,11 @@ def interleaved_times(
 
 @dataclass(frozen=True)
 class Roofline:
-    """What a machine does at best, as measured on it.
+    """The best arithmetic and memory throughput of a machine, as measured on it.
 
     Attributes:
         flops: floating-point operations a second, in a large matrix product.
-        bandwidth: bytes a second, in a copy that fits no cache.
+        bandwidth: bytes a second, in a copy that is too large for any cache.
     """
 
     flops: float
@@ -67,7 +68,7 @@ class Roofline:
 
     @classmethod
     def measure(cls, device: torch.device, dtype: torch.dtype = torch.float32) -> Roofline:
-        """This machine's, in under a second."""
+        """Measure this machine, in under a second; `dtype` is that of the matrix product."""
         n, count = 1024, 2**25
         a = torch.randn(n, n, device=device).to(dtype)
         source = torch.ones(count, device=device)
@@ -76,10 +77,10 @@ class Roofline:
         return cls(2 * n**3 / seconds["product"], 2 * 4 * count / seconds["copy"])
 
     def seconds(self, step: Callable[[], object]) -> float:
-        """No less than this can the convolutions and matrix products of a step take, if each reads and writes memory.
+        """Lower bound, in seconds, on the convolutions and matrix products of a step, if each reads and writes memory.
 
-        Each takes the longer of its arithmetic at full speed and its traffic at full bandwidth: input, weight and
-        output once (Williams, Waterman, Patterson 2009). What stays in a cache from one to the next can beat it.
+        Each takes the longer of its arithmetic at full speed and its traffic at full bandwidth, where the traffic is
+        input, weight and output once (Williams, Waterman, Patterson 2009). Data that stay in a cache can beat it.
         """
         with _Counting(self) as counting:
             step()
@@ -95,7 +96,7 @@ class _Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         count = flop_registry.get(func._overloadpacket)
         if count is None:
-            with self:  # in inference mode an operator may come before it is taken apart
+            with self:  # in inference mode an operator may get here before it is decomposed
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
@@ -106,8 +107,8 @@ class _Counting(TorchDispatchMode):
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that a step has allocated at once, on top of what was there before it."""
-    step()  # what is allocated once, and stays
+    """Peak bytes that a step allocates, on top of what was allocated before it."""
+    step()  # allocates what is allocated only once and stays
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

@@ -1,4 +1,4 @@
-"""The layer types, each a drop-in for `torch.nn.Conv2d`. This package needs torch alone."""
+"""The layer types, each a drop-in replacement for `torch.nn.Conv2d`. This package needs only torch."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from decef.layers.decef import DeCEFConv2d
 from decef.layers.factorized import FactorizedConv2d
 from decef.layers.rank1 import Rank1Conv2d
 
-#: Every layer type by the name that configs and tables use.
+#: Every layer type by its name in configs and tables.
 LAYERS: dict[str, type[nn.Conv2d] | type[FactorizedConv2d]] = {
     "conv2d": nn.Conv2d,
     "decef": DeCEFConv2d,

@@ -1,7 +1,7 @@
-"""BasisConv: all filters of a layer as combinations of a few basis filters.
+"""BasisConv: all filters of a layer as linear combinations of a few basis filters.
 
 Tayyab, Mahalanobis: "BasisConv: a method for compressed representation and learning in CNNs", arXiv 1906.04509
-(2019). basis2021.py has the layer of the later paper.
+(2019). The layer of the later paper is in basis2021.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class BasisConv2d(FactorizedConv2d):
 
         W[n] = sum_{q <= rank} coefficients[n, q] basis[q]
 
-    The best basis for a dense kernel is the leading eigenvectors of `H^T H`, where row n of H is filter n,
-    vectorised (with groups: each group has its own). Stride, padding and dilation are on the first convolution, the
-    bias on the second. Arguments and errors: `FactorizedConv2d`.
+    The best basis for a dense kernel consists of the leading eigenvectors of `H^T H`, where row n of H is the
+    vectorised filter n. With groups, each group has its own basis. Stride, padding and dilation belong to the first
+    convolution, the bias to the second. For arguments and errors see `FactorizedConv2d`.
 
     Args:
-        train_basis: whether the basis filters are trained. False, the default, is the paper: from scratch they are
-            random, orthonormal, and never change; only the coefficients learn.
+        train_basis: whether the basis filters are trained. The default, False, follows the paper: from scratch the
+            basis is random and orthonormal and never changes, and only the coefficients are trained.
 
     Factors:
         basis: `(groups * rank, in_channels // groups, kh, kw)`
@@ -75,7 +75,7 @@ class BasisConv2d(FactorizedConv2d):
         return self._combine(self.basis)
 
     def _combine(self, basis: Tensor) -> Tensor:
-        """The dense kernel of a basis `(groups * rank, in_channels // groups, kh, kw)` and the layer's coefficients."""
+        """Dense kernel from a basis `(groups * rank, in_channels // groups, kh, kw)` and the layer's coefficients."""
         g, shape = self.groups, self.weight_shape
         weight = self.coefficients.reshape(g, shape[0] // g, self.rank) @ basis.reshape(g, self.rank, -1)
         return weight.reshape(shape)
@@ -103,7 +103,7 @@ class BasisConv2d(FactorizedConv2d):
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)  # (g, out/g, in/g kh kw)
         if warm_start and not self.basis.requires_grad:
-            # With a basis that never changes the low-rank set is its span.
+            # The basis is frozen, so the low-rank set is its span.
             basis = self.basis.to(weight).reshape(self.groups, self.rank, -1)
             return {
                 "basis": self.basis.to(weight),
@@ -119,7 +119,7 @@ class BasisConv2d(FactorizedConv2d):
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         rows = weight.reshape(self.groups, self.out_channels // self.groups, -1)
         leading = torch.linalg.eigh(rows @ metric @ rows.mT).eigenvectors[..., -self.rank :]
-        projected = leading @ (leading.mT @ rows)  # of rank `rank`, and the best in the metric
+        projected = leading @ (leading.mT @ rows)  # the nearest in the metric of this rank
         return [self._factorize(projected.reshape(self.weight_shape))]
 
     def _init_factors(self) -> None:

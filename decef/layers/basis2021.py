@@ -17,13 +17,14 @@ from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_
 
 
 class Basis2021Conv2d(BasisConv2d):
-    """A convolution with `rank` basis filters, batch norm, a 1x1 convolution that mixes them; all of it trained.
+    """A convolution with `rank` basis filters, batch norm, and a 1x1 convolution that mixes them, all trained.
 
         y = coefficients @ norm(basis * x),    in evaluation mode  W[n] = sum_q coefficients[n, q] s[q] basis[q]
 
-    with `s = weight / sqrt(running_var + eps)` of the norm, whose shift adds to the bias. In training the norm depends
-    on the batch, so that there is no composed kernel: the layer runs as a chain, and `compose` refuses. In evaluation
-    mode all is as in `BasisConv2d`, whose factors these are; arguments and errors are those of `FactorizedConv2d`.
+    where `s = weight / sqrt(running_var + eps)` is the norm's scale; its shift is added to the bias. In training the
+    norm depends on the batch, so there is no composed kernel: the layer runs as a chain, and `compose` raises an error.
+    The factors, and the behaviour in evaluation mode, are those of `BasisConv2d`. For arguments and errors see
+    `FactorizedConv2d`.
 
     Raises:
         ValueError: also for `implementation="reconstructed"`, which could not be trained.
@@ -94,7 +95,7 @@ class Basis2021Conv2d(BasisConv2d):
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
     def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
-        # The norm's parameters may be computed ones too, and get no gradients from being timed.
+        # The norm's parameters may be computed too, and timing must not give them gradients, so the twin gets its own.
         twin = copy.copy(self)
         norm = nn.BatchNorm2d(self.groups * self.rank, device=x.device, dtype=self.norm.weight.dtype).eval()
         norm.load_state_dict(self.norm.state_dict())
@@ -108,17 +109,17 @@ class Basis2021Conv2d(BasisConv2d):
         return {"factorized": [nn.Sequential(basis, conv2d_of(self.coefficients, self.bias, self.groups))]}
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
-        # In evaluation mode the norm then changes nothing, as in the authors' code. In training it does.
+        # In evaluation mode the norm is then the identity, as in the authors' code. In training mode it is not.
         self.norm.reset_parameters()
         assert self.norm.running_var is not None
         self.norm.running_var.fill_(1 - self.norm.eps)  # the identity to the last bit
         super()._set_factors(factors)
 
     def orthogonality(self) -> Tensor:
-        """`sum_{i<j} g_ij^2 / (Q (Q - 1))` with the Gram matrix g of the Q normalised filters, summed over groups.
+        """Penalty `sum_{i<j} g_ij^2 / (Q (Q - 1))`, g the Gram matrix of the Q normalised filters, summed over groups.
 
-        The authors' penalty at their alpha of 1/2, whose other term, `sum_i (1 - g_ii^2)`, is 0 for normalised
-        filters. Unlike in their code, which detaches it from the graph, it has a gradient.
+        This is the authors' penalty at their alpha of 1/2; its other term, `sum_i (1 - g_ii^2)`, is 0 for normalised
+        filters. Their code detaches it from the graph; here it has a gradient.
         """
         if self.rank == 1:
             return self.basis.new_zeros(())
@@ -127,7 +128,7 @@ class Basis2021Conv2d(BasisConv2d):
         return off_diagonal.square().sum() / (self.rank * (self.rank - 1))
 
     def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What the norm does in evaluation mode, `(groups * rank,)` each."""
+        """The norm's scale and shift in evaluation mode, `(groups * rank,)` each."""
         if self.training:
             raise RuntimeError(
                 "in training mode a layer with batch norm between its convolutions has no composed kernel: call eval()"

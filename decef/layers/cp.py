@@ -1,9 +1,9 @@
 """CP decomposition of a batch of small tensors by accelerated, proximal alternating least squares.
 
-Why not tensorly's `parafac`: it takes one tensor at a time, and rank-1 layers decompose every filter, in ATCD after
-every step; it forms Khatri-Rao products as large as the tensor for the two spatial modes; and its steps are not
-regularised, so near-parallel components make them singular. tests/test_cp.py holds the error on trained kernels against
-the best of several of its starts.
+Why not tensorly's `parafac`? It takes one tensor at a time, but rank-1 layers decompose every filter, with ATCD even
+after every step. For the two spatial modes it forms Khatri-Rao products as large as the tensor. Its steps are not
+regularised, so near-parallel components make them singular. tests/test_cp.py compares our error on trained kernels with
+the best of several starts of `parafac`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-SWEEPS, POLISH, WARM_SWEEPS = 60, 6, 5  # POLISH: of SWEEPS, the last, in double precision
-TOLERANCE = 1e-7  # a sweep that lowers the mean squared error by less than this share of the norm is the last
-PROXIMAL = 1e-8  # weight of staying near the last factors; keeps every step solvable and the error from rising
-SINGLE = 10  # in single precision both are larger by this factor
+SWEEPS, POLISH, WARM_SWEEPS = 60, 6, 5  # the last POLISH of the SWEEPS run in double precision
+TOLERANCE = 1e-7  # stop after a sweep that lowers the squared error by less than this share of the squared norm
+PROXIMAL = 1e-8  # weight of the pull towards the last factors: keeps steps solvable and the error from rising
+SINGLE = 10  # TOLERANCE and PROXIMAL are larger by this factor in single precision
 
 
 def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> list[Tensor]:
     """Factors `A_k` of shape `(batch, d_k, rank)` with `tensors[b] ~ sum_r A_1[b, :, r] o ... o A_K[b, :, r]`.
 
-    Starts from the leading singular vectors of every unfolding (HOSVD) and never gets worse from there, so that at
-    rank 1 the result is at least as good as the truncated HOSVD. Sweeps are extrapolated from (Nesterov's momentum, as
-    Mitchell, Ye, De Sterck: "Nesterov acceleration of alternating least squares for canonical tensor decomposition",
-    2020), and start anew where that raises the error. The columns of all factors but the first have norm 1. From the
-    rank at which every tensor is representable on, the result is exact and takes no iteration.
+    Starts from the leading singular vectors of every unfolding (HOSVD) and never gets worse from there, so at rank 1
+    the result is at least as good as the truncated HOSVD. Each sweep starts from an extrapolation of the last two
+    (Nesterov momentum: Mitchell, Ye, De Sterck, "Nesterov acceleration of alternating least squares for canonical
+    tensor decomposition", 2020). If that raises the error, the momentum restarts. The columns of all factors but the
+    first have norm 1. If the rank suffices to represent every tensor, the result is instead exact and not iterated,
+    and its columns are not normalised.
 
     Args:
-        tensors: `(batch, d_1, d_2, d_3)` or `(batch, d_1, d_2, d_3, d_4)`, in float64; the last two are the small ones.
+        tensors: `(batch, d_1, d_2, d_3)` or `(batch, d_1, d_2, d_3, d_4)`, in float64; the last two dimensions are the
+            small, spatial ones.
         rank: number of components, at least 1.
-        start: factors to start from instead, near the solution: few sweeps are made.
+        start: factors near the solution to start from instead; only a few sweeps follow.
     """
     dims = tensors.shape[1:]
     if rank >= math.prod(dims) // max(dims):
@@ -47,15 +49,16 @@ def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> lis
 def whitened(kernels: Tensor, metric: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Kernels in coordinates in which a metric is about the identity, and the way back.
 
-    The metric is taken to be a Kronecker product of one for the channels and one for each direction, its averages over
-    the other modes; that is what natural images have nearly.
+    The metric is approximated by a Kronecker product of three: one for the channels and one for each spatial direction,
+    each an average of the metric over the other modes. On natural images the metric is close to such a product.
 
     Args:
         kernels: `(groups, out, in, kh, kw)`.
         metric: `(groups, in kh kw, in kh kw)`.
 
     Returns:
-        The kernels, and for channels, vertical and horizontal the `(groups, d, d)` that take a factor back.
+        The transformed kernels, and three matrices `(groups, d, d)` that transform channel, vertical and horizontal
+        factors back.
     """
     in_channels, kh, kw = kernels.shape[2:]
     parts = metric.unflatten(2, (in_channels, kh, kw)).unflatten(1, (in_channels, kh, kw))
@@ -82,7 +85,7 @@ def cp_compose(factors: list[Tensor]) -> Tensor:
 
 
 def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: bool = True) -> list[Tensor]:
-    """Factors after at most `sweeps` sweeps, of which none has a larger error than those before."""
+    """Factors after at most `sweeps` sweeps; the error never rises."""
     coarse = 1 if tensors.dtype == torch.float64 else SINGLE
     total = tensors.square().sum().clamp_min(torch.finfo(tensors.dtype).tiny)
     flat = tensors.flatten(-2)  # (batch, *large, d_v d_h)
@@ -103,18 +106,18 @@ def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: b
 
 
 def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[list[Tensor], Tensor]:
-    """Every factor solved for once.
+    """Solve for every factor once.
 
-    The tensor is contracted with a large factor once, and what is left serves the other large mode and both spatial
-    ones: no product of all other modes is ever formed.
+    The tensor is contracted with each large factor only once; the result serves the other large mode and both spatial
+    ones. No Khatri-Rao product with a large factor is ever formed.
 
     Args:
         tensors: `(batch, d_1, d_v d_h)` or `(batch, d_1, d_2, d_v d_h)`.
-        factors: `(batch, d_k, rank)` each: the large ones, vertical, horizontal.
+        factors: `(batch, d_k, rank)` each: one or two large ones, vertical, horizontal.
         proximal: see PROXIMAL.
 
     Returns:
-        The factors, and how much of the squared norm of all tensors they keep.
+        The new factors, and how much of the squared norm of all tensors they keep.
     """
     *large, vertical, horizontal = factors
     spatial = _khatri_rao(vertical, horizontal)  # (batch, d_v d_h, rank)
@@ -135,7 +138,7 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[lis
     horizontal = _least_squares(target, horizontal, [*large, vertical], proximal)
     factors = [*large, vertical, horizontal]
     kept = 2 * (target * horizontal).sum() - reduce(torch.mul, [f.mT @ f for f in factors]).sum()
-    for factor in factors[1:]:  # the scale is the first factor's, so that no component can grow while another shrinks
+    for factor in factors[1:]:  # the first factor carries the scale, so that no factor can grow while another shrinks
         norm = factor.norm(dim=1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
         factor /= norm
         factors[0] = factors[0] * norm
@@ -143,9 +146,9 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[lis
 
 
 def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proximal: float) -> Tensor:
-    """The factor that is best beside the others, near the last one; `product` is the tensor's with the others."""
+    """The best factor given the others, kept near the last one; `product` is the tensor contracted with the others."""
     gram = reduce(torch.mul, [f.mT @ f for f in others])  # (batch, rank, rank)
-    floor = torch.finfo(gram.dtype).tiny ** 0.5  # a tensor of zeros has zero factors
+    floor = torch.finfo(gram.dtype).tiny ** 0.5  # keeps the system solvable for a tensor of zeros, whose factors are 0
     weight = proximal * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(floor)[:, None, None]
     gram = gram + weight * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     target = product + weight * factor
@@ -156,7 +159,7 @@ def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proxim
 
 
 def _khatri_rao(one: Tensor, other: Tensor) -> Tensor:
-    """Columnwise Kronecker product, `(batch, d_1 d_2, rank)`, the last index fastest."""
+    """Columnwise Kronecker product, `(batch, d_1 d_2, rank)`; the index of d_2 varies fastest."""
     return (one.unsqueeze(2) * other.unsqueeze(1)).flatten(1, 2)
 
 
@@ -165,10 +168,10 @@ def _hosvd_start(tensors: Tensor, rank: int) -> list[Tensor]:
     factors = []
     for mode in range(1, tensors.dim()):
         unfolded = tensors.movedim(mode, 1).flatten(2)
-        # The left singular vectors, by falling singular value
+        # The left singular vectors, by descending singular value
         vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[..., :rank]
         missing = rank - vectors.shape[-1]
-        if missing:  # more components than the mode has directions: random ones fill up
+        if missing:  # more components than dimensions of this mode: fill up with random vectors
             extra = torch.randn(*vectors.shape[:2], missing, generator=generator, dtype=tensors.dtype)
             extra = extra / extra.norm(dim=1, keepdim=True)
             vectors = torch.cat([vectors, extra.to(tensors.device)], dim=-1)
@@ -177,7 +180,7 @@ def _hosvd_start(tensors: Tensor, rank: int) -> list[Tensor]:
 
 
 def _exact(tensors: Tensor, rank: int) -> list[Tensor]:
-    """One component for every index of all modes but the largest, the others zero."""
+    """Exact factors: a component for every combination of indices of all modes but the largest, the others zero."""
     dims = tensors.shape[1:]
     largest = max(range(len(dims)), key=lambda k: dims[k])
     small = [k for k in range(len(dims)) if k != largest]

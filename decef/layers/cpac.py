@@ -21,8 +21,9 @@ class CPACConv2d(FactorizedConv2d):
 
         W[n, c, i, j] = sum_{r <= rank} filters[n, r] channels[r, c] vertical[r, i] horizontal[r, j]
 
-    (the paper's K^N, K^S, K^X, K^Y; with groups, each group has its own components). It runs as 1x1, depthwise
-    kh x 1, depthwise 1 x kw, 1x1, the bias on the last. Arguments and errors: `FactorizedConv2d`.
+    The paper calls the vectors K^N, K^S, K^X and K^Y. With groups, each group has its own components. The layer runs as
+    1x1, depthwise kh x 1, depthwise 1 x kw and 1x1 convolutions, the last of which has the bias. For arguments and
+    errors see `FactorizedConv2d`.
 
     Factors:
         filters: `(out_channels, rank)`
@@ -115,7 +116,7 @@ class CPACConv2d(FactorizedConv2d):
         return self._named(cp_als(weight.reshape(g, out // g, per_group, kh, kw), self.rank, start))
 
     def _named(self, factors: list[Tensor]) -> dict[str, Tensor]:
-        """Factors of `cp_als` `(groups, d, rank)` as this layer has them."""
+        """Factors from `cp_als`, `(groups, d, rank)` each, with the names and shapes that they have in this layer."""
         filters, *others = factors
         names = ("channels", "vertical", "horizontal")
         rows = {name: f.mT.reshape(self.groups * self.rank, -1) for name, f in zip(names, others, strict=True)}
@@ -123,8 +124,8 @@ class CPACConv2d(FactorizedConv2d):
 
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         g, shape = self.groups, self.weight_shape
-        # In coordinates in which the metric is about the identity, where it is taken to be a product of one for each
-        # mode; then the filters that fit best in the metric as it is.
+        # Decompose where the metric, approximated by a product over the modes, is the identity. Then fit the filters in
+        # the exact metric.
         split = weight.reshape(g, shape[0] // g, *shape[1:])
         white, back = whitened(split, metric)
         filters, *others = cp_als(white, self.rank)
@@ -132,7 +133,7 @@ class CPACConv2d(FactorizedConv2d):
         return [self._fitted(weight, metric, factors) for factors in candidates]
 
     def _fitted(self, weight: Tensor, metric: Tensor, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The components with the filters that fit best."""
+        """The same factors with the filters that fit best in the metric."""
         g = self.groups
         parts = factors["channels"][:, :, None, None] * factors["vertical"][:, None, :, None]
         parts = (parts * factors["horizontal"][:, None, None, :]).reshape(g, self.rank, -1)
@@ -140,7 +141,7 @@ class CPACConv2d(FactorizedConv2d):
         return {**factors, "filters": filters.reshape(self.out_channels, self.rank)}
 
     def _init_factors(self) -> None:
-        # Three factors have columns of norm 1 and random directions; the scale is the last one's.
+        # The other three vectors of a component have norm 1 and random directions; the filters carry the scale.
         for factor in (self.channels, self.vertical, self.horizontal):
             factor.normal_()
             factor.div_(factor.norm(dim=1, keepdim=True))
@@ -148,15 +149,15 @@ class CPACConv2d(FactorizedConv2d):
 
     @torch.no_grad()
     def significance(self, kind: str = "product") -> Tensor:
-        """How much each component, and with it the feature map that it makes, matters: `(groups * rank,)`.
+        """How much each component and its feature map matter, `(groups * rank,)`.
 
         Args:
-            kind: "channels" is the paper's, the norm of the component's channel vector (K^S). It changes when a factor
-                is scaled up and another down, which leaves the layer as it was. "product", the default, is the product
-                of the four vectors' norms, the norm of the component itself, and doesn't.
+            kind: "channels" is the paper's: the norm of the component's channel vector (K^S). It changes if one factor
+                is scaled up and another down, although the layer stays the same. "product", the default, does not: it
+                is the product of the four vectors' norms, which is the norm of the component.
 
         Raises:
-            ValueError: another kind.
+            ValueError: an unknown kind.
         """
         if kind not in ("product", "channels"):
             raise ValueError(f"kind={kind!r} is neither 'product' nor 'channels'")
@@ -168,10 +169,10 @@ class CPACConv2d(FactorizedConv2d):
 
     @torch.no_grad()
     def remove_(self, components: Tensor) -> None:
-        """Take components out of the kernel by zeroing their filters.
+        """Remove components from the kernel by zeroing their filters.
 
         Args:
-            components: indices into `significance()`.
+            components: integer indices `(n,)` into `significance()`.
         """
         filters = self.filters.reshape(self.groups, -1, self.rank).clone()
         filters[components // self.rank, :, components % self.rank] = 0

@@ -1,4 +1,4 @@
-"""DeCEF: every input channel's filters in a small subspace of their own.
+"""DeCEF: the filters on each input channel lie in a small subspace.
 
 Yu, Scheidegger, McKelvey: "Building efficient CNNs using depthwise convolutional eigen-filters (DeCEF)", Neurocomputing
 609 (2024) 128461; arXiv 1910.09359.
@@ -18,13 +18,14 @@ class DeCEFConv2d(FactorizedConv2d):
 
         y_n = sum_c W[n, c] * x_c,    W[n, c] = sum_{j <= rank} coefficients[n, c, j] eigenfilters[c, j]
 
-    The filters that act on input channel c, vectorised, are the columns of a `(kh kw, out / groups)` matrix; its
-    truncated singular value decomposition gives the best eigen-filters (left singular vectors) and coefficients.
-    The two convolutions have nothing between them; stride, padding and dilation are on the first, the bias on the
-    second. Arguments and errors: `FactorizedConv2d`; a 1x1 kernel is refused, its subspace is the whole space.
+    The filters on input channel c, vectorised, are the columns of a `(kh kw, out / groups)` matrix. The truncated
+    singular value decomposition of this matrix gives the best eigen-filters (left singular vectors) and coefficients.
+    There is nothing between the two convolutions. Stride, padding and dilation belong to the first, the bias to the
+    second. For arguments and errors see `FactorizedConv2d`. A 1x1 kernel is refused, because its subspace would be the
+    whole space.
 
-    From scratch the factors are those of a random dense kernel, rescaled to its norm; the paper's own initialisation
-    is not known to us.
+    From scratch, the factors are those of a random dense kernel, rescaled (see `reset_parameters`). We do not know the
+    paper's initialisation.
 
     Factors:
         eigenfilters: `(in_channels, rank, kh, kw)`
@@ -103,17 +104,17 @@ class DeCEFConv2d(FactorizedConv2d):
 
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         filters = stack_filters(weight, self.groups)  # (in, kh kw, out/g)
-        # Of every channel by itself: the filters' projection on the leading right singular vectors of S^(1/2) F.
+        # For every channel separately: its filters F, projected on the leading right singular vectors of S^(1/2) F.
         roots = own_roots(metric, self.weight_shape[1])
         leading = torch.linalg.svd(roots @ filters, full_matrices=False).Vh[:, : self.rank]
         basis = torch.linalg.qr(filters @ leading.mT).Q.mT  # (in, rank, kh kw)
         return [self._fitted(weight, metric, b) for b in (basis, nearest["eigenfilters"].flatten(2))]
 
     def _fitted(self, weight: Tensor, metric: Tensor, filters: Tensor) -> dict[str, Tensor]:
-        """Eigen-filters `(in, rank, kh kw)` with the coefficients of all channels together that fit best."""
+        """Eigen-filters `(in, rank, kh kw)` with the coefficients that fit best over all channels together."""
         g, (out, per_group, kh, kw) = self.groups, self.weight_shape
         filters = filters.reshape(g, per_group, self.rank, kh * kw)
-        # The outputs of all eigen-filters as combinations of a patch: block diagonal
+        # All eigen-filters as vectors over a whole patch: block diagonal
         wide = torch.zeros(g, per_group, self.rank, per_group, kh * kw, dtype=weight.dtype, device=weight.device)
         index = torch.arange(per_group, device=weight.device)
         wide[:, index, :, index] = filters.transpose(0, 1)
@@ -130,20 +131,20 @@ class DeCEFConv2d(FactorizedConv2d):
             getattr(self, name).copy_(value)
 
     def orthogonality(self) -> Tensor:
-        """`sum_c ||E_c E_c^T - I||_F^2`, zero where every channel's eigen-filters are orthonormal.
+        """Penalty `sum_c ||E_c E_c^T - I||_F^2`, zero if every channel's eigen-filters are orthonormal.
 
-        A penalty for training. The paper's strategy is not known to us; at weight 0 nothing holds the filters
-        orthonormal, which the function that the layer computes does not need.
+        We do not know the paper's training strategy. Without the penalty nothing keeps the filters orthonormal, but the
+        layer works all the same.
         """
         return orthonormality_penalty(self.eigenfilters.flatten(2))
 
 
 def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:
-    """The filters that act on each input channel, vectorised, as the columns of a matrix, in float64.
+    """The vectorised filters on each input channel as the columns of a matrix, in float64.
 
     Args:
         weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
 
     Returns:
         `(in_channels, kh * kw, out_channels // groups)`.
@@ -154,8 +155,15 @@ def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:
 
 
 def own_roots(metric: Tensor, per_group: int) -> Tensor:
-    """R with `R^T R` = the part of a metric `(groups, in/g kh kw, in/g kh kw)` that is one input channel's,
-    `(in_channels, kh kw, kh kw)`."""
+    """Roots R of the diagonal blocks that belong to one input channel each, with `R^T R` equal to the block.
+
+    Args:
+        metric: `(groups, in/g kh kw, in/g kh kw)`.
+        per_group: input channels in a group.
+
+    Returns:
+        `(in_channels, kh kw, kh kw)`.
+    """
     blocks = metric.unflatten(2, (per_group, -1)).unflatten(1, (per_group, -1))
     own = torch.stack([blocks[:, c, :, c] for c in range(per_group)], 1).flatten(0, 1)
     return torch.linalg.cholesky(own).mT

@@ -1,4 +1,4 @@
-"""What every low-rank convolution shares: Conv2d's arguments, two ways to run, decomposition, conversion."""
+"""What all low-rank convolutions share: Conv2d's arguments, two ways to run, decomposition, conversion."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
 _FACTORIZED_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_factorized` has measured
-RIDGE = 1e-6  # of the mean second moment: what an input that was never seen counts
+RIDGE = 1e-6  # share of the mean second moment that counts for inputs that were never seen
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -23,29 +23,30 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 class FactorizedConv2d(nn.Module):
     """A convolution whose dense kernel is confined to a low-rank set.
 
-    A subclass says four things: the shapes of its factors (`factor_shapes`), the dense kernel they stand for
-    (`compose`), the nearest factors of a dense kernel (`_factorize`) and how they run as a chain of small
-    convolutions (`forward_factorized`). The rest is shared.
+    A subclass sets `rank_meaning` and `scale_factor`, and implements the methods that raise NotImplementedError here.
+    Above all these are the shapes of its factors (`factor_shapes`), the dense kernel that the factors stand for
+    (`compose`), the nearest factors of a dense kernel (`_factorize`), and the forward pass as a chain of small
+    convolutions (`forward_factorized`).
 
-    Arguments are those of `torch.nn.Conv2d`, in its order, then by keyword:
+    The arguments are those of `torch.nn.Conv2d` in the same order, then by keyword:
 
     Args:
-        rank: size of the low-rank set, from 1 to `max_rank`; what it counts is the subclass's.
-        implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once,
-            "auto" measures both once for every shape (see `prefers_factorized`). All are the same function of input and
-            factors, but not to the last bit: a run that has to repeat bit for bit names one.
+        rank: size of the low-rank set, from 1 to `max_rank`; `rank_meaning` says what it counts.
+        implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once, "auto"
+            takes the faster of the two, measured once for every shape (see `prefers_factorized`). Both compute the same
+            function of input and factors, but not to the last bit: name one if a run has to repeat bit for bit.
 
-    Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as `torch.nn.Conv2d`.
+    Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as for `torch.nn.Conv2d`.
 
     Raises:
-        ValueError: rank out of range, an implementation that doesn't exist, a kernel that the method cannot
-            represent, or arguments that `torch.nn.Conv2d` refuses.
+        ValueError: rank out of range, an unknown implementation, a kernel that the layer type cannot represent, or
+            arguments that `torch.nn.Conv2d` refuses.
     """
 
     rank_meaning: ClassVar[str]
-    #: The factor that carries the composed kernel's scale at the start.
+    #: Name of the factor that is scaled at initialisation, which gives the composed kernel its scale.
     scale_factor: ClassVar[str]
-    #: Whether a dense kernel stands for the layer in training mode too.
+    #: Whether the layer has an equivalent dense kernel in training mode too.
     composes_in_training: ClassVar[bool] = True
     bias: nn.Parameter | None
 
@@ -67,7 +68,7 @@ class FactorizedConv2d(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        # A dense convolution without storage checks the arguments and brings them to their normal form.
+        # A dense convolution without storage checks and normalises the arguments.
         dense = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
         )
@@ -77,7 +78,7 @@ class FactorizedConv2d(nn.Module):
         self.padding = dense.padding
         self.padding_mode: PaddingMode = padding_mode
         left, right, top, bottom = dense._reversed_padding_repeated_twice
-        # One convolution of the chain can pad by itself only with zeros and evenly; else the input is padded first.
+        # A convolution of the chain can only pad with zeros, and evenly; otherwise the input is padded first.
         self._pad_first = padding_mode != "zeros" or left != right or top != bottom
         self._pads = (left, right, top, bottom)
         self._padding = (0, 0) if self._pad_first else (top, left)
@@ -98,23 +99,23 @@ class FactorizedConv2d(nn.Module):
         self.reset_parameters()
 
     def _register(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Make the parameters, without values."""
+        """Register the parameters, uninitialised."""
         for name, shape in self.factor_shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         values = nn.Parameter(torch.empty(self.out_channels, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", values)
 
-    # What a layer type says of itself -------------------------------------------------------------------------
+    # What a layer type defines --------------------------------------------------------------------------------
 
     @classmethod
     def max_rank_for(cls, out_channels: int, in_per_group: int, kh: int, kw: int, *, groups: int = 1) -> int:
-        """Rank at which every kernel `(out_channels, in_per_group, kh, kw)` can be represented.
+        """The largest allowed rank, at which every kernel `(out_channels, in_per_group, kh, kw)` can be represented.
 
-        For DeCEF and BasisConv no smaller one will do. For CPAC and rank-1 it is the bound that follows from the shape:
-        the tensor rank that all such kernels reach may be smaller, and is not known in general.
+        For DeCEF and BasisConv no smaller rank suffices. For CPAC and rank-1 it is a bound that follows from the shape.
+        A smaller rank may suffice, but the smallest is not known in general.
 
         Raises:
-            ValueError: the method cannot represent such a kernel with fewer parameters at any rank.
+            ValueError: the layer type does not represent such kernels, or never with fewer parameters.
         """
         raise NotImplementedError
 
@@ -131,32 +132,36 @@ class FactorizedConv2d(nn.Module):
 
         Args:
             x: input `(B, in_channels, H, W)`.
-            padding: zeros to add above and below, left and right.
+            padding: rows of zeros to add above and below, columns of zeros to add left and right.
         """
         raise NotImplementedError
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
-        """Plain convolutions that compute what this layer does, detached copies, in several arrangements.
+        """The layer as plain convolutions with copied, detached weights, in one or more arrangements.
 
         Returns:
-            Lists of chains whose outputs add up, by name. "factorized" is `forward_factorized`. "branches", where the
-            type has it, merges the 1-D filters into 2-D ones and cuts the chain up so that nothing inside has more
-            channels than the input or the output. Which is faster depends on the engine.
+            For every arrangement by name, a list of chains whose outputs add up. "factorized" is the chain of
+            `forward_factorized`. "branches", which not all types have, merges 1-D filters into 2-D ones (CPAC, rank-1)
+            and makes one chain per rank, so that its inner channels are no more than the input's or the output's
+            (DeCEF, rank-1). Which arrangement is faster depends on the engine.
         """
         raise NotImplementedError
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        """How much of the squared norm of a kernel or its output each rank adds, `(max_rank,)` in float64, falling.
+        """How much of the squared norm of a kernel, or of its output, each further rank adds.
 
-        The sum of the first r is what the nearest kernel of rank r keeps: exactly for DeCEF and BasisConv (Eckart and
-        Young; with moments DeCEF's are of every channel by itself), at most for CPAC and rank-1, whose best
-        approximations are not nested and have no closed form.
+        The sum of the first r values is what the nearest kernel of rank r keeps. For DeCEF and BasisConv this is exact
+        (Eckart and Young), but with moments, DeCEF's values are of every channel separately. For CPAC and rank-1 it is
+        an upper bound: their best approximations are not nested and have no closed form.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
-            groups: of the convolution.
-            moments: of its input patches, see `decompose_`.
+            groups: number of groups of the convolution.
+            moments: second moments of its input patches, see `decompose_`; None is for the kernel's norm.
+
+        Returns:
+            `(max_rank,)` in float64, descending.
         """
         raise NotImplementedError
 
@@ -165,18 +170,20 @@ class FactorizedConv2d(nn.Module):
         raise NotImplementedError
 
     def _init_factors(self) -> None:
-        """Draw the factors; `scale_factor` is then scaled."""
+        """Draw the factors; the caller then scales the one that `scale_factor` names."""
         raise NotImplementedError
 
     def squared_norm(self) -> Tensor:
-        """`||compose()||^2` in the Frobenius norm, differentiable; subclasses have it from their factors' Gram
-        matrices, without the kernel."""
+        """`||compose()||^2` in the Frobenius norm, differentiable.
+
+        Most subclasses compute it from the Gram matrices of their factors, without the kernel.
+        """
         return self.compose().square().sum()
 
-    # What all share -------------------------------------------------------------------------------------------
+    # What all types share -------------------------------------------------------------------------------------
 
     def _spatial(self, vertical: bool = True, horizontal: bool = True) -> dict[str, Any]:
-        """Stride, padding, dilation and padding mode for a plain convolution that does one or both directions."""
+        """Stride, padding, dilation and padding mode for a plain convolution over one or both directions."""
 
         def both(values: tuple[int, int], neutral: int) -> tuple[int, int]:
             return (values[0] if vertical else neutral, values[1] if horizontal else neutral)
@@ -195,16 +202,16 @@ class FactorizedConv2d(nn.Module):
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def compose_bias(self) -> Tensor | None:
-        """What the layer adds to every output channel, `(out_channels,)`, beside the convolution with `compose()`."""
+        """The bias `(out_channels,)` that goes with the kernel of `compose()`, if any."""
         return self.bias
 
     @property
     def weight(self) -> Tensor:
-        """The composed kernel, for code that reads `conv.weight`; composed anew at every read, not to be written."""
+        """The composed kernel, for code that reads `conv.weight`. Composed anew at every read; do not write to it."""
         return self.compose()
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """The factors by name, bias not among them."""
+        """The factors by name, without the bias."""
         return {name: getattr(self, name) for name in self.factor_shapes()}
 
     @torch.no_grad()
@@ -212,7 +219,7 @@ class FactorizedConv2d(nn.Module):
         """Draw new factors, and the bias as `torch.nn.Conv2d` draws it.
 
         Args:
-            std: root mean square of the composed kernel's weights; by default He's, `sqrt(2 / fan_in)` (He et al. 2015,
+            std: root mean square of the composed kernel's weights. The default is `sqrt(2 / fan_in)` (He et al. 2015,
                 eq. 10).
         """
         fan_in = math.prod(self.weight_shape[1:])
@@ -236,8 +243,9 @@ class FactorizedConv2d(nn.Module):
         """Whether the chain is faster than composing the kernel and convolving once, for inputs like `x`.
 
         Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
-        backward pass where gradients are wanted; the answer is remembered for the life of the process. Where nothing
-        can be timed (tracing, compiling, `torch.func` transforms, the meta device) the one with fewer MACs is taken.
+        backward pass if gradients are needed. The answer is kept for the life of the process. Where timing is not
+        possible (tracing, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with fewer MACs
+        is taken.
         """
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *self.factors().values()))):
@@ -252,14 +260,14 @@ class FactorizedConv2d(nn.Module):
         return _FACTORIZED_IS_FASTER[key]
 
     def _factorized_has_fewer_macs(self, x: Tensor) -> bool:
-        # Per output position the chain does about a MAC for each of its parameters, and composing costs about that
-        # many for every weight of the kernel, once.
+        # Per output position, the chain does about one MAC for each of its parameters. Composing costs about `rank`
+        # MACs for each weight of the kernel, once for all positions.
         dense, chain = math.prod(self.weight_shape), sum(p.numel() for p in self.factors().values())
         return chain < dense * (1 + self.rank / max(1, x.numel() // self.in_channels))
 
     def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
         """Seconds of the fastest of a few runs."""
-        # Factors may be computed ones, which cannot be deep-copied: the twin gets parameters of the same values.
+        # Factors may be computed tensors, which cannot be deep-copied: the twin gets parameters with their values.
         twin = copy.copy(self)
         twin.__dict__ = dict(self.__dict__)
         for name in self.factors():
@@ -269,13 +277,13 @@ class FactorizedConv2d(nn.Module):
             for name, value in {**self.factors(), "bias": self.bias}.items()
         }
         twin.implementation = implementation
-        twin._pad_first = False  # `x` is padded already
+        twin._pad_first = False  # `x` is already padded
         x = x.detach().clone().requires_grad_(x.requires_grad)
         best = math.inf
         for _ in range(4):
             started = time.perf_counter()
             with torch.set_grad_enabled(trains):
-                y = twin.forward(x)  # not the module: its hooks are not for this
+                y = twin.forward(x)  # not twin(x), which would run the hooks
             if trains:
                 y.sum().backward()
             if x.device.type == "cuda":
@@ -285,23 +293,24 @@ class FactorizedConv2d(nn.Module):
 
     @torch.no_grad()
     def decompose_(self, weight: Tensor, *, warm_start: bool = False, moments: Tensor | None = None) -> float:
-        """Set the factors to the kernel of the set nearest to `weight`, and return how far that is.
+        """Set the factors to those of the low-rank kernel nearest to `weight`, and return the relative error.
 
         Computed in float64 and cast back. CPAC and rank-1 have no closed form: they iterate to a local optimum.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
-            warm_start: start an iteration from the present factors, which are near, and take few sweeps; a factor that
-                is frozen by the layer's design (BasisConv's basis) stays as it is.
-            moments: nearest in the layer's output instead of the kernel's weights: second moments of its input patches,
-                `(groups, d, d)`, see `decef.moments`. The result is never worse there than without them.
+            warm_start: the current factors are near. Iterations start from them and take only a few sweeps, and a
+                factor that is frozen by design (BasisConv's basis) does not change.
+            moments: second moments of the layer's input patches, `(groups, d, d)`, see `decef.moments`. With them,
+                "nearest" refers to the layer's output instead of the kernel's weights. The error of the output is never
+                larger than without them.
 
         Returns:
-            The relative error `||weight - compose()|| / ||weight||`, in the Frobenius norm or in the metric of the
-            moments, 0 for a zero kernel.
+            `||weight - compose()|| / ||weight||` in the Frobenius norm, or with moments in their metric; 0 for a zero
+            kernel.
 
         Raises:
-            ValueError: `weight` or `moments` has another shape or is not finite.
+            ValueError: `weight` or `moments` has the wrong shape or is not finite.
         """
         if tuple(weight.shape) != self.weight_shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this layer's kernel has {self.weight_shape}")
@@ -326,7 +335,7 @@ class FactorizedConv2d(nn.Module):
         return error
 
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Candidates for the factors nearest to `weight` in a metric `(groups, d, d)`; `nearest` are `_factorize`'s."""
+        """Candidates for the nearest factors in a metric `(groups, d, d)`; `nearest` is what `_factorize` found."""
         raise NotImplementedError
 
     def _relative_error(self, weight: Tensor, metric: Tensor | None) -> float:
@@ -344,7 +353,7 @@ class FactorizedConv2d(nn.Module):
     def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
         """A freshly initialised layer with the arguments, device, dtype, mode and `requires_grad` of `conv`.
 
-        `rank=None` is full rank.
+        `rank=None` means full rank; `kwargs` are further arguments of the class. For errors see the class.
         """
         if rank is None:
             rank = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)
@@ -371,7 +380,10 @@ class FactorizedConv2d(nn.Module):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
-        """The layer of this type nearest to `conv`; `rank=None` is full rank, where the two are equal."""
+        """The layer of this type nearest to `conv`; `rank=None` means full rank, where the two are equal.
+
+        For other arguments and errors see `like` and `decompose_`.
+        """
         layer = cls.like(conv, rank, **kwargs)
         layer.decompose_(conv.weight)
         if layer.bias is not None:
@@ -382,8 +394,7 @@ class FactorizedConv2d(nn.Module):
 
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:
-        """The `torch.nn.Conv2d` that is equal in evaluation mode, its weight composed once and trainable if a factor
-        is."""
+        """A `torch.nn.Conv2d` that computes the same in evaluation mode; its weight is trainable if any factor is."""
         with evaluating(self):
             weight, bias = self.compose(), self.compose_bias()
         conv = nn.Conv2d(
@@ -418,7 +429,14 @@ class FactorizedConv2d(nn.Module):
 
 @torch.no_grad()
 def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spatial: Any) -> nn.Conv2d:
-    """A `torch.nn.Conv2d` that holds a copy of `weight` `(out, in // groups, kh, kw)`, or `(out, in)` for a 1x1."""
+    """A `torch.nn.Conv2d` with a copy of `weight`.
+
+    Args:
+        weight: `(out, in // groups, kh, kw)`, or `(out, in // groups)` for a 1x1 convolution.
+        bias: `(out,)`.
+        groups: number of groups.
+        **spatial: stride, padding, dilation and padding mode.
+    """
     weight = weight if weight.dim() == 4 else weight[:, :, None, None]
     out, per_group, *size = weight.shape
     conv = nn.Conv2d(per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None, **spatial)
@@ -430,7 +448,13 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
 
 
 def squared_norm_on(weight: Tensor, metric: Tensor | None, groups: int) -> Tensor:
-    """`tr(W S W^T)` of a kernel, a group's filters the rows of W, summed over groups; S = 1 without a metric."""
+    """`tr(W S W^T)` summed over groups, with a group's filters as the rows of W; without a metric, S is the identity.
+
+    Args:
+        weight: `(out_channels, in_channels // groups, kh, kw)`.
+        metric: S, `(groups, d, d)` with `d = in_channels // groups * kh * kw`.
+        groups: number of groups.
+    """
     if metric is None:
         return weight.square().sum()
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -438,11 +462,11 @@ def squared_norm_on(weight: Tensor, metric: Tensor | None, groups: int) -> Tenso
 
 
 def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
-    """The combinations of basis vectors nearest to rows in a metric: A that minimises `||rows - A basis||` there.
+    """Least squares in a metric: the coefficients A that minimise `||rows - A basis||` in it.
 
     Args:
         rows: `(groups, n, d)`.
-        basis: `(groups, m, d)`; vectors that depend on others get what the least-norm solution gives them.
+        basis: `(groups, m, d)`; if its vectors are linearly dependent, A is the least-norm solution.
         metric: `(groups, d, d)`.
 
     Returns:
@@ -457,10 +481,10 @@ def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
 
 
 def conditioned(moments: Tensor) -> Tensor:
-    """Moments as a metric: of mean 1 on the diagonal, and positive where the data say nothing (channels that are 0).
+    """Moments `(groups, d, d)` as a metric: scaled to mean 1 on the diagonal, and made positive definite by a ridge.
 
-    Patches are summed up in single precision, so directions that were not seen may have come out negative: the ridge
-    that mends that is found by trying.
+    The ridge is for directions that the data do not have, such as channels that are always 0. Patches are summed in
+    single precision, so these directions may even come out negative. The ridge is therefore raised until it suffices.
     """
     scale = moments.diagonal(dim1=1, dim2=2).mean()
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
@@ -473,14 +497,14 @@ def conditioned(moments: Tensor) -> Tensor:
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:
-    """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero where their rows are orthonormal."""
+    """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero if their rows are orthonormal."""
     gram = rows @ rows.transpose(1, 2)
     return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` itself, not what is in it, in evaluation mode for a while."""
+    """Temporarily set `module` itself, but not its submodules, to evaluation mode."""
     training, module.training = module.training, False
     try:
         yield
@@ -493,7 +517,7 @@ def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
 
 
 def _is_ordinary(x: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor, not one that `torch.func` or a tracer wraps."""
+    """Whether `x` is an ordinary tensor, not one wrapped by `torch.func` or a tracer."""
     try:
         x.data_ptr()
     except RuntimeError:

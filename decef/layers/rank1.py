@@ -1,4 +1,4 @@
-"""Rank-1 filters: every filter an outer product of three 1-D filters.
+"""Rank-1 filters: every filter is an outer product of three 1-D filters.
 
 Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (2018); Lee, Kim, Jeong, Yoon:
 "Compression of deep learning models by alternating tensor compose-decompose" (ATCD), Appl. Sci. 2021, 11(2), 643.
@@ -15,26 +15,26 @@ from torch import Tensor, nn
 from decef.layers.cp import cp_als, whitened
 from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, conv2d_of
 
-MOST_UNKNOWN = 1024  # in the least-squares problem of one filter
+MOST_UNKNOWN = 1024  # largest number of unknowns in the least-squares problem of one filter
 
 
 class Rank1Conv2d(FactorizedConv2d):
-    """Every filter a 3-D rank-1 tensor, in use as a chain of 1-D convolutions.
+    """Every filter is a sum of `rank` 3-D rank-1 tensors; the layer runs as a chain of 1-D convolutions.
 
         W[n, c, i, j] = sum_{m <= rank} channel[n, m, c] vertical[n, m, i] horizontal[n, m, j]
 
     `rank=1` is the papers' layer. More terms per filter are our extension, so that the layer can be compared with
-    others at equal cost. The chain is 1x1, depthwise kh x 1 (which has the vertical stride), then 1 x kw (the
-    horizontal stride), which adds the terms; nothing is between them and the bias is on the last. Arguments and
-    errors: `FactorizedConv2d`; a 1x1 kernel is refused, its filters have rank 1 already.
+    others at equal cost. The chain is 1x1, then depthwise kh x 1 with the vertical stride, then 1 x kw with the
+    horizontal stride, which also adds the terms. There is nothing between them, and the last one has the bias. For
+    arguments and errors see `FactorizedConv2d`. A 1x1 kernel is refused, because its filters already have rank 1.
 
     Training with `implementation="reconstructed"` is ATCD in its chain-rule reading: each step composes the 3-D
-    filters, convolves with them, and updates the 1-D ones by the gradient.
+    filters, convolves with them, and updates the 1-D filters by the gradient.
 
     Args:
-        separate_init: draw the three 1-D filters as `torch.nn.Conv2d` draws three separate layers, instead of giving
-            the composed kernel a variance: the consecutive 1-D layers that, as the papers have it, cannot be trained in
-            some networks.
+        separate_init: draw the three 1-D filters as `torch.nn.Conv2d` would draw three separate layers, instead of
+            setting the variance of the composed kernel. These are the consecutive 1-D layers that, according to the
+            papers, cannot be trained in some networks.
 
     Factors:
         channel: `(out_channels, rank, in_channels // groups)`
@@ -126,7 +126,7 @@ class Rank1Conv2d(FactorizedConv2d):
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        # A rank-1 term has rank 1 in the unfolding channels x space too, whose singular values bound what it keeps.
+        # A rank-1 term also has rank 1 in the unfolding channels x space, so its singular values bound what is kept.
         kernels = weight.detach().to(torch.float64)
         if moments is not None:
             split = kernels.unflatten(0, (groups, -1))
@@ -154,7 +154,7 @@ class Rank1Conv2d(FactorizedConv2d):
         return [self._fitted(weight, metric, candidate) for candidate in (found, nearest)]
 
     def _fitted(self, weight: Tensor, metric: Tensor, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The terms of every filter with the channel filters that fit best, where solving for them is affordable."""
+        """The same factors with the channel filters that fit best, if the problem is small enough to be solved."""
         out, per_group, kh, kw = self.weight_shape
         unknown = self.rank * per_group
         if unknown > MOST_UNKNOWN:
@@ -175,7 +175,7 @@ class Rank1Conv2d(FactorizedConv2d):
     def reset_parameters(self, std: float | None = None) -> None:
         super().reset_parameters(std)
         if self.separate_init and self.channel.device.type != "meta":
-            # The last of the three adds the terms of a filter, so all of them are its inputs.
+            # The last layer adds the terms of a filter, so all of them count as its inputs.
             fan_ins = {"channel": 1, "vertical": 1, "horizontal": self.rank}
             for name, terms in fan_ins.items():
                 factor = getattr(self, name)
@@ -183,7 +183,7 @@ class Rank1Conv2d(FactorizedConv2d):
                 factor.uniform_(-bound, bound)
 
     def _init_factors(self) -> None:
-        # The 1-D spatial filters have norm 1 and random directions; the scale is the channel filter's.
+        # The 1-D spatial filters have norm 1 and random directions; the channel filters carry the scale.
         for factor in (self.vertical, self.horizontal):
             factor.normal_()
             factor.div_(factor.norm(dim=2, keepdim=True))

@@ -18,8 +18,8 @@ from decef.models.published import CPACNet, Rank1Net
 from decef.models.resnet_cifar import CifarResNet
 from decef.models.vgg import CifarVGG16
 
-#: Every network of this package by name. Options that are off are left out by configs and records, so off is what each
-#: option is by default.
+#: Every network of this package by name. Configs and records leave out options that are off, so every option must be
+#: off by default.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
     "vgg16_bn": CifarVGG16,
@@ -40,18 +40,19 @@ def create_model(
     pretrained: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A dense network by name, freshly initialised.
+    """A dense network by name, freshly initialised unless `pretrained`.
 
     Args:
         name: a key of `MODELS`, `timm/<name>` or `torchvision/<name>`.
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        image_size: height and width, for networks whose dense layers depend on it.
+        image_size: height and width in pixels, for networks whose fully connected layers depend on them.
         pretrained: let timm or torchvision download trained weights.
-        **options: what the network has of its own.
+        **options: options of this network.
 
     Raises:
         ValueError: there is no such network, or it doesn't take these arguments.
+        ImportError: timm or torchvision is needed and not installed.
     """
     library, _, rest = name.partition("/")
     if rest and library in ("timm", "torchvision"):
@@ -110,7 +111,7 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
         if num_classes != trained:
             raise ValueError(
                 f"the trained weights of torchvision/{name} are for {trained} classes, not {num_classes}: take a "
-                "network of timm's, which gets a new classifier then"
+                "network of timm instead, whose classifier is then replaced"
             )
         return models.get_model(name, weights="DEFAULT")
     return models.get_model(name, weights=None, num_classes=num_classes)

@@ -1,8 +1,8 @@
 """MobileNetV1 and V2 for 32x32 images.
 
 Howard et al.: "MobileNets: efficient convolutional neural networks for mobile vision applications", 2017; Sandler et
-al.: "MobileNetV2: inverted residuals and linear bottlenecks", 2018. As is usual for CIFAR the stem (and in V2 the
-second stage) keeps the resolution.
+al.: "MobileNetV2: inverted residuals and linear bottlenecks", 2018. As usual for CIFAR, the stem (and in V2 the second
+stage) keeps the resolution.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ class MobileNetV1(nn.Module):
     """A 3x3 stem and thirteen depthwise-separable blocks: 3x3 depthwise, norm, ReLU, 1x1, norm, ReLU.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        dense_pairs: make every pair of depthwise and 1x1 one dense 3x3 convolution. The pair is its DeCEF of rank 1 but
-            for the norm and ReLU between, so with `layer=decef layer.rank=1` this is MobileNet without those, and
-            with higher ranks what it approximates; ATCD trains the pair composed.
-        width: share of the channels that every layer has, to the nearest 8 of them, such as 0.25; None is all.
+        dense_pairs: replace every pair of depthwise and 1x1 convolution by one dense 3x3 convolution. Apart from the
+            norm and ReLU inside, the pair is the DeCEF layer of rank 1 for this convolution. With `layer=decef
+            layer.rank=1` the network is thus MobileNet without those, and with higher ranks it is what MobileNet
+            approximates. ATCD trains the composed pair.
+        width: share of every layer's channels to keep, such as 0.25, rounded to a multiple of 8; None keeps all.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
     """
@@ -54,11 +55,11 @@ class MobileNetV2(nn.Module):
     """A 3x3 stem, seventeen inverted residual blocks (1x1, 3x3 depthwise, linear 1x1) and a last 1x1 convolution.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        dense_pairs: make every depthwise convolution and the 1x1 that follows one dense 3x3 convolution, see
-            `MobileNetV1`.
-        width: as in `MobileNetV1`; as in the paper, the last convolution keeps its channels.
+        dense_pairs: replace every depthwise convolution and the 1x1 convolution after it by one dense 3x3 convolution,
+            see `MobileNetV1`.
+        width: see `MobileNetV1`; the last convolution keeps its channels, as in the paper.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 8.
     """
@@ -86,7 +87,7 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter, project; with a shortcut where the shape stays."""
+    """Expand, filter, project; with a shortcut if the shape does not change."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int, dense_pairs: bool) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class InvertedResidual(nn.Module):
 
 
 def _share_of(channels: int, width: float | None) -> int:
-    """A share of channels, to the nearest multiple of 8 and at least 8, as MobileNets are made narrower."""
+    """A share of channels, rounded to a multiple of 8 and at least 8, as is usual for narrower MobileNets."""
     return channels if width is None else max(8, round(width * channels / 8) * 8)
 
 

@@ -1,30 +1,31 @@
-"""A network in which nothing helps a bad start: convolutions without normalisation or shortcuts."""
+"""A plain network: no normalisation or shortcuts that could make up for a bad initialisation."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 WIDTHS = (64, 64, 144, 144, 256, 256, 256)
-POOL_AFTER = (1, 3)  # layers that a 2x2 maximum follows
+POOL_AFTER = (1, 3)  # indices of the layers before 2x2 max pooling
 
 
 class PlainNet(nn.Module):
-    """Seven 3x3 convolutions, mean, classifier.
+    """Seven 3x3 convolutions, global average pooling, classifier.
 
     The convolutions are those of the MNIST network in the rank-1 authors' notebooks (arXiv 1808.04303: 64, 64, pool,
-    144, 144, pool, 256, 256, 256; no bias, no batch norm, and there no ReLU either), where the claim that consecutive
-    1-D layers cannot be trained was made. The authors' three large dense layers behind them are one here.
+    144, 144, pool, 256, 256, 256; no bias, no batch norm, and in the notebooks no ReLU). The authors' claim that
+    consecutive 1-D layers cannot be trained is about that network. It ends in three large fully connected layers, this
+    one in a single one.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        width: by which all widths are multiplied.
+        width: factor by which all widths are multiplied.
         relu: whether a ReLU follows each convolution.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 4.
 
     Raises:
-        ValueError: a width that leaves a layer without channels.
+        ValueError: the width leaves a layer without channels.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, width: float = 1.0, relu: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The small networks of the CPAC and rank-1 authors' own experiments."""
+"""The small networks from the experiments of the CPAC and rank-1 authors."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from torch import Tensor, nn
 class CPACNet(nn.Module):
     """CPAC-Conv's network: one or two 3x3 convolutions of 8 filters without padding or bias.
 
-    Each is followed by a 2x2 maximum and ReLU; behind one there is a dense layer, behind two there are two, with
-    nothing between them (Wang, Guo, Yue 2020, the authors' code).
+    2x2 max pooling and ReLU follow each convolution. One convolution is followed by one fully connected layer, two by
+    two with nothing between them (Wang, Guo, Yue 2020, the authors' code).
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        image_size: height and width, at least 10.
+        image_size: height and width in pixels, at least 4, or 10 with `two`.
         two: two convolutions instead of one.
 
     Shape: `(B, in_channels, image_size, image_size)` to `(B, num_classes)`.
+
+    Raises:
+        ValueError: the image is too small.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28, two: bool = False) -> None:
@@ -37,18 +40,21 @@ class CPACNet(nn.Module):
 
 
 class Rank1Net(nn.Module):
-    """The rank-1 authors' CIFAR-10 network: three pairs of 3x3 convolutions (64, 144, 256), three dense layers.
+    """The rank-1 authors' CIFAR-10 network: three pairs of 3x3 convolutions (64, 144, 256), three linear layers.
 
-    In each pair: convolution, ReLU, batch norm, convolution, ReLU, 2x2 maximum, dropout; the dense layers have 1024 and
-    512 units with batch norm, ReLU and dropout (Kim et al. 2018, the authors' notebook). The authors measured with
-    dropout on; here it is off where it should be.
+    Each pair is convolution, ReLU, batch norm, convolution, ReLU, 2x2 max pooling, dropout. The first two linear layers
+    have 1024 and 512 units, each with batch norm, ReLU and dropout (Kim et al. 2018, the authors' notebook). The
+    authors measured with dropout on; here it is off in evaluation mode.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        image_size: height and width, at least 8.
+        image_size: height and width in pixels, at least 8.
 
     Shape: `(B, in_channels, image_size, image_size)` to `(B, num_classes)`.
+
+    Raises:
+        ValueError: the image is too small.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, image_size: int = 32) -> None:

@@ -1,7 +1,7 @@
 """ResNets for 32x32 images (He, Zhang, Ren, Sun: "Deep residual learning for image recognition", 2016, section 4.2).
 
-Parameter names are those of most CIFAR ResNets in circulation (conv1, bn1, layer1.0.conv1, ..., linear), so that
-their weights load.
+Parameters have the same names as in most published CIFAR ResNets (conv1, bn1, layer1.0.conv1, ..., linear), so that
+their weights can be loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ ConvFactory = Callable[..., nn.Module]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; where the shape changes, shortcut "A" subsamples and adds zero channels
-    (no parameters, the paper's choice for CIFAR), "B" is a 1x1 convolution."""
+    """Two 3x3 convolutions and a shortcut.
+
+    Where the shape changes, shortcut "A" subsamples and adds zero channels (no parameters; the paper's choice for
+    CIFAR), and "B" is a 1x1 convolution with batch norm.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str, conv: ConvFactory) -> None:
         super().__init__()
@@ -46,17 +49,20 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2: a 3x3 stem, three stages of n blocks with 16, 32, 64 channels, mean, classifier.
+    """ResNet of depth 6n + 2: 3x3 stem, three stages of n blocks with 16, 32, 64 channels, average pooling, classifier.
 
     Args:
-        depth: 20, 32, 44, 56, 110 in the paper (0.27, 0.46, 0.66, 0.85, 1.7 M parameters); any 6n + 2.
-        num_classes: outputs.
+        depth: any 6n + 2; in the paper 20, 32, 44, 56, 110 (0.27, 0.46, 0.66, 0.85, 1.7 M parameters).
+        num_classes: number of outputs.
         in_channels: channels of the image.
         shortcut: "A" or "B", see `BasicBlock`.
         conv: makes the 3x3 convolutions of the blocks; takes `torch.nn.Conv2d`'s arguments.
-        conv_classifier: make the classifier a 1x1 convolution, the same function, so that it can be factorised.
+        conv_classifier: make the classifier an equivalent 1x1 convolution, so that it can be factorised.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 4.
+
+    Raises:
+        ValueError: the depth is not 6n + 2, or there is no such shortcut.
     """
 
     def __init__(
@@ -88,7 +94,7 @@ class CifarResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He initialisation of every convolution and of the classifier; factorised layers have their own."""
+        """He initialisation of every convolution and of the classifier; factorised layers use their own."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)

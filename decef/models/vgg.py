@@ -1,8 +1,8 @@
-"""VGG-16 with batch norm in its CIFAR form.
+"""VGG-16 with batch norm, in its CIFAR form.
 
-Simonyan, Zisserman: "Very deep convolutional networks for large-scale image recognition", 2015; for 32x32 images with
-one dense layer behind the convolutions, as is usual since Liu, Deng: "Very deep convolutional neural network based
-image classification using small training sample size", 2015.
+Simonyan, Zisserman: "Very deep convolutional networks for large-scale image recognition", 2015. For 32x32 images it has
+only one fully connected layer after the convolutions, as is usual since Liu, Deng: "Very deep convolutional neural
+network based image classification using small training sample size", 2015.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class CifarVGG16(nn.Module):
-    """Thirteen 3x3 convolutions in five stages, a 2x2 maximum after each stage, mean, classifier.
+    """Thirteen 3x3 convolutions in five stages, 2x2 max pooling after each, global average pooling, classifier.
 
-    At 32x32 the map that is left is 1x1 and the mean does nothing. Smaller images end earlier: a map of one pixel is
-    not pooled.
+    A 32x32 image ends as a 1x1 map, so the average does nothing. Smaller images get there earlier: a map of one pixel
+    is not pooled.
 
     Args:
-        num_classes: outputs.
+        num_classes: number of outputs.
         in_channels: channels of the image.
-        width: share of the channels that every layer has, such as 0.25; None is all.
+        width: share of every layer's channels to keep, such as 0.25, rounded down; None keeps all.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`.
 
     Raises:
-        ValueError: a width that leaves a layer without channels.
+        ValueError: the width leaves a layer without channels.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float | None = None) -> None:

@@ -14,9 +14,9 @@ from decef.data.search import search_path
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """A state dict from a checkpoint file, wherever in it it is (`state_dict`, `model`, or the file itself).
+    """The state dict in a checkpoint file, which may be under the key `state_dict` or `model` or the whole file.
 
-    Prefixes that `torch.nn.DataParallel` and `torch.compile` leave in the names are taken off. Nothing in the file is
+    Prefixes that `torch.nn.DataParallel` and `torch.compile` leave in the names are removed. Nothing in the file is
     executed.
 
     Raises:
@@ -36,10 +36,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(name: str) -> Path:
-    """The file of that path, else of that name in the folder `weights` where datasets are looked for.
+    """The file with this path, else with this name in the `weights` folders of the search path for datasets.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     candidates = [Path(name), *(folder / "weights" / name for folder in search_path(None))]
     found = next((path for path in candidates if path.is_file()), None)
@@ -49,10 +49,11 @@ def find_weights(name: str) -> Path:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """`model` with the weights of a file.
+    """Load the weights of a file into `model`, and return it.
 
     Raises:
-        FileNotFoundError, ValueError: see `load_state_dict`, or the weights are of another network.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, holds no state dict or is for another network.
     """
     try:
         model.load_state_dict(load_state_dict(path))
@@ -62,7 +63,11 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
 
 
 def describe_file(path: Path) -> str:
-    """A file's name and MD5, to say in a result what it was made from."""
+    """A file's name and MD5, to say what a result was made from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
     return f"{path.name} (MD5 {md5_of(path)})"
 
 

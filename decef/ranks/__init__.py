@@ -1,4 +1,4 @@
-"""Effective ranks of kernels, and the rules that give every layer its rank."""
+"""Effective ranks of kernels, and the rules that choose every layer's rank."""
 
 from decef.ranks.budget import Budget
 from decef.ranks.candidate import Candidate, Rule, Totals

@@ -1,4 +1,4 @@
-"""The rule that spreads a budget over the whole network."""
+"""The rule that spreads a budget of FLOPs or parameters over the whole network."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from decef.ranks.effective import check_share
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest ranks with which the whole network stays within a share of its dense cost.
+    """The largest ranks that keep the whole network within a share of its dense cost.
 
-    Every layer starts at rank 1. Then, step by step, the layer that gains most energy for the cost gets its next rank,
-    until no layer's next step fits into the budget. Energies are shares of each layer's own (`Candidate.kept_energy`).
-    Where a layer's next rank would cost no less than the dense layer, its next step is to stay dense. A layer that
-    saves nothing even at rank 1 stays dense from the start.
+    Every layer starts at rank 1. Then, one step at a time, the layer that gains the most energy per cost gets its next
+    rank, until no layer's next step fits into the budget. A layer's energy is a share of its own total, see
+    `Candidate.kept_energy`. If a layer's next rank would cost at least as much as the dense layer, its next step is to
+    stay dense. A layer that saves nothing even at rank 1 stays dense from the start.
 
-    In an untrained network energies say nothing. For that there is `uniform`: every layer gets the same share of its
-    own dense cost, as large as the budget allows. Ranks are whole numbers, so some of the budget is left over; it goes
-    to the layers in their order, one rank at a time, while it lasts.
+    The energies of an untrained network mean nothing; use `uniform` there. Every layer then gets the same share of its
+    own dense cost, as large as the budget allows. Ranks are whole numbers, so some of the budget is left over. It goes
+    to the layers in order, one rank at a time, as long as it lasts.
 
     Args:
         flops: share of the dense network's FLOPs, in (0, 1]; `plan` then needs the input size. Give this or `params`.
         params: share of the dense network's parameters, in (0, 1].
-        uniform: give every layer the same share of its cost, whatever its energies.
+        uniform: give every layer the same share of its dense cost, whatever its energies.
 
     Raises:
-        ValueError: both or neither of `flops` and `params` are given, or one is not a share. Called, also where the
-            budget can't be met, or FLOPs are not known.
+        ValueError: both or neither of `flops` and `params` are given, or the share is not in (0, 1]. When called: the
+            budget can't be met, or it is in FLOPs but no input size was given.
     """
 
     flops: float | None = None
@@ -48,7 +48,7 @@ class Budget:
 
     @property
     def share(self) -> float:
-        """The share that was given."""
+        """The given share, of FLOPs or of parameters."""
         share = self.flops if self.params is None else self.params
         assert share is not None
         return share
@@ -65,7 +65,7 @@ class Budget:
         layers = [layer for layer in layers if layer.per_rank < layer.dense]
         kept = total - sum(layer.dense for layer in layers)
         smallest = kept + sum(layer.per_rank for layer in layers)
-        # Costs are whole numbers: half a unit makes up for rounding, in a share like 0.667 and in this product.
+        # Costs are whole numbers, so half a unit only makes up for rounding, of a share like 0.667 and of the product.
         limit = self.share * total + 0.5
         if smallest > limit:
             raise ValueError(
@@ -78,7 +78,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class _Priced:
-    """A candidate and what it costs in the unit of the budget, MACs or parameters."""
+    """A candidate and its costs in the unit of the budget, MACs or parameters."""
 
     candidate: Candidate
     dense: int
@@ -95,19 +95,19 @@ class _Priced:
 
 
 def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
-    """Ranks that cost at most `limit` together, each next one where it gains most energy for its cost."""
+    """Ranks that together cost at most `limit`; each next rank goes where it gains the most energy per cost."""
     ranks = {layer.name: 1 for layer in layers}
     energies = {layer.name: layer.candidate.kept_energy().tolist() for layer in layers}
     left = limit - sum(layer.per_rank for layer in layers)
 
     def step(layer: _Priced) -> tuple[float, int]:
-        """Energy and cost of a layer's next step: one more rank or, where no larger rank saves anything, dense."""
+        """Energy and cost of a layer's next step: one more rank or, if no larger rank saves anything, dense."""
         rank = ranks[layer.name]
         if rank < layer.most:
             return energies[layer.name][rank], layer.per_rank
         return sum(energies[layer.name][rank:]), layer.dense - rank * layer.per_rank
 
-    # A heap gives its smallest entry first, so a layer's next step stands in it with minus its energy per cost.
+    # A heap pops its smallest entry first, so it holds minus the energy per cost of every layer's next step.
     heap: list[tuple[float, int]] = []
 
     def push(position: int) -> None:
@@ -134,7 +134,7 @@ def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]
 
 
 def _spread_evenly(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
-    """Ranks that cost at most `limit` together, with which every layer has the same share of its dense cost."""
+    """Ranks that together cost at most `limit`, where every layer has about the same share of its dense cost."""
 
     def ranks_at(share: float) -> dict[str, int]:
         return {x.name: min(max(1, math.floor(share * x.dense / x.per_rank)), x.most) for x in layers}

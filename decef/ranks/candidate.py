@@ -1,4 +1,4 @@
-"""What a rule sees of a network, and what a rule is."""
+"""The interface of a rule, and what a rule sees of a network."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from decef.layers import FactorizedConv2d
 class Candidate:
     """A kernel that may be factorised, with everything that a rule may look at.
 
-    Convolutions that share one weight are one candidate, and their MACs are added up. Costs are without bias; MACs are
-    for one input of the network, and 0 where its size was not given. The cost of every layer type is proportional to
-    its rank: `rank * params_per_rank` parameters and `rank * macs_per_rank` MACs, against `params` and `macs` dense.
+    Convolutions that share one weight are one candidate, and their MACs are added up. Costs exclude the bias. MACs are
+    for one input of the network, and 0 if no input size was given. The cost of every layer type is proportional to its
+    rank: `rank * params_per_rank` parameters and `rank * macs_per_rank` MACs, compared with `params` and `macs` for the
+    dense layer.
 
     Attributes:
-        name: of the convolution, or of the first one that has this weight.
+        name: name of the convolution, or of the first one with this weight.
         layer: the layer type that it may become.
         weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
         groups: number of groups of the convolution.
-        max_rank: the largest rank that is possible.
+        max_rank: the largest possible rank.
         moments: second moments of its input, `(groups, d, d)`, see `decef.moments`. With them, energies are those of
             the layer's output; without them, those of the kernel.
     """
@@ -42,17 +43,17 @@ class Candidate:
     moments: Tensor | None = None
 
     def saves(self, rank: int) -> bool:
-        """Whether it costs less at this rank than dense: fewer MACs where they are known, else fewer parameters."""
+        """Whether it costs less at this rank than dense: fewer MACs if they are known, else fewer parameters."""
         if self.macs:
             return rank * self.macs_per_rank < self.macs
         return rank * self.params_per_rank < self.params
 
     def kept_energy(self) -> Tensor:
-        """Share of the energy (the squared norm of the kernel, or of the output) that each further rank keeps.
+        """Share of the energy (the squared norm of the kernel, or of the output) that each further rank adds.
 
         Returns:
-            `(max_rank,)` in float64, falling, with sum 1; see `FactorizedConv2d.spectrum`. Of a zero kernel, rank 1
-            keeps everything.
+            `(max_rank,)` in float64, descending, with sum 1; see `FactorizedConv2d.spectrum`. For a zero kernel, rank 1
+            adds everything.
         """
         spectrum = self.layer.spectrum(self.weight, groups=self.groups, moments=self.moments)
         total = spectrum.sum()
@@ -63,28 +64,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Totals:
-    """Cost of the whole dense network, with everything that stays dense; MACs are 0 where no input size was given."""
+    """Cost of the whole dense network, not only of its candidates; MACs are 0 if no input size was given."""
 
     params: int
     macs: int
 
 
 class Rule(Protocol):
-    """What gives candidates their ranks: any callable with these arguments, a function for example.
+    """Chooses ranks for candidates: any callable with this signature, such as a function.
 
-    A rule may have two attributes. Where one is missing, `plan` takes it to be False:
+    A rule may have two attributes. If one is missing, `plan` takes it to be False:
 
-    - `ranks_are_final`: whether its ranks are taken as they are. If not, a layer stays dense where the rank saves
-      nothing (`Candidate.saves`).
-    - `names_layers`: whether it has layer names of its own. If so, it is called even where there is no candidate, so
-      that it can refuse names that do not exist.
+    - `ranks_are_final`: whether its ranks are used as they are. If not, a layer stays dense if its rank saves nothing
+      (`Candidate.saves`).
+    - `names_layers`: whether it refers to layers by name. If so, it is called even if there are no candidates, so that
+      it can refuse unknown names.
     """
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
         """Choose the ranks.
 
         Returns:
-            Rank by name of each candidate that is to be factorised; a candidate without a rank stays dense.
+            Ranks by the names of the candidates to factorise; a candidate without a rank stays dense.
 
         Raises:
             ValueError: the rule cannot be followed; the message says in which layer, or by how much.

@@ -1,4 +1,4 @@
-"""Effective rank: how many dimensions the filters on an input channel really use, by four definitions."""
+"""Effective rank: how many dimensions the filters on an input channel really use, in four definitions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 from decef.layers.decef import stack_filters
 
-#: Definitions of `effective_rank`, each with its default threshold; None for those that have no threshold.
+#: Definitions of `effective_rank`, each with its default threshold; None if it has no threshold.
 DEFINITIONS = {"threshold": 0.3, "energy": 0.9, "entropy": None, "stable": None}
-#: Taken off a share of energy: a share of 1 would else count singular values that are zero except for rounding.
+#: Subtracted from a share of energy. Otherwise a share of 1 would count singular values that are zero up to rounding.
 ROUNDING = 1e-12
 
 
@@ -18,20 +18,20 @@ def effective_rank(
 ) -> Tensor:
     """Effective rank of the filters on each input channel.
 
-    Each filter on a channel, as a vector, is a column of that channel's `(kh kw, out_channels / groups)` matrix. Of its
-    singular values s_1 >= s_2 >= ...:
+    The filters on a channel, vectorised, are the columns of that channel's `(kh kw, out_channels / groups)` matrix. Let
+    s_1 >= s_2 >= ... be its singular values. The definitions are:
 
     - "threshold": how many s_i are at least `threshold * s_1`. The DeCEF paper counts singular values per input
-      channel, but we do not know its exact definition or threshold: this is our reading, with 0.3 as our default.
-    - "energy": how many of the largest s_i it takes for a share `threshold` of the sum of all s_i^2; default 0.9.
+      channel, but we do not know its exact definition or threshold. This is our reading, and 0.3 is our default.
+    - "energy": how many of the largest s_i are needed for a share `threshold` of the sum of all s_i^2; default 0.9.
     - "entropy": exp of the entropy of s_i / sum s (Roy, Vetterli: "The effective rank", EUSIPCO 2007).
     - "stable": the sum of all s_i^2 over s_1^2.
 
-    All four also depend on the size of the matrix, so compare with a random kernel of the same shape.
+    All four also depend on the size of the matrix, so compare the result with that of a random kernel of this shape.
 
     Args:
         weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
-        threshold: a share in (0, 1], for "threshold" and "energy" only; None is the default in `DEFINITIONS`.
+        threshold: in (0, 1], for "threshold" and "energy" only; None means the default in `DEFINITIONS`.
         definition: a key of `DEFINITIONS`.
         groups: number of groups of the convolution.
 
@@ -39,7 +39,7 @@ def effective_rank(
         `(in_channels,)` in float64; 0 for a channel whose filters are all zero.
 
     Raises:
-        ValueError: an unknown definition, a threshold that is not a share, or one for a definition that has none.
+        ValueError: an unknown definition, a threshold outside (0, 1], or a threshold for a definition without one.
     """
     if definition not in DEFINITIONS:
         raise ValueError(f"definition={definition!r} is not one of {', '.join(DEFINITIONS)}")
@@ -66,10 +66,10 @@ def effective_rank(
 
 
 def check_share(name: str, share: float) -> None:
-    """Accept a share in (0, 1].
+    """Check that a share is in (0, 1].
 
     Raises:
-        ValueError: it is anything else; the message calls it `name`.
+        ValueError: it is not; the message calls it `name`.
     """
     if not 0 < share <= 1:
         raise ValueError(f"{name}={share!r} is not a share: it must be above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""Rules that look at one layer at a time, and what a user may write instead of a rule."""
+"""Rules that look at one layer at a time, and `as_rule`, which also accepts plain ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from decef.ranks.effective import ROUNDING, check_share, effective_rank
 class Fixed:
     """The same rank in every layer.
 
-    Called, it raises a ValueError for a layer in which this rank is not possible.
+    Raises:
+        ValueError: when called, if this rank is not possible in a layer.
     """
 
     rank: int
@@ -31,8 +32,9 @@ class Fixed:
 class PerLayer:
     """Ranks by layer name, one for every candidate.
 
-    Called, it raises a ValueError for a candidate without a rank, for a name that is no candidate, and for a rank that
-    is not possible in its layer.
+    Raises:
+        ValueError: when called, if a candidate has no rank, a name is not that of a candidate, or a rank is not
+            possible in its layer.
     """
 
     ranks: Mapping[str, int]
@@ -52,7 +54,11 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class Share:
-    """A share, in (0, 1], of each layer's largest rank, rounded, and at least rank 1."""
+    """A share, in (0, 1], of each layer's largest rank, rounded, but at least rank 1.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
+    """
 
     share: float
 
@@ -67,10 +73,13 @@ class Share:
 
 @dataclass(frozen=True)
 class Energy:
-    """The smallest rank with which each layer keeps a share, in (0, 1], of its energy.
+    """The smallest rank at which each layer keeps a share, in (0, 1], of its energy.
 
-    This is BasisConv's rule (Tayyab, Khan, Mahalanobis 2021). What CPAC and rank-1 keep is known only as an upper bound
-    (`FactorizedConv2d.spectrum`), so they may keep less than the share.
+    This is BasisConv's rule (Tayyab, Khan, Mahalanobis 2021). For CPAC and rank-1 only an upper bound of the kept
+    energy is known (`FactorizedConv2d.spectrum`), so they may keep less than the share.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
     """
 
     share: float
@@ -89,6 +98,9 @@ class EffectiveRank:
 
     The other layer types have no matrix per input channel. For them it is the number of singular values (square roots
     of `FactorizedConv2d.spectrum`) that are at least `threshold`, in (0, 1], times the largest.
+
+    Raises:
+        ValueError: the threshold is not in (0, 1].
     """
 
     threshold: float = 0.3
@@ -109,7 +121,7 @@ class EffectiveRank:
 
 
 def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
-    """The rule that `rank` stands for: `Fixed` for a number, `PerLayer` for ranks by layer name, a rule is itself.
+    """The rule for `rank`: `Fixed` for a number, `PerLayer` for ranks by layer name, `rank` itself if it is a rule.
 
     Raises:
         TypeError: `rank` is none of the three.
@@ -124,7 +136,7 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
 
 
 def _checked(candidate: Candidate, rank: int) -> int:
-    """`rank`, or a ValueError if the candidate cannot have it."""
+    """`rank`; raises ValueError if it is not possible for the candidate."""
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= candidate.max_rank:
         raise ValueError(
             f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "

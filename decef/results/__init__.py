@@ -1,4 +1,4 @@
-"""From records to results/: tables, claims, figures, the report, benchmarks; one file per thing made."""
+"""Make results/ from records: tables, claims, figures, the report, benchmarks. One module for each."""
 
 from decef.extras import need
 

@@ -1,4 +1,4 @@
-"""results/bench: how long whole networks take in inference, as converted and as deployed."""
+"""results/bench: inference times of whole networks, as converted and as deployed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from decef.results.pages import write_bench
 
 @dataclass(frozen=True)
 class Case:
-    """A network at an input size and a batch size, and the layer types to put into it."""
+    """A network with an input size in pixels, a batch size, and the layer types to put into it."""
 
     network: str
     size: int
     batch: int
     layers: tuple[str, ...] = tuple(LAYERS)
-    engines: tuple[str, ...] = ("onnxruntime",)  # torch, uncompiled, came second everywhere, and costs a minute a case
+    engines: tuple[str, ...] = ("onnxruntime",)  # uncompiled torch came second everywhere, and costs a minute a case
 
     def dense(self) -> nn.Module:
-        """The network, freshly initialised: a time does not depend on the weights."""
+        """The network, freshly initialised: times don't depend on the weights."""
         torch.manual_seed(0)
         return create_model(self.network, num_classes=1000 if self.size > 32 else 10)
 
@@ -43,7 +43,7 @@ class Case:
         return (3, self.size, self.size)
 
 
-ONE_BY_ONE = ("conv2d", "basisconv", "cpac")  # for networks of 1x1 kernels mostly, which have no eigen-filters
+ONE_BY_ONE = ("conv2d", "basisconv", "cpac")  # for networks of mostly 1x1 kernels, which have no eigen-filters
 INFERENCE = (
     Case("resnet20", 32, 1),
     Case("resnet20", 32, 32),
@@ -53,11 +53,11 @@ INFERENCE = (
     Case("torchvision/mobilenet_v2", 224, 1, ONE_BY_ONE),
     Case("torchvision/resnet18", 224, 8, ("conv2d", "decef"), ("compile",)),
 )
-NETWORK_ROUNDS = 15  # equal networks must come out equal
+NETWORK_ROUNDS = 15  # so many that equal networks get equal times
 
 
 def networks(case: Case, share: float) -> dict[str, nn.Module]:
-    """The dense network and, by layer type, its factorised forms within a share of its FLOPs."""
+    """The network by layer type: dense for "conv2d", else factorised within a share of the dense FLOPs."""
     dense = case.dense()
     rule = Budget(flops=share, uniform=True)
     return {
@@ -69,11 +69,13 @@ def networks(case: Case, share: float) -> dict[str, nn.Module]:
 
 
 def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Seconds a call of every layer type's network, in torch as it is and as `deploy` makes it, a row each.
+    """Inference times of every layer type's network, in torch as it is and as `deploy` makes it.
 
-    A row has `network`, `batch`, `layer`, `flops_ratio`, `bound` (of the chains over that of the dense network, see
-    `Roofline.seconds`), `eager` and `deployed` (medians, all of one case interleaved), `engine` and `forms` (how many
-    layers run in which form), and `memory` (peak bytes of the network as it is).
+    Yields:
+        A row per case and layer type: `network`, `batch`, `layer`, `flops_ratio`; `bound`, the least time of the chains
+        over that of the dense network (`Roofline.seconds`); `eager` and `deployed`, median seconds per call, all of a
+        case interleaved; `engine` and `forms` (how many layers run in which form) of the deployed network;
+        `candidates`, see `Deployed.times`; `memory`, peak bytes of the network as it is.
     """
     roofline = Roofline.measure(device)
     for case in cases:
@@ -104,7 +106,13 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
 
 
 def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any]) -> None:
-    """Write rows of `bench_inference` as <out>.json, and for people as <out>.md."""
+    """Write rows of `bench_inference` as <out>.json, and as a page for people as <out>.md.
+
+    Args:
+        rows: what was measured.
+        out: path without ending.
+        made: where, when and with which code.
+    """
     frame = pd.DataFrame(rows)
     dense = frame[frame.layer == "conv2d"].set_index(["network", "batch"])
     keys = pd.MultiIndex.from_frame(frame[["network", "batch"]])

@@ -1,4 +1,4 @@
-"""results/bench: how long one layer takes, against the dense convolution, all variants interleaved in one run."""
+"""results/bench: times of single layers against the dense convolution, all variants interleaved in one run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """One convolution of a network: a square kernel, "same" padding, a square input of `size` pixels."""
+    """One convolution of a network: square kernel, "same" padding, square input of `size` pixels each way."""
 
     network: str
     in_channels: int
@@ -53,7 +53,7 @@ class Shape:
         return f"{self.in_channels} to {self.out_channels}, {kernel}, {self.size} px{groups}"
 
 
-#: What the networks that the papers use are made of.
+#: Convolutions of the networks that the papers use.
 SHAPES = (
     Shape("ResNet-20", 16, 16, 3, 1, 32),
     Shape("ResNet-20", 16, 32, 3, 2, 32),
@@ -83,24 +83,26 @@ def layer_times(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any] | None:
-    """A layer's time as a chain, composed, and as "auto" chooses, against the dense convolution's.
+    """Times of one layer, as a chain and composed, beside the dense convolution's.
 
     Args:
-        shape: of the convolution.
+        shape: the convolution.
         layer: a factorised layer type.
-        share: of the dense layer's FLOPs; the largest rank within it is taken.
-        batch: images.
-        backward: time a training step's forward and backward pass, else inference.
-        roofline: of the device, for `bound`.
+        share: of the dense layer's FLOPs; the largest rank within it is used.
+        batch: number of images.
+        backward: time the forward and backward pass of a training step instead of inference.
+        roofline: that of the device, for `bound`.
         device: to run on.
         dtype: of input and weights.
 
     Returns:
-        `rank`, `flops_ratio`, seconds of each (`dense`, `factorized`, `reconstructed`, medians of interleaved rounds;
-        `reconstructed` is None where there is no composed kernel to train), `auto`, which of the two it takes,
-        `bound`, the least that the chain can take over the least that the dense layer can (`Roofline.seconds`;
-        inference alone), and `memory`, the chain's peak over the dense layer's. None where the layer type has nothing
-        to offer for this shape.
+        None if the layer type does not apply to this shape, or not even rank 1 is within the share. Else a row:
+        `rank`, `flops_ratio`;
+        `dense`, `factorized`, `reconstructed`: median seconds per call, of interleaved rounds; `reconstructed` is None
+        if the layer type has no composed kernel in training;
+        `auto`: which implementation "auto" chooses;
+        `bound`: the least time of the chain over that of the dense layer (`Roofline.seconds`), None for training;
+        `memory`: the chain's peak over the dense layer's.
     """
     conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = nn.Sequential(conv)
@@ -130,7 +132,7 @@ def layer_times(
         "flops_ratio": row.macs_after / row.macs_before,
         **{"reconstructed": None, **times},
         "auto": "factorized" if prefers_factorized else "reconstructed",
-        # torch counts the backward pass of grouped convolutions as if they weren't, so there is no bound for training.
+        # No bound for training: torch counts the backward pass of grouped convolutions as if they were not grouped.
         "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
         "memory": memory["factorized"] / memory["dense"] if memory["dense"] else None,
     }
@@ -143,7 +145,7 @@ def bench_layers(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[dict[str, Any]]:
-    """`layer_times` of every shape, layer type, share, batch and pass where there is something to time."""
+    """Yield `layer_times` for every shape, layer type, share, batch and pass, where it is not None."""
     roofline = Roofline.measure(device, dtype)
     for shape, layer, share, batch, backward in product(SHAPES, layers, shares, batches, (False, True)):
         times = layer_times(
@@ -155,14 +157,14 @@ def bench_layers(
 
 
 def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
-    """How often "auto" and each implementation alone is the faster one, and how much time each takes.
+    """How often "auto", or one implementation everywhere, is the fastest choice, and how much time each takes.
 
     Args:
         frame: rows of `layer_times`.
 
     Returns:
-        A row for `auto`, `factorized`, `reconstructed` with `right` (share of the cases in which it is the fastest or
-        within 5 % of it: less is noise) and `time` (geometric mean of its time over the faster one's).
+        A row each for `auto`, `factorized` and `reconstructed`. `right`: share of the cases in which it is the fastest
+        or within 5 % of it (less is noise). `time`: geometric mean of its time over the fastest one's.
     """
     import numpy as np
     import pandas as pd
@@ -178,7 +180,13 @@ def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any]) -> None:
-    """Write rows of `bench_layers` and what they were made with as <out>.json, and for people as <out>.md."""
+    """Write rows of `bench_layers` as <out>.json, and as a page for people as <out>.md.
+
+    Args:
+        rows: what was measured.
+        out: path without ending.
+        made: where, when and with which code.
+    """
     import pandas as pd
 
     frame = pd.DataFrame(rows).astype({"reconstructed": float})

@@ -1,4 +1,4 @@
-"""results/bench: how long a training step takes, and whole training loops."""
+"""results/bench: times of training steps and of whole training loops."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ STEP = TrainConfig("bench", epochs=1, batch_size=128, lr=0.01)
 
 
 def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Seconds of a training step (forward, backward, update) of every layer type's network, a row each.
+    """Times of a training step (forward, backward, update) of every layer type's network.
 
-    A row has `network`, `batch`, `layer`, `flops_ratio`, `seconds` (median, all of one case interleaved), `memory`.
+    Yields:
+        A row per case and layer type: `network`, `batch`, `layer`, `flops_ratio`, `seconds` (median, all of a case
+        interleaved), `memory` (peak bytes).
     """
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
@@ -55,12 +57,13 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
 def bench_loops(
     device: torch.device, *, network: str = "resnet20", batch: int = 128, steps: int = 8, rounds: int = 3
 ) -> dict[str, float]:
-    """Images a second of a network's training, side by side: the usual script's loop, ours, and ours by schedule.
+    """Images per second in training, with the usual script's loop and with ours, measured side by side.
 
-    "usual" is what public scripts for it do: a PIL image at a time through torchvision's transforms, a `DataLoader`
-    with a worker a core, contiguous images, the loss and the accuracy read at every step. "decef" is this project's
-    loop on the same images, at full size. "0.75" and "0.5" are the same on images of that scale, which schedule `quick`
-    trains on for most of its epochs.
+    Returns:
+        By name of the loop. "usual" is what public scripts do: single PIL images through torchvision's transforms, a
+        `DataLoader` with a worker per core, contiguous images, loss and accuracy read at every step. "decef" is this
+        project's loop on the same images. "0.75" and "0.5" are the same loop on images of 0.75 and 0.5 of the size, as
+        schedule `quick` has them for most of its epochs.
     """
     images = torch.randint(0, 256, (steps * batch, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
@@ -76,7 +79,14 @@ def bench_loops(
 def write_training(
     rows: Sequence[dict[str, Any]], loops: Mapping[str, float], out: Path, made: Mapping[str, Any]
 ) -> None:
-    """Write rows of `bench_steps` and `bench_loops` as <out>.json, and for people as <out>.md."""
+    """Write the results of `bench_steps` and `bench_loops` as <out>.json, and as a page for people as <out>.md.
+
+    Args:
+        rows: of `bench_steps`.
+        loops: of `bench_loops`.
+        out: path without ending.
+        made: where, when and with which code.
+    """
     frame = pd.DataFrame(rows)
     dense = frame[frame.layer == "conv2d"].set_index("network")
     shown = pd.DataFrame(
@@ -149,7 +159,7 @@ def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor, batch_size: 
 
 
 class _PilImages(Dataset[Any]):
-    """As torchvision's CIFAR10: an array, an image at a time through PIL."""
+    """Like torchvision's CIFAR10: an array whose images go through PIL one at a time."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Any], Tensor]) -> None:
         self.images, self.labels, self.transform = images.permute(0, 2, 3, 1).numpy(), labels.tolist(), transform

@@ -1,8 +1,8 @@
-"""What the papers claim, judged by what was run: `claims.yaml` holds the claims, `judge` checks one.
+"""Judge the papers' claims by what was run. `claims.yaml` holds the claims; `judge` checks one.
 
-A claim's `asks` names a kind of `decef.results.findings` and its arguments. `judge` tests all comparisons that come of
-it, corrected for their number, and sums them up. One seed decides nothing; what isn't decided needs more seeds, and is
-no sign that a claim fails.
+A claim's `asks` names a kind of question in `decef.results.findings` and its arguments. `judge` tests all comparisons
+that the kind yields, corrects the tests for their number, and sums them up. One seed decides nothing. A comparison that
+is not decided needs more seeds; it is no sign that the claim fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNDECIDED, ONE_SEED, NOT_TESTED = "too few seeds to say", "one seed", "not teste
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim; `claims.yaml` says what the fields mean."""
+    """One claim. `claims.yaml` explains the fields."""
 
     id: str
     paper: str
@@ -42,7 +42,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one experiment says: what it is, its runs and those it is held against, what came out, the verdict."""
+    """What one experiment says about a claim.
+
+    Attributes:
+        what: the experiment, in words.
+        n: how many runs (or rank tables) it has.
+        result: what came out, in words.
+        verdict: one of this module's verdicts.
+        runs: its runs and those they are compared with, or its tables.
+    """
 
     what: str
     n: int
@@ -53,21 +61,21 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a claim and what it rests on."""
+    """The verdict on a claim, and the evidence that it rests on."""
 
     verdict: str
     evidence: tuple[Evidence, ...] = ()
 
     @property
     def open(self) -> bool:
-        """Whether more runs are what it takes."""
+        """Whether more runs are needed for a verdict."""
         return self.verdict in (NOT_TESTED, UNDECIDED)
 
     @property
     def words(self) -> str:
-        """How many comparisons were decided, which way, and what is left; nothing where nothing ran.
+        """How many comparisons were decided, which way, and what is left; empty if nothing ran.
 
-        An experiment's counts as one even if it takes two to hold.
+        An experiment counts as one comparison, even if it takes two for it to hold.
         """
         found = Counter(evidence.verdict for evidence in self.evidence)
         holds, fails, left, alone = found[HOLDS], found[FAILS], found[UNDECIDED] + found[ONE_SEED], found[NOT_TESTED]
@@ -85,10 +93,10 @@ class Verdict:
 
 @cache
 def load_claims() -> tuple[Claim, ...]:
-    """All claims, in the file's order, with the published values that they are about.
+    """All claims in the file's order, with the published values that they are about.
 
     Raises:
-        ValueError: `claims.yaml` has a claim with an unknown field, paper, published value or kind, or an id twice.
+        ValueError: a claim has an unknown field, paper, published value or kind, or two claims have the same id.
     """
     claims: dict[str, Claim] = {}
     by_id: dict[str, list[Published]] = {}
@@ -111,25 +119,26 @@ def load_claims() -> tuple[Claim, ...]:
 
 
 def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None = None) -> Verdict:
-    """Hold a claim against what was run.
+    """Judge a claim by what was run.
 
-    Every comparison of two seeds or more is tested by a two-sided t test against its bound. All of a claim are
-    corrected together by Holm, so that the chance of a single wrong decision among them is at most `ALPHA`.
+    Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound. The p-values of
+    a claim are corrected together by Holm's method. So the chance of even one wrong decision among them is at most
+    `ALPHA`.
 
     Args:
         claim: one of `load_claims()`.
-        records: finished runs, see `decef.training.record.load_records`. A run that diverged is not among them.
+        records: finished runs, see `decef.training.record.load_records`. Runs that diverged are not among them.
         measured: see `load_measurements`.
 
     Raises:
-        ValueError: a run's control is several experiments, or runs of one experiment have the same seed.
+        ValueError: a run has several experiments as its control, or two runs of one experiment have the same seed.
     """
     asks = {key: value for key, value in claim.asks.items() if key != "kind"}
     try:
         findings = list(KINDS[claim.asks["kind"]](claim.published, records, measured or Measurements(), **asks))
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
-    # A control that several experiments are held against is one comparison.
+    # Several experiments may share a control: its comparison counts once.
     tests = list(dict.fromkeys(c for finding in findings for c in finding.comparisons if len(c.values) > 1))
     corrected = dict(zip(tests, holm([p_value(c.values, c.bound) for c in tests]), strict=True))
     evidence = tuple(_evidence(finding, corrected) for finding in findings)
@@ -137,7 +146,7 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
 
 
 def _overall(verdicts: Iterable[str]) -> str:
-    """One verdict from those on all comparisons that were tested: a claim is about all of them."""
+    """One verdict from those of all experiments that were tested: a claim is about all of them."""
     found = set(verdicts) - {NOT_TESTED}
     if not found:
         return NOT_TESTED
@@ -147,7 +156,7 @@ def _overall(verdicts: Iterable[str]) -> str:
 
 
 def _evidence(finding: Finding, corrected: Mapping[Comparison, float]) -> Evidence:
-    """A finding with its verdict: it holds if all its comparisons do, and fails if one does."""
+    """A finding with its verdict: it holds if all its comparisons hold, and fails if one of them fails."""
     parts = [_decided(comparison, corrected) for comparison in finding.comparisons]
     found = {verdict for verdict, _ in parts} or {NOT_TESTED}
     verdict = next(v for v in (FAILS, ONE_SEED, UNDECIDED, HOLDS, NOT_TESTED) if v in found)
@@ -156,14 +165,14 @@ def _evidence(finding: Finding, corrected: Mapping[Comparison, float]) -> Eviden
 
 
 def _decided(comparison: Comparison, corrected: Mapping[Comparison, float]) -> tuple[str, str]:
-    """The verdict on one comparison, and its words with the p-value, and the seeds that a decision would need."""
+    """The verdict on one comparison, and its words with the p-value and, if undecided, the number of seeds needed."""
     if comparison not in corrected:
         return ONE_SEED, comparison.words
     p = corrected[comparison]
     words = f"{comparison.words} (p {f'= {p:.2g}' if p >= 0.001 else '< 0.001'}"
     if p <= ALPHA:
         return HOLDS if fmean(comparison.values) > comparison.bound else FAILS, f"{words})"
-    # Holm asks this much of the smallest p-value, and less of the others.
+    # Holm's bound for the smallest p-value; those for the others are less strict.
     needed = seeds_needed(comparison.values, comparison.bound, ALPHA / len(corrected))
     return UNDECIDED, f"{words}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds needed)"
 

@@ -1,4 +1,4 @@
-"""results/CLAIMS.md: claims, what ran, what came out."""
+"""results/CLAIMS.md: the claims, what ran, and what came out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEASURES = {"product": "norm (the product of its factors' norms)", "channels": "
 
 
 def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
-    """Claims and verdicts for people: what was claimed, what ran, what came out; the same input, the same text."""
+    """The page as Markdown: what was claimed, what ran, what came out. The same input gives the same text."""
     told = [
         {
             "claim": claim,
@@ -29,7 +29,7 @@ def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
 
 
 def asks_words(claim: Claim) -> str:
-    """What `asks` checks, for people."""
+    """What `asks` checks, in words."""
     asks = claim.asks
     limits = {key: value for key, value in asks.items() if key in SHARES}
     shares = [f"{low:g} to {high:g} of dense {key.replace('_', ' ')}" for key, (low, high) in limits.items()]

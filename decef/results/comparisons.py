@@ -1,4 +1,4 @@
-"""Which runs are one experiment, and which experiments may stand beside each other."""
+"""Which runs are one experiment, and which experiments may be compared."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from decef.training.record import Record
 
 
 def experiments(records: Iterable[Record]) -> list[list[Record]]:
-    """Runs that differ in the seed alone, by seed, in an order that depends on the configs alone.
+    """Group runs into experiments: runs that differ only in the seed.
 
     This is what counts as one experiment everywhere: a row of a table, a curve, the evidence on a claim.
 
+    Returns:
+        The runs of each experiment, sorted by seed. The order of the experiments depends only on their configs.
+
     Raises:
-        ValueError: a seed stands twice among the runs of one experiment, which would count as two.
+        ValueError: two runs of one experiment have the same seed.
     """
     groups: dict[str, dict[int, Record]] = {}
     for record in records:
@@ -31,7 +34,7 @@ def experiments(records: Iterable[Record]) -> list[list[Record]]:
 
 
 def precision_words(records: Iterable[Record]) -> str:
-    """The numeric precision of runs, or "mixed" and how many had which."""
+    """The numeric precision of runs; if they differ, "mixed" and how many had which."""
     counts = Counter(str(record.summary.get("precision")) for record in records)
     if len(counts) == 1:
         return next(iter(counts))
@@ -39,7 +42,7 @@ def precision_words(records: Iterable[Record]) -> str:
 
 
 def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of one `comparison` each, by `<dataset>-<schedule>`: with a hash where a schedule ran in several ways."""
+    """Records by `comparison`, named <dataset>-<schedule>; a hash is added where a schedule ran in several ways."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.comparison, []).append(record)

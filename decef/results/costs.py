@@ -18,15 +18,16 @@ from decef.training.config import LayerConfig, ModelConfig
 def cost_table(
     networks: Iterable[tuple[str, ModelConfig, Dataset]], layers: Sequence[str], flops: float
 ) -> Iterator[dict[str, object]]:
-    """Parameters and MACs of networks made of each layer type, at most at a share of the dense network's FLOPs.
+    """Parameters and MACs of networks with each layer type, within a share of the dense network's FLOPs.
 
     Args:
-        networks: what to call each, its config, and the dataset that it is for.
+        networks: the label, the config and the dataset of each.
         layers: layer types.
         flops: the share.
 
     Yields:
-        Rows `network`, `layer`, `params`, `macs`, both `_ratio` to dense, and `note`: why there is nothing to count.
+        Rows with `network`, `layer`, `params`, `macs`, `params_ratio` and `macs_ratio` (to dense), and `note`. Where a
+        layer type is not possible, numbers are None and `note` says why.
     """
     for label, model, data in networks:
         for layer in layers:
@@ -45,7 +46,16 @@ def cost_table(
 
 
 def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> str:
-    """Write `cost_table`'s rows as <out>.csv and <out>.md, and return the table for people."""
+    """Write rows of `cost_table` as <out>.csv, and as a page for people as <out>.md.
+
+    Args:
+        rows: of `cost_table`.
+        out: path without ending.
+        flops: the share that they were made with.
+
+    Returns:
+        The page's table, in Markdown.
+    """
     frame = pd.DataFrame(rows)
 
     def cell(row: pd.Series) -> str:

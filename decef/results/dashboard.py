@@ -1,4 +1,4 @@
-"""A saved workspace in W&B: accuracy against cost, curves by layer type, and a table of the runs."""
+"""A saved W&B workspace: accuracy against cost, curves by layer type, and a table of the runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from decef.training.tracking import check_account
 
 NAME = "decef"
-VIEW = "decefdashboard"  # in the workspace's address, by which it is found again
+VIEW = "decefdashboard"  # part of the workspace's address, by which `save` finds it again
 COLUMNS = (
     *(f"config:{group}.value.name" for group in ("layer", "model", "dataset", "train")),
     *(f"summary:{key}" for key in ("test_top1", "flops", "params")),
@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def workspace(project: str, entity: str) -> Any:
-    """The workspace, not saved: a `wandb_workspaces.workspaces.Workspace`.
+    """The workspace, not yet saved: a `wandb_workspaces.workspaces.Workspace`.
 
     Raises:
         ValueError: wandb-workspaces is not installed.
@@ -61,7 +61,7 @@ def workspace(project: str, entity: str) -> Any:
 
 
 def spec(project: str, entity: str) -> dict[str, Any]:
-    """What `save` would send, as plain data; it needs neither an account nor a network.
+    """What `save` would send, as plain data. It needs neither an account nor an internet connection.
 
     Raises:
         ValueError: wandb-workspaces is not installed.
@@ -71,7 +71,7 @@ def spec(project: str, entity: str) -> dict[str, Any]:
 
 
 def save(project: str, entity: str | None = None) -> str:
-    """Make the workspace in W&B, or replace what the one that is there shows; returns its address.
+    """Make the workspace in W&B, or replace the contents of the existing one; return its address.
 
     Raises:
         ValueError: wandb-workspaces is not installed, there is no API key, or W&B cannot be reached or refuses.

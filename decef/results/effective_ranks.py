@@ -1,4 +1,4 @@
-"""results/ranks: effective rank of kernels against depth."""
+"""results/ranks: effective ranks of kernels by depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Name, dense kernel and groups of every convolution that is wider than 1x1, in the network's order."""
+    """Name, dense kernel and groups of every convolution wider than 1x1, in the network's order."""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
             with evaluating(module):
@@ -28,19 +28,19 @@ def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
 def rank_table(
     model: nn.Module, threshold: float | None = None, *, definitions: Iterable[str] = DEFINITIONS
 ) -> pd.DataFrame:
-    """Effective rank of every kernel by depth, beside that of a random kernel of its shape.
+    """Effective rank of every kernel by depth, beside that of a random kernel of the same shape.
 
-    A random kernel's effective rank depends on its shape alone, and rises with the number of filters; a fall with
-    depth that the random kernels share says nothing about training.
+    A random kernel's effective rank depends only on its shape, and rises with the number of filters. So a fall with
+    depth says nothing about training if random kernels show it too.
 
     Args:
         model: a network, dense or factorised.
-        threshold: of the definition "threshold", see `effective_rank`.
-        definitions: which definitions.
+        threshold: for the definition "threshold", see `effective_rank`.
+        definitions: which definitions to compute.
 
     Returns:
         A row per convolution wider than 1x1: `name`, `out_channels`, `in_channels`, `kernel`, and for each definition
-        the mean over input channels, `<definition>`, and the same at random Gaussian weights, `<definition>_init`.
+        `<definition>`, the mean over input channels, and `<definition>_init`, the same for a random Gaussian kernel.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""What is inside trained layers: eigen-filters, and the significance of CP components, as data for figures."""
+"""What is inside trained layers, as data for figures: eigen-filters, and the significance of CP components."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from decef.results.effective_ranks import kernels
 from decef.training.checkpoint import replace_file
 from decef.training.recorder import environment
 
-SHARE = 2 / 3  # of the FLOPs, to which a dense network is decomposed
+SHARE = 2 / 3  # of its FLOPs, to which a dense network is decomposed
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class EigenFilters:
     """Eigen-filters of some input channels of one kernel, most important first.
 
     Args:
-        channels: which input channels, counted from 0.
-        filters: `(channels, rank, kh, kw)`, each of norm 1, its largest element positive.
-        values: `(channels, rank)`, singular values.
+        channels: indices of the input channels, from 0.
+        filters: `(channels, rank, kh, kw)`; each has norm 1, and its element of largest magnitude is positive.
+        values: singular values, `(channels, rank)`.
     """
 
     channels: list[int]
@@ -39,13 +39,13 @@ class EigenFilters:
 
 
 def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, channels: int = 6) -> EigenFilters:
-    """The eigen-filters that a DeCEF layer of this kernel has.
+    """The eigen-filters that a DeCEF layer with this kernel has.
 
     Args:
-        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`; of a layer, `layer.weight`.
+        weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`, such as `layer.weight`.
         groups: of the convolution.
-        rank: how many of them; default all that have a singular value above 0.
-        channels: how many input channels, at even distances.
+        rank: how many per input channel; by default all that have a singular value above 0.
+        channels: how many input channels, evenly spaced.
     """
     stacked = stack_filters(weight, groups)  # (in, kh kw, out/g)
     chosen = torch.linspace(0, len(stacked) - 1, min(channels, len(stacked))).round().long()
@@ -53,17 +53,17 @@ def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, ch
     there = int((s > 1e-6 * s.max()).any(0).sum())  # a low-rank kernel has no more
     rank = there if rank is None else min(rank, there)
     filters = u[..., :rank].transpose(1, 2)  # (channels, rank, kh kw)
-    # A singular vector's sign means nothing; fixed, equal filters look equal.
+    # A singular vector's sign is arbitrary. Fixing it makes equal filters look equal.
     largest = filters.gather(2, filters.abs().argmax(2, keepdim=True))
     filters = (filters * largest.sign()).unflatten(2, weight.shape[2:])
     return EigenFilters(chosen.tolist(), filters.tolist(), s[:, :rank].tolist())
 
 
 def significance(model: nn.Module, input_size: Sequence[int], kind: str = "product") -> dict[str, list[float]]:
-    """Significance of every CP component by layer, largest first: see `CPACConv2d.significance`.
+    """Significance of every CP component by layer, largest first; see `CPACConv2d.significance`.
 
     Args:
-        model: a network with CPAC layers, or a dense one, which is decomposed at 2/3 of its FLOPs first.
+        model: a network with CPAC layers, or a dense one, which is first decomposed to 2/3 of its FLOPs.
         input_size: shape of one input without the batch.
         kind: "product" or "channels".
     """
@@ -79,17 +79,17 @@ def significance(model: nn.Module, input_size: Sequence[int], kind: str = "produ
 def write_filters(
     model: nn.Module, out: Path, *, made_from: dict[str, Any], input_size: Sequence[int], layer: str | None = None
 ) -> None:
-    """Write one layer's eigen-filters, and the significance in all layers, as <out>.json, with what they are made from.
+    """Write the eigen-filters of one layer, and the significance of CP components in all layers, as <out>.json.
 
     Args:
         model: a trained network.
         out: path without ending.
-        made_from: what to say of the network and its weights.
+        made_from: what to record about the network and its weights.
         input_size: shape of one input without the batch.
-        layer: name of the convolution whose eigen-filters are wanted; default the one in the middle of the network.
+        layer: name of the convolution whose eigen-filters to write; by default the middle one of the network.
 
     Raises:
-        ValueError: the network has no such convolution.
+        ValueError: the network has no such convolution wider than 1x1.
     """
     all_kernels = {name: (weight, groups) for name, weight, groups in kernels(model)}
     if layer is None:
@@ -97,7 +97,7 @@ def write_filters(
     if layer not in all_kernels:
         raise ValueError(f"the network has no convolution '{layer}' wider than 1x1; there are {', '.join(all_kernels)}")
     weight, groups = all_kernels[layer]
-    # Right after decomposition the channel vectors have norm 1, and of other low-rank layers there is nothing to say.
+    # Channel vectors say nothing right after decomposition: their norm is 1. Other low-rank layers have no components.
     factorized = any(isinstance(module, FactorizedConv2d) for module in model.modules())
     kinds = ("product", "channels") if _has_cpac(model) else () if factorized else ("product",)
     data = {

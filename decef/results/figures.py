@@ -1,4 +1,4 @@
-"""All figures of a results folder, drawn from its records and tables alone, each with a caption and its sources."""
+"""Draw all figures of a results folder, from its records and tables alone, each with a caption and its sources."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIGNIFICANCE = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, its file's name, a caption, and the files (below the results folder) that it is made from."""
+    """A figure, its file's name without ending, a caption, and its source files, relative to the results folder."""
 
     name: str
     figure: Figure
@@ -44,10 +44,10 @@ class Drawing:
 
 
 def draw(results: Path) -> list[Path]:
-    """Draw all figures of a results folder into its `figures`, with a README.md of captions; returns the PNG files.
+    """Draw all figures of a results folder into its `figures`, with a README.md of captions; return the PNG files.
 
-    What there is no data for is skipped, and logged with the command that makes the data. Figures of data that are no
-    longer there are removed.
+    A kind of figure without data is skipped; the log then has the command that makes the data. Old figures whose data
+    are gone are removed.
     """
     records = load_records(results)
     folder = results / "figures"
@@ -69,7 +69,7 @@ def draw(results: Path) -> list[Path]:
 
 
 def tradeoffs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
-    """Accuracy against costs, for every network that two layer types or more ran with."""
+    """Accuracy against costs, for every network that ran with two or more layer types."""
     for name, title, group in _networks(records):
         frame = summarize(group)
         if frame.layer.nunique() > 1:
@@ -81,7 +81,7 @@ def tradeoffs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 
 
 def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
-    """Training curves of every network."""
+    """Training curves, for every network."""
     for name, title, group in _networks(records):
         frame = _metrics(group)
         if frame.empty:
@@ -95,7 +95,7 @@ def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 
 
 def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
-    """MACs of every convolution at the ranks that ran, of every network that a low-rank layer type ran with."""
+    """MACs of every convolution at the ranks that ran, for networks with several layer types, at least one low-rank."""
     for name, title, group in _networks(records):
         ran = {record.layer: record for record in reversed(group) if record.summary.get("ranks")}
         if len({record.layer for record in group}) < 2 or not ran:
@@ -135,7 +135,7 @@ def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 
 
 def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
-    """Effective rank against the epoch, of runs that kept their checkpoints."""
+    """Effective rank against the epoch, for runs that kept their checkpoints."""
     for name, tables, threshold in _rank_tables(results):
         epochs = {label: re.fullmatch(r"epoch (\d+)", label) for label in tables}
         if len(tables) > 1 and all(epochs.values()):
@@ -168,7 +168,7 @@ def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             yield Drawing(name, plots.plot_significance(layers), shows, source)
 
 
-#: What may be drawn, the command that makes its data, and what draws it.
+#: Each kind of figure: what it shows, the command that makes its data, and the function that draws it.
 KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing]]], ...] = (
     (
         "accuracy against costs",
@@ -198,7 +198,7 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
 
 
 def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record]]]:
-    """Runs that may be compared and have one network, with a name and a title."""
+    """Groups of comparable runs of one network, each with a name for files and a title."""
     for name, group in comparison_groups(records).items():
         for model, runs in groupby(sorted(group, key=lambda r: r.model), key=lambda r: r.model):
             train = group[0].config.train.name
@@ -223,7 +223,7 @@ def _metrics(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def _plan(record: Record) -> pd.DataFrame:
-    """The run's plan again, from the ranks that its record names."""
+    """The run's plan, made again from the ranks in its record."""
     data = record.config.dataset.dataset()
     with torch.device("meta"):
         model = dense_network(record.config.model, data)

@@ -1,7 +1,8 @@
-"""What the runs say about a claim: each kind of question sorts the runs that it concerns into experiments.
+"""What the runs say about a claim. A claim asks a question of one of the `KINDS` below.
 
-For every experiment (one network, layer setting and training, over seeds) a kind yields a `Finding`: what it asks of
-that experiment, as comparisons of values, one per seed, with a bound. `decef.results.claims.judge` decides them.
+A kind sorts the runs that the question is about into experiments: one network, layer setting and training, over seeds.
+For each experiment it yields a `Finding` with comparisons of values, one value per seed, with a bound.
+`decef.results.claims.judge` decides them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ SHARES = ("params", "trainable_params", "flops")
 
 @dataclass(frozen=True)
 class Measurements:
-    """What scripts/ranks.py and scripts/significance.py found, by the names of their tables, see `load_measurements`.
+    """The tables of scripts/ranks.py and scripts/significance.py by name, see `load_measurements`.
 
-    `origins` has what scripts/ranks.py says of each of its tables: `network`, `weights` and more.
+    `origins` has what scripts/ranks.py recorded about each of its tables: `network`, `weights` and more.
     """
 
     ranks: Mapping[str, pd.DataFrame] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class Measurements:
 
 
 def load_measurements(results: Path) -> Measurements:
-    """What scripts/ranks.py and scripts/significance.py wrote to results/ranks and results/significance, by name."""
+    """Read what scripts/ranks.py and scripts/significance.py wrote to `ranks` and `significance` in `results`."""
     import pandas as pd
 
     ranks, significance = (
@@ -53,7 +54,7 @@ def load_measurements(results: Path) -> Measurements:
 
 
 def _origin(path: Path) -> dict[str, Any]:
-    """What stands beside a table; nothing when that cannot be read, so that the table's origin isn't known."""
+    """The contents of the file beside a table; empty if it cannot be read: then the table's origin is unknown."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -62,10 +63,10 @@ def _origin(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one test is about: whether the mean of `values`, one per seed, is above `bound`.
+    """What one test asks: whether the mean of `values`, one per seed, is above `bound`.
 
-    `words` tell people, and `runs` are what the values come from: those of one control are the same comparison wherever
-    it stands.
+    `words` are for people. `runs` are what the values come from: thus a control that several experiments share gives
+    equal comparisons.
     """
 
     words: str
@@ -76,9 +77,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a kind has to say of one experiment: what that is, what came out in words, and what must all hold of it.
+    """What a kind says about one experiment.
 
-    Without a comparison there was nothing to hold it against.
+    Attributes:
+        what: the experiment, in words.
+        n: how many runs (or rank tables) it has.
+        result: what came out besides the comparisons, in words.
+        comparisons: these must all hold. There is none if there was nothing to compare the experiment with.
+        runs: the experiment's runs and those they are compared with, or its tables.
     """
 
     what: str
@@ -101,14 +107,15 @@ def _non_inferior(
     control: Mapping[str, Any] | None = None,
     **shares: Sequence[float],
 ) -> Iterator[Finding]:
-    """Top-1 is at most `margin` points below the control's, as a difference paired by seed and precision.
+    """Top-1 is at most `margin` points below the control's: a difference, paired by seed and precision.
 
     Args:
-        runs, control: which runs, as config values by dotted key, see `selects`; the control is Conv2d by default. A
-            run is paired with the control of the same seed, precision, data, network and training; the layer, and
-            training options that `runs` or `control` name or that Conv2d lacks, may differ.
-        margin: in points of accuracy; 0 asks for an improvement.
-        shares: `params`, `trainable_params`, `flops` of the runs as shares of the dense network's, [from, to].
+        runs, control: which runs, as config values by dotted key, see `selects`. The control is Conv2d by default. A
+            run is paired with the control's run of the same seed, precision, data, network and training. They may
+            differ in the layer, and in training options that `runs` or `control` name or that Conv2d lacks.
+        margin: in percentage points of top-1; 0 asks for an improvement.
+        shares: limits [from, to] on `params`, `trainable_params` or `flops` of the runs, as shares of the dense
+            network's.
     """
     control = control or {"layer.name": "conv2d"}
     controls = twins(records, runs, control)
@@ -139,10 +146,10 @@ def _trains(
     control_at_most: float | None = None,
     **shares: Sequence[float],
 ) -> Iterator[Finding]:
-    """Top-1 reaches `at_least` percent; with a control, where that stays at `control_at_most`; else as `_non_inferior`.
+    """Top-1 is at least `at_least` percent and, if there is a control, the control's is at most `control_at_most`.
 
-    With a control these are two comparisons: both must be decided for the claim to hold, and if the control trains too
-    it fails.
+    With a control these are two comparisons: the claim holds if both do, and fails if the control trains too. For the
+    other arguments see `_non_inferior`.
     """
     controls = twins(records, runs, control) if control else {}
     for group in experiments(chosen(records, runs, control, shares)):
@@ -162,7 +169,7 @@ def _trains(
 def _reaches(
     published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, tolerance: float
 ) -> Iterator[Finding]:
-    """Top-1 is at most `tolerance` points below the published values, of the same data, network, layer and setting."""
+    """Top-1 is at most `tolerance` points below the published value for the same task, network, layer and setting."""
     for one in published:
         if one.metric == "top1":
             for group in experiments(r for r in records if one.fits(r)):
@@ -175,10 +182,10 @@ def _monotone_rank(
 ) -> Iterator[Finding]:
     """Effective ranks ("threshold") fall with depth, or change less and less over training.
 
-    By Spearman's correlation in every network, whose mean over networks of one architecture must be below 0. Each is a
-    comparison of its own:
-    "depth": of the layer's number and its rank at the end; and of that number and the ratio to a random kernel's rank.
-    "training": of the epoch and the mean change of the ranks since the checkpoint before, per epoch.
+    Spearman's correlation is taken in every network; its mean over networks of one architecture must be below 0. Each
+    of these correlations is one comparison:
+    over="depth": of the layer's number with its rank at the end, and with the ratio of that to a random kernel's rank.
+    over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before.
     """
     groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
     for name, table in _dense_ranks(records, measured).items():
@@ -197,9 +204,10 @@ def _monotone_rank(
 
 
 def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, pd.DataFrame]:
-    """Rank tables of dense networks by name: of finished runs, and of weights that published.yaml knows.
+    """Rank tables of dense networks by name: those of finished runs, and of weights that published.yaml knows.
 
-    Which training a table of another origin shows cannot be told; and one network counts once. Both are logged.
+    Tables of other origin are left out, as their training is unknown. So is a second table of the same network. Both
+    are logged.
     """
     layers = {record.id: record.layer for record in records}
     tables: dict[str, pd.DataFrame] = {}
@@ -223,7 +231,7 @@ def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str,
 
 
 def _rank_trends(table: pd.DataFrame, over: str) -> dict[str, float]:
-    """The correlations of one network by name; nothing when it has too few checkpoints."""
+    """The correlations of one network by name; empty if it has too few checkpoints."""
     networks = list(dict.fromkeys(table.network))
     by_network = [table[table.network == network].reset_index(drop=True) for network in networks]
     if over == "depth":
@@ -244,9 +252,10 @@ def _rank_trends(table: pd.DataFrame, over: str) -> dict[str, float]:
 def _significance(
     published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, measure: str
 ) -> Iterator[Finding]:
-    """Components of a larger `measure` are those whose removal costs more, by Spearman's correlation.
+    """Components with a larger `measure` cost more to remove, by Spearman's correlation.
 
-    In every layer of a run, then the mean of its layers, whose mean over the runs of one experiment must be above 0.
+    The correlation is taken in every layer and averaged over a run's layers. The mean over the runs of one experiment
+    must be above 0.
     """
     tables = measured.significance
     for group in experiments(r for r in records if r.id in tables):
@@ -304,7 +313,7 @@ def _costs(record: Record) -> str:
 
 
 def _mixed(records: Iterable[Record]) -> str:
-    """The precisions of runs that have several."""
+    """The precisions of the runs, if there are several."""
     words = precision_words(records)
     return f", precision {words}" if words.startswith("mixed") else ""
 
@@ -312,7 +321,7 @@ def _mixed(records: Iterable[Record]) -> str:
 def _other_precision(
     group: Iterable[Record], against: Mapping[tuple[int, str | None], Record], control: Mapping[str, Any]
 ) -> str:
-    """Says which runs are not paired although the control has their seed, as it ran in another precision."""
+    """How many runs are not paired although the control has their seeds, because it ran in another precision."""
     seeds = {seed for seed, _ in against}
     ours = {record.pair[0]: record for record in group if record.pair not in against and record.pair[0] in seeds}
     if not ours:

@@ -1,10 +1,10 @@
-"""How the layer types look, in every figure and on the page: one colour and one marker each."""
+"""The look of each layer type in all figures and on the report's page: one colour and one marker."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: Markers, as matplotlib names them, as SVG paths that fill the square from -1 to 1.
+#: SVG paths of markers by matplotlib's names; each fills the square from -1 to 1.
 PATHS = {
     "o": "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",
     "s": "M-0.9,-0.9H0.9V0.9H-0.9Z",
@@ -18,7 +18,7 @@ PATHS = {
 
 @dataclass(frozen=True)
 class Look:
-    """A layer type's colour (Okabe and Ito's palette), a lighter one for a dark page, and matplotlib's marker."""
+    """A layer type's colour (Okabe and Ito's palette), a lighter one for a dark page, and its matplotlib marker."""
 
     color: str
     dark: str
@@ -42,5 +42,5 @@ _OTHER = Look("#777777", "#AAAAAA", "P")
 
 
 def look_of(layer: str) -> Look:
-    """A layer type's look; a type that has none of its own is a grey plus."""
+    """A layer type's look; an unknown type is a grey plus."""
     return _LOOKS.get(layer, _OTHER)

@@ -1,4 +1,4 @@
-"""Networks by what a user calls them: a run's folder, or a name with a file of weights."""
+"""Load networks by what a user calls them: a run's folder, or a name with a file of weights."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from decef.training.record import CHECKPOINT, load_config
 
 
 def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = False) -> list[tuple[str, nn.Module]]:
-    """Networks by what a user calls them, each with a label.
+    """Load networks by what a user calls them, each with a label.
 
     Args:
-        name: the folder of a run (its last checkpoint, or one network for every checkpoint that it kept), a name that
-            `create_model` knows.
-        weights: file with trained weights, not for a run.
+        name: a run's folder, or a name that `create_model` knows. A run gives a network for every checkpoint that it
+            kept, in order, or only that of its last checkpoint.
+        weights: file with trained weights; not used for a run.
         pretrained: let timm or torchvision download trained weights.
 
     Raises:
-        ValueError: there is no such network, or the weights are not its.
-        FileNotFoundError: no such file of weights, or a run without a checkpoint.
+        ValueError: there is no such network, or the weights don't fit it.
+        FileNotFoundError: there is no such file of weights, or the run has no checkpoint.
     """
     if Path(name).is_dir():
         return list(_networks_of_run(Path(name)))
     try:
-        # ImageNet's classes and those of CIFAR-10
+        # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
         num_classes = 1000 if "/" in name else 10
         model = create_model(name, num_classes=num_classes, pretrained=pretrained)
     except ValueError as error:
@@ -41,7 +41,7 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
 
 
 def input_size_of(name: str) -> tuple[int, int, int]:
-    """Shape `(C, H, W)` of what a network of `load_networks` takes: its run's images; else CIFAR's, or ImageNet's."""
+    """Input shape `(C, H, W)` of a network: its run's, else ImageNet's for timm and torchvision, CIFAR's for ours."""
     if Path(name).is_dir():
         return load_config(Path(name)).dataset.dataset().input_size
     return (3, 224, 224) if "/" in name else (3, 32, 32)

@@ -1,4 +1,4 @@
-"""README.md's table: what each layer type costs, from records, `without_finetuning` and `bench` of a results folder."""
+"""The table in README.md: what each layer type costs. Made from a results folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from decef.results.tables import Row, table_rows
 from decef.training.record import load_records
 
 NETWORK, DATASET, SETTINGS = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
-SCHEDULES = ("standard", "quick")  # the first that every layer type's control ran with
+SCHEDULES = ("standard", "quick")  # the first that conv2d, the control, ran with is shown
 TIMED = ("torchvision/resnet18", 1)  # network and batch size
 NONE = "-"
 
 
 def overview_table(results: Path) -> str:
-    """A row per layer type as Markdown: trained from scratch, decomposed, and its time, a dash where there is none."""
+    """The table in Markdown. A row per layer type: trained from scratch, decomposed, and time; a dash for no data."""
     trained, decomposed, time = _trained(results), _decomposed(results), _time(results)
     rows = []
     for layer in LAYERS:
@@ -42,7 +42,7 @@ def overview_table(results: Path) -> str:
 
 
 def replace_between(path: Path, name: str, text: str) -> None:
-    """Put `text` into a file between the lines `<!-- name -->` and `<!-- end of name -->`.
+    """Replace what stands in a file between the lines `<!-- name -->` and `<!-- end of name -->` by `text`.
 
     Raises:
         ValueError: the file has no such lines.

@@ -14,7 +14,7 @@ from decef.training.checkpoint import replace_file
 
 
 def render(template: str, **values: Any) -> str:
-    """A page of `templates/<template>.md.j2`."""
+    """Fill in the page `templates/<template>.md.j2`."""
     folder = files("decef.results") / "templates"
     sources = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.name.endswith(".j2")}
     environment = Environment(
@@ -23,13 +23,13 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown is for people and no page of untrusted text
+        autoescape=False,  # the pages are Markdown, and all text in them is ours
     )
     return environment.get_template(f"{template}.md.j2").render(**values).rstrip("\n") + "\n"
 
 
 def made_on(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Where and from which code measurements come, without doublets: `machines` and `commits`, + after changed code."""
+    """The `machines` and `commits` that measurements come from, each once; + marks commits with uncommitted changes."""
     known = list(sources)
     machines = {f"{source['device']} ({source['machine']})" for source in known}
     commits = {f"{str(source.get('git_commit'))[:10]}{'+' * bool(source.get('git_dirty'))}" for source in known}
@@ -39,7 +39,15 @@ def made_on(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
 def write_bench(
     template: str, rows: Sequence[Mapping[str, Any]], out: Path, made: Mapping[str, Any], **values: Any
 ) -> None:
-    """Write measured rows and where they were made as <out>.json, and the template's page as <out>.md."""
+    """Write measured rows and their environment as <out>.json, and the template's page as <out>.md.
+
+    Args:
+        template: see `render`.
+        rows: what was measured.
+        out: path without ending.
+        made: where, when and with which code, see `environment`; with `dtype`.
+        **values: for the template.
+    """
     data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
     replace_file(out.with_suffix(".json"), data.encode())
     text = render(template, made=made_on([made]), started=made["started"], dtype=made["dtype"], **values)

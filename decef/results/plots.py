@@ -1,6 +1,6 @@
-"""Figures: readable at column width, told apart without colour, as PNG and SVG.
+"""Figures as PNG and SVG, readable at column width and without colour.
 
-Each `plot_*` takes a table and returns a figure; `save` writes it. `decef.results.figures` draws all of a folder.
+Each `plot_*` takes data and returns a figure; `save` writes it. `decef.results.figures` draws all figures of a folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.5,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "svg.hashsalt": "decef",  # equal figures are equal files
+    "svg.hashsalt": "decef",  # equal figures give equal files
 }
 WIDTH = 4.5  # inches
 
@@ -58,10 +58,10 @@ def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 @_styled
 def plot_tradeoff(frame: pd.DataFrame) -> Figure:
-    """Top-1 against FLOPs and against parameters, with the Pareto front.
+    """Top-1 against FLOPs and against parameters, with 95 % intervals and the Pareto front.
 
     Args:
-        frame: `decef.results.tables.summarize`'s rows of one network. Bars are the 95 % interval of the mean.
+        frame: rows of `decef.results.tables.summarize`, of one network.
     """
     figure = Figure(figsize=(WIDTH, 2.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -88,14 +88,18 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
 
 
 def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The rows that no other row beats: none costs at most as much and is at least as accurate."""
+    """The Pareto front: the rows for which no other row costs at most as much and is at least as accurate."""
     ordered = frame.sort_values([cost, "top1"], ascending=[True, False])
     return ordered[ordered.top1 > ordered.top1.cummax().shift(fill_value=-np.inf)]
 
 
 @_styled
 def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
-    """Top-1 right after decomposition against the share of FLOPs; rows of `without_finetuning`, by energy."""
+    """Top-1 right after decomposition against the share of FLOPs.
+
+    Args:
+        frame: rows of `without_finetuning`; besides the dense one, those with spread "energy" are drawn.
+    """
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
     dense = frame[frame.layer == "conv2d"].iloc[0]
@@ -122,12 +126,12 @@ def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float) -> Figure:
-    """Effective rank ("threshold") against depth, a line a network, beside random kernels of the same shapes.
+    """Effective rank ("threshold") against depth, a line per network, beside random kernels of the same shapes.
 
     Args:
-        tables: `rank_table`'s frames by label, of networks of one architecture. Of more than eight, eight are drawn,
-            at even distances.
-        threshold: with which they were made, for the axis.
+        tables: frames of `rank_table` by label, of networks of one architecture. If there are more than eight, eight
+            evenly spaced ones are drawn.
+        threshold: the one that they were made with, for the axis label.
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
@@ -148,11 +152,11 @@ def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float) -> Figure:
 
 @_styled
 def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
-    """Effective rank ("threshold") against the epoch, a line a convolution, dark near the input, and their mean.
+    """Effective rank ("threshold") against the epoch, a line per convolution, dark near the input, and their mean.
 
     Args:
-        frame: `rank_table`'s rows with a column `epoch`.
-        threshold: with which they were made, for the axis.
+        frame: rows of `rank_table`, with a column `epoch`.
+        threshold: the one that they were made with, for the axis label.
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
@@ -175,7 +179,7 @@ def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
 
 @_styled
 def plot_training(frame: pd.DataFrame) -> Figure:
-    """Training loss and test top-1 against the epoch: the mean over seeds, and a band from the least to the greatest.
+    """Training loss and test top-1 against the epoch: mean over seeds, and a band from the least to the greatest.
 
     Args:
         frame: a row per epoch and run, of one network, with `layer`, `setting`, `seed`, `epoch`, `train_loss` and
@@ -206,7 +210,7 @@ def plot_training(frame: pd.DataFrame) -> Figure:
 
 @_styled
 def plot_eigenfilters(found: EigenFilters) -> Figure:
-    """Eigen-filters as images, a row an input channel, with their singular values (see `eigenfilters`)."""
+    """Eigen-filters as images, a row per input channel, with their singular values (see `eigenfilters`)."""
     rows, columns = len(found.channels), len(found.values[0])
     figure = Figure(figsize=(WIDTH, 3.7 / columns * rows * 1.33 + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -227,10 +231,10 @@ def plot_eigenfilters(found: EigenFilters) -> Figure:
 
 @_styled
 def plot_significance(layers: Mapping[str, Sequence[float]]) -> Figure:
-    """Sorted significance of CP components, a line a layer, dark near the input.
+    """Sorted significance of CP components, a line per layer, dark near the input.
 
     Args:
-        layers: by layer in the network's order, largest first (`decef.results.eigenfilters.significance`).
+        layers: values by layer in the network's order, largest first (`decef.results.eigenfilters.significance`).
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
@@ -249,10 +253,10 @@ def plot_significance(layers: Mapping[str, Sequence[float]]) -> Figure:
 
 @_styled
 def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
-    """MACs of every convolution, dense as grey bars and factorised as coloured ones before them, a panel a layer type.
+    """MACs of every convolution, a panel per layer type: grey bars are dense, coloured ones in front are factorised.
 
     Args:
-        plans: `Plan.to_frame()` by layer type, of one network and made with its input size.
+        plans: `Plan.to_frame()` by layer type, all of one network and made with its input size.
     """
     figure = Figure(figsize=(WIDTH, max(2, 0.7 + 0.8 * len(plans))), layout="constrained")
     panels = figure.subplots(len(plans), sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -271,14 +275,14 @@ def plot_costs(plans: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write `out`.png and `out`.svg, the same bytes for the same figure."""
+    """Write <out>.png and <out>.svg. Equal figures give equal bytes."""
     with mpl.rc_context(STYLE):
         figure.savefig(f"{out}.png", dpi=200, metadata={"Software": None})
         figure.savefig(f"{out}.svg", metadata={"Date": None})
 
 
 def _look(layer: str, variant: int = 0) -> dict[str, Any]:
-    """How a layer type's points and lines look; the settings of one type differ by line and by the marker's filling."""
+    """How a layer type's points and lines look. Settings of one type differ in line style and marker filling."""
     color, marker = look_of(layer).color, look_of(layer).marker
     return {
         "color": color,
@@ -286,7 +290,7 @@ def _look(layer: str, variant: int = 0) -> dict[str, Any]:
         "linestyle": LINES[variant % len(LINES)],
         "fillstyle": FILLS[variant % len(FILLS)],
         "markerfacecoloralt": "white",
-        "markeredgecolor": color if variant else "white",  # so that points on top of each other stay apart
+        "markeredgecolor": color if variant else "white",  # so that overlapping points can be told apart
         "markeredgewidth": 0.9 if variant else 0.5,
     }
 
@@ -294,7 +298,7 @@ def _look(layer: str, variant: int = 0) -> dict[str, Any]:
 def _looks(frame: pd.DataFrame) -> Iterator[tuple[Any, str, dict[str, Any]]]:
     """Rows that have `layer`, `setting` and `n`, each with a legend text and a look.
 
-    Of a setting the text has what not all settings of the layer type have.
+    The text leaves out what all settings of the layer type share.
     """
     for layer, rows in frame.groupby("layer", sort=False):
         settings = [setting.split(", ") for setting in rows.setting]

@@ -1,4 +1,4 @@
-"""What the papers and their authors' code report: `published.yaml`, each value with its source."""
+"""Values that the papers and their authors' code report, each with its source; `published.yaml` holds them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STATUSES = ("verified", "verified-code")
 
 @dataclass(frozen=True)
 class Published:
-    """One published or logged value; `published.yaml` says what the fields mean."""
+    """One published or logged value. `published.yaml` explains the fields."""
 
     id: str
     paper: str
@@ -33,7 +33,7 @@ class Published:
     task: str = ""
 
     def fits(self, record: Record) -> bool:
-        """Whether a run has this value's task, network, layer and rank; its training and options may be others."""
+        """Whether a run has this value's task, network, layer and rank setting; other options may differ."""
         ours = (record.task, record.model, record.layer, record.rank_setting)
         return ours == (f"{self.dataset} {self.task}".strip(), self.network, self.layer, self.setting)
 
@@ -49,7 +49,7 @@ def load_published() -> tuple[Published, ...]:
     """All published and logged values, in the file's order.
 
     Raises:
-        ValueError: `published.yaml` has a value with an unknown field, paper or status, or the same value twice.
+        ValueError: a value has an unknown field, paper or status, or is there twice.
     """
     published, seen = [], set()
     for entry in _read()["published"]:
@@ -73,10 +73,10 @@ def load_published() -> tuple[Published, ...]:
 
 @cache
 def load_known_weights() -> dict[str, str]:
-    """The networks of trained weights that others published, by the MD5 of their file.
+    """Names of the networks whose trained weights others published, by the MD5 of their files.
 
     Raises:
-        ValueError: `published.yaml` has one without a network.
+        ValueError: an entry of `published.yaml` names no network.
     """
     try:
         return {str(md5): str(entry["network"]) for md5, entry in _read()["weights"].items()}
@@ -85,7 +85,7 @@ def load_known_weights() -> dict[str, str]:
 
 
 def published_lines(published: Iterable[Published]) -> list[str]:
-    """A line per fact and metric, for people."""
+    """The values in words, a line per fact and metric."""
     lines: dict[str, list[str]] = {}
     for one in published:
         source = "; ".join(filter(None, [one.where, one.training]))

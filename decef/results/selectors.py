@@ -1,4 +1,4 @@
-"""Which runs a claim is about, and which they are held against: config values by dotted key."""
+"""Which runs a claim is about, and which they are compared with, as config values by dotted key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from decef.training.record import LAYER_TRAINING, Record
 
 
 def selects(selector: Mapping[str, Any], record: Record) -> bool:
-    """Whether a run has the selector's values: a list means one of them, a text may have *, null and false off."""
+    """Whether a run has the selector's values. A list means any of them; text may have *; null and false mean off."""
     return all(
         any(_fits(_get(record.settings, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in selector.items()
@@ -23,7 +23,7 @@ def selects(selector: Mapping[str, Any], record: Record) -> bool:
 def _fits(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, str):
         return isinstance(value, str) and fnmatchcase(value, wanted)
-    return bool((value or None) == (wanted or None))  # what is off is null, false, 0 or not there
+    return bool((value or None) == (wanted or None))  # off is null, false, 0 or missing
 
 
 def _get(settings: Mapping[str, Any], key: str) -> Any:
@@ -47,17 +47,21 @@ def chosen(
 
 
 def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]) -> str:
-    """Equal for a run and its control: what must be the same in both, see `decef.results.findings`."""
+    """A key that a run and its control share: all that must be the same in both, see `decef.results.findings`."""
     free = {key.removeprefix("train.") for key in (*runs, *control) if key.startswith("train.")} | set(LAYER_TRAINING)
     kept = {key: value for key, value in record.experiment.items() if key != "layer"}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in free}
-    if control.get("layer.name") == "conv2d":  # which replaces no layer
+    if control.get("layer.name") == "conv2d":  # Conv2d replaces no layer
         kept["model"] = {key: value for key, value in kept["model"].items() if key not in REPLACEMENT_OPTIONS}
     return json.dumps(kept, sort_keys=True)
 
 
 def twins(records: Iterable[Record], runs: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """The control's experiments by twin key."""
+    """The control's experiments by `twin_key`.
+
+    Raises:
+        ValueError: two experiments have the same key.
+    """
     found: dict[str, list[Record]] = {}
     for group in experiments(r for r in records if selects(control, r)):
         other = found.setdefault(twin_key(group[0], runs, control), group)
@@ -68,7 +72,7 @@ def twins(records: Iterable[Record], runs: Mapping[str, Any], control: Mapping[s
 
 
 def selector_words(selector: Mapping[str, Any]) -> str:
-    """A selector as command-line overrides; the layer alone as its name."""
+    """A selector as command-line overrides in backticks, or a layer alone by its name."""
     if list(selector) == ["layer.name"] and isinstance(selector["layer.name"], str):
         return str(selector["layer.name"])
     words = []

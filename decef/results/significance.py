@@ -1,4 +1,4 @@
-"""results/significance: what every CPAC component is worth."""
+"""results/significance: what it costs to remove each CPAC component."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from decef.training.loop import evaluate
 
 
 def removal_table(model: nn.Module, test: Data) -> pd.DataFrame:
-    """What every CPAC component is worth: the test loss and top-1 that its removal costs, beside its significance.
+    """What removing each CPAC component costs in test loss and top-1, beside the component's significance.
 
     Args:
         model: a trained network; it stays as it is.
@@ -22,7 +22,7 @@ def removal_table(model: nn.Module, test: Data) -> pd.DataFrame:
 
     Returns:
         A row per component: `layer`, `component`, `channels` and `product` (the two kinds of
-        `CPACConv2d.significance`), `loss_rise` and `top1_drop` (in points).
+        `CPACConv2d.significance`), `loss_rise` and `top1_drop` (in percentage points).
 
     Raises:
         ValueError: the network has no CPAC layer.
@@ -51,5 +51,5 @@ def removal_table(model: nn.Module, test: Data) -> pd.DataFrame:
                 }
             )
     if not rows:
-        raise ValueError("the network has no CPAC layer, whose components could be removed")
+        raise ValueError("the network has no CPAC layer to remove components from")
     return pd.DataFrame(rows)

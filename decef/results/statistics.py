@@ -9,14 +9,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 LEVEL = 0.95
-ALPHA = 0.05  # how often a test may reject what is true
-MOST_SEEDS = 1000  # beyond it nobody counts
-ROUNDING = 1e-9  # what values of the order of 1 to 100 may differ by and still be the same
+ALPHA = 0.05  # how often tests may reject a true hypothesis
+MOST_SEEDS = 1000  # `seeds_needed` looks no further
+ROUNDING = 1e-9  # values of about 1 to 100 that differ by no more count as equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` values with its interval, whose ends are NaN for one value, which says nothing of the spread."""
+    """A mean over `n` values with its interval. One value says nothing about the spread: the ends are then NaN."""
 
     mean: float
     low: float
@@ -24,15 +24,15 @@ class Estimate:
     n: int
 
     def interval(self, format_spec: str = ".2f") -> str:
-        """ "[low, high]", or nothing for one value."""
+        """ "[low, high]", or an empty text for one value."""
         return f"[{self.low:{format_spec}}, {self.high:{format_spec}}]" if self.n > 1 else ""
 
 
 def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """The mean and its two-sided t interval: mean ± t * sd / sqrt(n), sd with n - 1, t with n - 1 degrees of freedom.
+    """The mean and its two-sided t interval: mean ± t * sd / sqrt(n); sd and t have n - 1 degrees of freedom.
 
     Raises:
-        ValueError: no value, or a level outside (0, 1).
+        ValueError: there is no value, or the level is not in (0, 1).
     """
     from scipy.stats import t
 
@@ -49,14 +49,14 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
 
 
 def differences(values: Iterable[tuple[Hashable, float]], control: Mapping[Any, float]) -> list[float]:
-    """Each run's value minus the control's that it is paired with, by seed say; those without one are left out."""
+    """Each value minus the control's of the same pair, a seed for example. Values without a control are left out."""
     return [value - control[pair] for pair, value in values if pair in control]
 
 
 def p_value(values: Sequence[float], bound: float) -> float:
-    """Of the two-sided t test that the mean is `bound`; without any spread 1 where the mean is the bound, else 0.
+    """The p-value of the two-sided t test that the mean is `bound`.
 
-    With a NaN among the values it is 1: they say nothing.
+    If the values don't differ, it is 1 if they are the bound, else 0. If a value is NaN, it is 1: they say nothing.
 
     Raises:
         ValueError: fewer than two values.
@@ -73,9 +73,10 @@ def p_value(values: Sequence[float], bound: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm: with what is below `ALPHA` rejected, one error is as rare as that.
+    """p-values corrected for their number by Holm's method.
 
-    That is, the chance that any of what is true is rejected is at most `ALPHA`.
+    If all hypotheses with a corrected p-value of at most `ALPHA` are rejected, the chance that any true one is among
+    them is at most `ALPHA`.
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -83,10 +84,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) -> int | None:
-    """How many values of this mean and spread it takes until their interval at `1 - alpha` leaves the bound out.
+    """How many values of this mean and spread it takes until their interval at `1 - alpha` excludes the bound.
 
     Returns:
-        The smallest number, 2 or more; None above `MOST_SEEDS`.
+        The smallest such number, from 2 on; None if it is above `MOST_SEEDS`.
 
     Raises:
         ValueError: fewer than two values.
@@ -95,7 +96,7 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
     from scipy.stats import t
 
     if len(values) < 2:
-        raise ValueError("one value has no spread to reckon with")
+        raise ValueError("one value has no spread to estimate from")
     n = np.arange(2, MOST_SEEDS + 1)
     half = t.ppf(1 - alpha / 2, n - 1) * _sd(values) / np.sqrt(n)
     enough = n[half + ROUNDING < abs(fmean(values) - bound)]
@@ -103,7 +104,7 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's correlation, in [-1, 1]; NaN where one of them is constant."""
+    """Spearman's correlation, in [-1, 1]; NaN if `x` or `y` is constant."""
     from scipy.stats import spearmanr
 
     if len(set(x)) < 2 or len(set(y)) < 2:
@@ -112,4 +113,4 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _sd(values: Sequence[float]) -> float:
-    return math.nan if any(map(math.isnan, values)) else stdev(values)  # which takes no NaN
+    return math.nan if any(map(math.isnan, values)) else stdev(values)  # stdev doesn't take NaN

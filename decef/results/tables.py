@@ -1,4 +1,4 @@
-"""Tables of results from run records, or from their mirrors in W&B."""
+"""Tables of results, from run records or from their mirrors in W&B."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from decef.training.tracking import check_account
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: one network, layer type and setting, over seeds.
+    """A row of a table: one network, layer type and setting, over seeds.
 
     Attributes:
-        runs: by seed.
-        top1: mean over the runs, in percent, with its 95 % interval; `top1_sd` their sample standard deviation, None
-            for one.
+        runs: sorted by seed.
+        top1: mean over the runs, in percent, with its 95 % interval.
+        top1_sd: sample standard deviation over the runs, None for a single one.
         difference: to Conv2d, over the seeds that it ran with too, in the same precision and from the same weights;
-            None for Conv2d and where there is no such seed.
+            None for Conv2d itself, and if there is no such seed.
         precision: see `precision_words`.
-        published: somebody else's value of the same task, network, layer and setting.
+        published: somebody else's value for the same task, network, layer and setting, None if we know of none.
     """
 
     runs: tuple[Record, ...]
@@ -43,22 +43,22 @@ class Row:
 
     @property
     def first(self) -> Record:
-        """A run that stands for all where seeds make no difference."""
+        """A run that stands for all of them, for what doesn't depend on the seed."""
         return self.runs[0]
 
     @property
     def images_per_second(self) -> float:
-        """In training, mean over the runs."""
+        """Images per second in training, mean over the runs."""
         return fmean(run.summary["images_per_second"] or 0.0 for run in self.runs)
 
     @property
     def source(self) -> str | None:
-        """Where the published value is from, and of what training."""
+        """Where the published value is from, and how it was trained; None without such a value."""
         known = self.published
         return f"{known.where}{f'; {known.training}' if known.training else ''}" if known else None
 
     def to_dict(self) -> dict[str, Any]:
-        """A row of the CSV file, by column."""
+        """The row of the CSV file, by column."""
         first, difference, known = self.first, self.difference, self.published
         return {
             "model": first.model,
@@ -87,7 +87,7 @@ class Row:
         }
 
     def cells(self) -> dict[str, str]:
-        """As people read it: texts by column title."""
+        """The row as people read it: texts by column title."""
         first, n, known = self.first, len(self.runs), self.published
         return {
             "network": first.model,
@@ -108,7 +108,7 @@ class Row:
 
 
 def table_rows(records: Sequence[Record]) -> list[Row]:
-    """A row per network, layer type and setting of runs of one `comparison`, by network, then as `LAYERS` has them."""
+    """The rows of runs that share a `comparison`, sorted by network, by layer type as in `LAYERS`, and by setting."""
     groups = experiments(records)
     dense = {
         (runs[0].model, runs[0].weights): {run.pair: run.top1 for run in runs}
@@ -139,7 +139,7 @@ def summarize(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
-    """The rows of one comparison for people, with what they must know to read them."""
+    """The page of one comparison: its rows, and what one must know to read them."""
     return render(
         "table",
         task=records[0].task,
@@ -152,7 +152,7 @@ def markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
 
 
 def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
-    """A Markdown and a CSV file for every group of runs that may be compared; returns the Markdown files.
+    """Write a Markdown and a CSV file for every group of comparable runs; return the Markdown files.
 
     Tables of groups that no longer have a run are removed.
     """
@@ -171,10 +171,10 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
 
 
 def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
-    """All finished runs of a W&B project, by id.
+    """All finished runs of a W&B project, sorted by id.
 
     Raises:
-        ValueError: there is no API key, or W&B cannot be reached or has no such project.
+        ValueError: there is no API key, W&B cannot be reached, or it has no such project.
     """
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
@@ -182,7 +182,7 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     path = f"{entity}/{project}" if entity else project
     check_account()
     try:
-        runs = wandb.Api().runs(path, lazy=False)  # lazy would ask for every run's config and summary one by one
+        runs = wandb.Api().runs(path, lazy=False)  # lazy would fetch the runs one by one
         done = [run for run in runs if run.summary.get("status") == "finished"]
         finished = {record.id: record for record in (to_record(run.config, run.summary) for run in done)}
     except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:

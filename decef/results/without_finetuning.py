@@ -1,4 +1,4 @@
-"""results/without_finetuning: accuracy of a trained network right after decomposition."""
+"""results/without_finetuning: accuracy of trained networks right after decomposition."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ def without_finetuning(
         test: images to measure on.
         layers: layer types.
         shares: of the dense network's FLOPs.
-        exclude: names that stay dense.
-        seen: training images on which kernels are also made nearest in their outputs; labels are not looked at.
-        progress: show bars.
+        exclude: pattern of the names that stay dense.
+        seen: training images. With them, factors are also fitted to the layers' outputs on them; labels are ignored.
+        progress: show progress bars.
 
     Yields:
-        Rows: the dense network first, then a row for every share, layer type, way to spread the budget over the layers
-        ("energy": see `Budget`; "uniform": the same share of every layer's cost), and whether the "kernels" or their
-        "outputs" are nearest, with the mean relative error there.
+        Rows: the dense network first, then a row for every share, layer type, `spread` and `nearest`. `spread` is how
+        the budget is spread over the layers: by "energy" (see `Budget`) or "uniform", the same share of every layer's
+        cost. `nearest` is what the factors are fitted to: the "kernels" or the layers' "outputs". `mean_error` is the
+        mean relative error of these over the layers.
     """
     input_size = next(test.views(1))[0].shape[1:]
     dense = total_cost(model, input_size)
@@ -84,7 +85,7 @@ def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: S
     Args:
         rows: what was measured.
         out: path without ending.
-        about: what they were made from, for people.
+        about: what they were made from, in words.
         made: where, when and with which code.
     """
     frame = pd.DataFrame(rows)

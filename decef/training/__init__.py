@@ -1,4 +1,4 @@
-"""From a config to a record: build a network, train it, write down what came out."""
+"""From a config to a record: build a network, train it, write down the results."""
 
 from decef.extras import need
 

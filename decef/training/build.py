@@ -1,4 +1,4 @@
-"""The network of a config, before it is trained."""
+"""Build the network that a config describes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ MOMENTS_BATCH = 128
 def build(
     model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data | None = None
 ) -> tuple[nn.Module, Plan, dict[str, int]]:
-    """The network before training, the plan it follows, and the cost of its dense twin.
+    """Build a network, ready to be trained.
 
-    It is freshly initialised, or with `model.weights` decomposed from trained ones.
+    Its weights are drawn anew, or, with `model.weights`, loaded and decomposed.
 
     Args:
         model, layer: what to build.
-        dataset: for which images.
-        seen: images on which trained weights are decomposed, nearest in the layers' outputs; None is nearest in the
+        dataset: sets the input size and the number of classes.
+        seen: images on which loaded weights are decomposed, to be nearest in the layers' outputs. None: nearest in the
             kernels.
 
+    Returns:
+        The network, the plan by which it was converted, and the cost of its dense twin.
+
     Raises:
-        ValueError: an unknown model or layer type, or a rank or budget that is not possible.
+        ValueError: the model or layer type is unknown, the rank or budget is not possible, no convolution would be
+            replaced, or the weights don't fit.
+        FileNotFoundError: there is no such file of weights.
     """
     dense = dense_network(model, dataset)
     if model.weights:
@@ -66,7 +71,7 @@ def build(
 
 
 def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
-    """The network as it is before any layer is replaced.
+    """The network before any layer is replaced.
 
     Raises:
         ValueError: there is no such network, or it doesn't take these options.
@@ -79,7 +84,7 @@ def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
 
 
 def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:
-    """What chooses the ranks; a budget is spread by spectra where kernels are trained, else evenly."""
+    """The rule that chooses the ranks. A budget is spread by the energies of trained kernels, else evenly."""
     if layer.rank is not None:
         return Fixed(layer.rank)
     if layer.energy is not None:

@@ -12,17 +12,21 @@ import torch
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` whole: a kill or a full disk leaves the last one as it was."""
-    buffer = io.BytesIO()  # torch's own writer does not say when a disk is full
+    """Write `state` as a whole: a kill or a full disk leaves the last checkpoint intact.
+
+    Raises:
+        OSError: see `replace_file`.
+    """
+    buffer = io.BytesIO()  # torch's own writer does not report a full disk
     torch.save(state, buffer)
     replace_file(path, buffer.getbuffer())
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` beside `path`, then put it in its place in one step: a reader sees the old file or the new one.
+    """Write `data` to a file beside `path`, then rename it: a reader sees either the old file or the new one.
 
     Raises:
-        OSError: it cannot be written; the old file is still there.
+        OSError: the file cannot be written; the old one is still there.
     """
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -33,10 +37,11 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU; nothing in the file is executed.
+    """Read a checkpoint of `save_checkpoint` onto the CPU. Nothing in the file is executed.
 
     Raises:
-        ValueError: the file is damaged or no checkpoint.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or not a checkpoint.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""What a run is: its dataset, network, layer type and training, checked where it enters."""
+"""The config of a run: dataset, network, layer type and training. Values are checked on construction."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from decef.plans import layer_type
 SCHEDULES = ("onecycle", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("factors", "kernel")
-DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", when a layer is given neither rank nor budget
+DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", for a layer with neither rank, budget nor energy
 DEFAULT_DECAY = "factors"
-#: Model options that say which layers are replaced, and mean nothing for a dense network.
+#: Model options that say which layers are replaced. They mean nothing for a dense network.
 REPLACEMENT_OPTIONS = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
 
 _Group = TypeVar("_Group")
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used; the message says what, and what to do."""
+    """The user's input cannot be used. The message says what is wrong and what to do."""
 
 
 @contextmanager
 def input_errors() -> Iterator[None]:
-    """What is wrong with the input, as `InputError`."""
+    """Turn `ValueError` and `FileNotFoundError` into `InputError`."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -38,7 +38,11 @@ def input_errors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which images; `configs/dataset/*.yaml` says what each setting is."""
+    """Which images. `configs/dataset/*.yaml` explains the settings.
+
+    Raises:
+        ValueError: a number is negative or not whole.
+    """
 
     name: str
     root: str | None = None
@@ -59,11 +63,11 @@ class DatasetConfig:
 
     @property
     def folder(self) -> Path | None:
-        """Where to look first."""
+        """The folder to look in first, if one is given."""
         return Path(self.root) if self.root else None
 
     def dataset(self) -> Dataset:
-        """What is known of it; nothing is read.
+        """The configured dataset; nothing is read.
 
         Raises:
             ValueError: see `decef.data.dataset`.
@@ -79,7 +83,12 @@ class DatasetConfig:
         )
 
     def resolved(self) -> DatasetConfig:
-        """With everything said that follows from the dataset or its folder."""
+        """The config with the settings filled in that follow from the dataset or its folder.
+
+        Raises:
+            FileNotFoundError: there is no folder whose classes could be counted.
+            ValueError: see `decef.data.dataset`.
+        """
         config = self
         if self.name == "imagefolder" and self.num_classes is None:
             config = replace(self, num_classes=count_classes(self.folder))
@@ -89,9 +98,12 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and which of its convolutions are replaced; `configs/model/*.yaml` says what each setting is.
+    """Which network, and which of its convolutions are replaced. `configs/model/*.yaml` explains the settings.
 
-    `options` are the architecture's own.
+    `options` are those of the architecture.
+
+    Raises:
+        ValueError: `decompose_on` is negative or not whole.
     """
 
     name: str
@@ -109,11 +121,13 @@ class ModelConfig:
         _check_whole("model.decompose_on", self.decompose_on)
 
     def resolved(self) -> ModelConfig:
-        """With the place and the MD5 of the file of weights: its content belongs to a run, its place doesn't.
+        """The config with the path and the MD5 of the file of weights.
+
+        The MD5 is part of a run's identity, the path is not.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: its MD5 is another than that of a run which is done again, or there are no weights to decompose.
+            ValueError: `weights_md5` is given and the file has another MD5, or there are no weights to decompose.
         """
         if not self.weights:
             if self.decompose_on:
@@ -130,9 +144,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """Which layer type, and how much of it; `configs/layer/*.yaml` says what each setting is.
+    """Which layer type, and at what rank, budget or energy. `configs/layer/*.yaml` explains the settings.
 
-    `options` are the type's own.
+    `options` are those of the layer type.
+
+    Raises:
+        ValueError: a value is wrong or has no effect, or more than one of `rank`, `flops` and `energy` is given.
     """
 
     name: str
@@ -144,7 +161,7 @@ class LayerConfig:
 
     def __post_init__(self) -> None:
         if self.name == "conv2d":
-            return  # sweeps over layer types have these for all
+            return  # a sweep over layer types gives them to conv2d too
         if self.flops is not None and not isinstance(self.flops, (int, float)):
             raise ValueError(f"layer.flops={self.flops!r} must be a share of the dense network's FLOPs, such as 0.667")
         _check_whole("layer.rank", self.rank)
@@ -155,13 +172,13 @@ class LayerConfig:
             raise ValueError(f"layer.orthogonality={self.orthogonality} would do nothing: {self.name} has no penalty")
 
     def resolved(self, model: ModelConfig) -> LayerConfig:
-        """With a budget where nothing else is asked for.
+        """The config with the default budget if neither rank, budget nor energy is given.
 
         Raises:
-            ValueError: what is asked for needs trained weights.
+            ValueError: `energy` is given, but no trained weights.
         """
         if self.name == "conv2d":
-            return LayerConfig("conv2d")  # the same network whatever a sweep says
+            return LayerConfig("conv2d")  # the same network, whatever a sweep gives
         if self.energy is not None and not model.weights:
             raise ValueError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
         if self.rank is None and self.flops is None and self.energy is None:
@@ -171,10 +188,10 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `configs/train/*.yaml` says what each setting is; `orthogonality` is the layer's, in configs/layer.
+    """How to train. `configs/train/*.yaml` explains the settings; `orthogonality` is a setting of the layer.
 
     Raises:
-        ValueError: a setting that makes no sense; the message says what it must be.
+        ValueError: a setting has a wrong value; the message says what it must be.
     """
 
     name: str
@@ -203,7 +220,7 @@ class TrainConfig:
             value = getattr(self, key)
             try:
                 good = fine(value)
-            except TypeError:  # a value of another kind, which doesn't compare
+            except TypeError:  # the type is wrong, so the value cannot be compared
                 good = False
             if not good:
                 raise ValueError(f"train.{key}={value!r} must be {must}")
@@ -213,10 +230,10 @@ class TrainConfig:
             raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
 
     def resolved(self, layer: LayerConfig) -> TrainConfig:
-        """With the decay that the run has: none where nothing decays or no factor is trained.
+        """The config with the decay that the run uses: None if nothing decays or no factor is trained.
 
         Raises:
-            ValueError: a decay that does nothing or is not possible with this layer type.
+            ValueError: the decay would do nothing, or it or ATCD is not possible with this layer type.
         """
         if layer.name == "conv2d":
             return replace(self, atcd=None, decay=None)
@@ -241,7 +258,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """Where a run is mirrored; `configs/wandb/default.yaml` says what each setting is."""
+    """Where a run is mirrored. `configs/wandb/default.yaml` explains the settings."""
 
     mode: str = "disabled"
     project: str = "decef"
@@ -252,7 +269,11 @@ class WandbConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: what `configs/train.yaml` composes to."""
+    """The config of one run, composed from `configs/train.yaml`, which explains the settings.
+
+    Raises:
+        ValueError: `seed` or `threads` is negative or not whole.
+    """
 
     dataset: DatasetConfig
     model: ModelConfig
@@ -273,10 +294,10 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
-        """What plain data say, such as a composed Hydra config or a record's.
+        """Make the config from plain data, such as a composed Hydra config or a record's `config.yaml`.
 
         Raises:
-            InputError: something is missing, unknown or makes no sense.
+            InputError: a setting of a group is missing, unknown or has a wrong value.
         """
         with input_errors():
             settings = {key: value for key, value in config.items() if key != "format"}
@@ -292,12 +313,12 @@ class RunConfig:
             return cls(**settings)
 
     def resolved(self) -> RunConfig:
-        """The complete config: what is left open filled in, and what cannot have an effect taken out or refused.
+        """The complete config. Open settings are filled in; those that cannot have an effect are dropped or refused.
 
         Equal runs have equal configs, whatever the command line said.
 
         Raises:
-            InputError: an option that would do nothing, or a file that is not there.
+            InputError: an option would do nothing or is not possible, or a file is missing.
         """
         with input_errors():
             model = self.model.resolved()
@@ -311,7 +332,7 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML and JSON write and read back the same, from which `from_dict` makes the config again."""
+        """The config as plain data for `from_dict`; YAML and JSON write and read it back unchanged."""
         return {
             "dataset": _flat(self.dataset),
             "model": _flat(self.model),
@@ -327,7 +348,7 @@ class RunConfig:
 
 
 def _group(name: str, cls: type[_Group], settings: Mapping[str, Any], **more: Any) -> _Group:
-    """A group of settings from plain data; what has no field of its own goes to `options`, if there are any."""
+    """A group of settings from plain data. What has no field of its own goes to `options`, if the group has them."""
     own = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     given = {**{key: _frozen(value) for key, value in settings.items()}, **more}
     others = {key: given.pop(key) for key in list(given) if key not in own or key == "options"}
@@ -346,14 +367,14 @@ def _flat(group: Any) -> dict[str, Any]:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples."""
+    """Lists as tuples, at every depth."""
     if isinstance(value, Mapping):
         return {key: _frozen(v) for key, v in value.items()}
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
 
 
 def _plain_data(value: Any) -> Any:
-    """Tuples as lists."""
+    """Tuples as lists, at every depth."""
     if isinstance(value, Mapping):
         return {key: _plain_data(v) for key, v in value.items()}
     return [_plain_data(v) for v in value] if isinstance(value, (list, tuple)) else value

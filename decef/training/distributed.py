@@ -1,4 +1,4 @@
-"""Several processes on one run: what torchrun starts, and what they must tell each other."""
+"""Several processes on one run: how torchrun starts them, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them."""
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+    """
 
     rank: int = 0
     count: int = 1
@@ -26,14 +31,14 @@ class Processes:
         return self.rank == 0
 
     def all_reduce(self, *values: Tensor) -> list[Tensor]:
-        """The sums of scalars over all processes, in float64."""
+        """The sum of each scalar over all processes, in float64."""
         stacked = torch.stack([value.detach().double() for value in values])
         if self.count > 1:
             dist.all_reduce(stacked)
         return list(stacked)
 
     def broadcast(self, value: Any = None) -> Any:
-        """What the first process says, on all of them; `value` is looked at on the first only."""
+        """The first process's `value`, returned in all processes. The others' own `value` is ignored."""
         if self.count == 1:
             return value
         said = [value]
@@ -47,19 +52,19 @@ class Processes:
                 dist.broadcast(buffer, src=0)
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
 
 def launched() -> Processes:
-    """The processes that torchrun started, by the environment it sets; one where it didn't."""
+    """The processes that torchrun started, from the environment that it sets; a single one without torchrun."""
     return Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Connect the processes that torchrun started (NCCL on GPUs, gloo on CPUs) for as long as this lasts."""
+    """Connect the processes that torchrun started, while the context lasts: NCCL on GPUs, gloo on CPUs."""
     processes = launched()
     if processes.count == 1 or dist.is_initialized():
         yield processes

@@ -1,7 +1,7 @@
-"""The queue of runs that the claims need: what is wanted, what is there, what is next.
+"""The queue of runs that the claims need: which are wanted, which are done, which come next.
 
-`configs/evidence.yaml` is the list. A run is known by its id, so one that two entries want, or that a sweep reaches
-twice, is run once; what is finished is not run again, and what was stopped goes on.
+`configs/evidence.yaml` is the list. Runs are told apart by their ids: a run that two entries want, or that a sweep
+reaches twice, is run once. Finished runs are skipped, and stopped ones are resumed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from decef.training.record import SUMMARY, run_id
 if TYPE_CHECKING:
     import pandas as pd
 
-GRACE = 60  # seconds for a run to write its record when time is up
+GRACE = 60  # seconds that a run gets to write its record when time is up
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that answer one question; `configs/evidence.yaml` says what the fields mean."""
+    """Runs that answer one question. `configs/evidence.yaml` explains the fields."""
 
     name: str
     decides: str
@@ -42,7 +42,7 @@ class Entry:
     after: str | None = None
 
     def settings(self) -> Iterator[tuple[str, ...]]:
-        """Of scripts/train.py, without the seed: every combination of the sweep."""
+        """Arguments of scripts/train.py for every combination of the sweep, without the seed."""
         for values in itertools.product(*self.sweep.values()):
             chosen = (f"{key}={_word(value)}" for key, value in zip(self.sweep, values, strict=True))
             yield (*self.overrides.split(), *chosen)
@@ -58,10 +58,11 @@ class Job:
 
 
 def load_entries(path: Path) -> list[Entry]:
-    """The list, in its order, which is that of their value.
+    """The entries in the file's order, most valuable first.
 
     Raises:
-        ValueError: an entry that can't be read, or a name that stands there twice.
+        FileNotFoundError: there is no such file.
+        ValueError: an entry cannot be read, or two have the same name.
     """
     entries: dict[str, Entry] = {}
     for fields in yaml.safe_load(path.read_text()):
@@ -78,14 +79,15 @@ def load_entries(path: Path) -> list[Entry]:
 def list_jobs(
     entries: Sequence[Entry], resolved: Callable[[tuple[str, ...]], RunConfig]
 ) -> tuple[list[Job], dict[str, str]]:
-    """Every run once, in the order in which they are wanted: of an entry all settings for one seed before the next.
+    """List every run once, in order: entry by entry, and within an entry all settings of a seed before the next seed.
 
     Args:
         entries: see `load_entries`.
-        resolved: the resolved config that arguments of scripts/train.py make; raises ValueError where they can't start.
+        resolved: makes the resolved config from arguments of scripts/train.py. Raises ValueError if such a run can't
+            start here.
 
     Returns:
-        The runs, and why entries can't start here, by name.
+        The runs; and for each entry that can't start here the reason, by the entry's name.
     """
     jobs: dict[str, Job] = {}
     blocked: dict[str, str] = {}
@@ -103,9 +105,9 @@ def list_jobs(
 
 
 def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataFrame:
-    """A row per entry: runs done and wanted, what they decide, and the hours that are left for `processes` of them.
+    """A row per entry: runs done, wanted and begun, what they decide, and the hours left with `processes` at a time.
 
-    Hours are from the mean wall time of the entry's finished runs, else from the list's estimate, marked by ~.
+    Hours are based on the mean wall time of the entry's finished runs, else on the list's estimate, marked by ~.
     """
     import pandas as pd
 
@@ -131,13 +133,13 @@ def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataF
 
 
 def is_done(results: Path, job: Job) -> bool:
-    """Whether a job's run is finished, and measured where its entry asks for that."""
+    """Whether a job's run is finished, and also measured if its entry asks for that."""
     measured = job.entry.after is None or (results / job.entry.after / f"{job.run_id}.csv").is_file()
     return measured and _summary(results, job).get("status") == "finished"
 
 
 def missing(jobs: Sequence[Job], results: Path) -> list[Job]:
-    """The jobs that are not done, those that were begun first within their entry."""
+    """The jobs that are not done, in order. Within an entry, those already begun come first."""
     open_jobs = [job for job in jobs if not is_done(results, job)]
     order = {name: i for i, name in enumerate(dict.fromkeys(job.entry.name for job in jobs))}
     return sorted(open_jobs, key=lambda job: (order[job.entry.name], not _summary(results, job)))
@@ -153,16 +155,16 @@ def run_jobs(
     after: Callable[[Job], Sequence[str]],
     report: Callable[[str], None],
 ) -> list[str]:
-    """Run jobs side by side, in their order, until all are done or time is up; what runs then can go on later.
+    """Run jobs side by side, in their order, until all are done or time is up. Runs stopped by that can be resumed.
 
     Args:
         jobs: see `missing`.
         results: the results folder; logs go to `<results>/.evidence`.
-        hours: how long.
-        processes: how many at a time.
-        command: what runs a job.
-        after: what runs when it is finished, where its entry has an `after`.
-        report: told a line whenever a job begins or ends.
+        hours: the time limit.
+        processes: how many jobs run at a time.
+        command: gives the command line that runs a job.
+        after: gives the command line that measures a finished run, for entries that have an `after`.
+        report: called with a line of text whenever a job begins or ends.
 
     Returns:
         A line for every job that failed.
@@ -173,7 +175,7 @@ def run_jobs(
     logs.mkdir(parents=True, exist_ok=True)
 
     def call(arguments: Sequence[str], log: Path) -> int | None:
-        """The exit status, None where time was up."""
+        """The exit status, or None if time was up."""
         with log.open("a") as file:
             process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
             try:
@@ -216,7 +218,7 @@ def run_jobs(
 
 
 def one_thread_each() -> None:
-    """Let what this process starts take one thread and give way to others."""
+    """Let the processes started from here use one thread each, at low priority."""
     os.nice(10)
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 

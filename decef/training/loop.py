@@ -1,4 +1,4 @@
-"""The training loop: `fit`, and below it what one epoch, one step and one evaluation are."""
+"""The training loop: `fit`, and below it one epoch, one step and one evaluation."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from decef.training.precision import autocast_for, resolve_precision
 from decef.training.record import Metrics
 
 EVAL_BATCH = 500
-CHECK_EVERY = 50  # steps between looks at whether the loss is finite
-RECALIBRATION = 50  # batches from which batch norm's statistics are measured anew
+CHECK_EVERY = 50  # steps between checks that the loss is finite
+RECALIBRATION = 50  # batches from which batch norm's statistics are measured again
 ALONE = Processes()
 
 
 class State(Protocol):
-    """Where `fit` puts what it must not lose."""
+    """Where `fit` keeps what an interrupted run needs to resume."""
 
     def load(self) -> dict[str, Any] | None:
-        """The last saved state, None at the first start."""
+        """The last saved state, or None if there is none."""
 
     def save(self, state: dict[str, Any]) -> None:
         """Save a state, replacing the last one."""
@@ -52,24 +52,25 @@ def fit(
     processes: Processes = ALONE,
     progress: bool = False,
 ) -> None:
-    """Train `model` in place, from where `state` left off, to the last epoch.
+    """Train `model` in place, from where `state` left off to the last epoch.
 
-    Everything random in an epoch follows from the seed and the epoch's number, so a run that was interrupted goes on
-    as if it had not been: on the same CPU with the same number of threads, bit for bit. Several processes share every
-    batch equally; but for batch norm, which sees a process's part, and dropout, they do what one does, to rounding.
+    Everything random in an epoch follows from the seed and the epoch's number. A resumed run therefore gives the same
+    result as an uninterrupted one: bit for bit, on the same CPU with the same number of threads. Several processes
+    share every batch equally. Up to rounding they do what one process does, except for dropout and for batch norm,
+    which sees only a process's part of the batch.
 
     Args:
-        model: on the device of the images; every process has the same.
-        train, test: the images; `config.validation` of the training images are set aside and only measured.
+        model: on the device of the images; the same in every process.
+        train, test: the images. A share `config.validation` of the training images is set aside and only measured.
         config: how to train.
-        seed: of data order and augmentation.
-        state: loaded before the first epoch and, by the first process, saved after every one.
+        seed: of data order, augmentation and dropout.
+        state: loaded before the first epoch; the first process saves it after every epoch.
         on_epoch: called by the first process after every epoch, before the state is saved.
-        processes: that train together.
-        progress: show a bar.
+        processes: those that train together.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: a batch that the processes can't share, or what the device can't do.
+        ValueError: the processes cannot share a batch equally, or the device cannot do what `config` asks for.
         FloatingPointError: the loss, or a kernel in ATCD, is not finite.
     """
     check_possible(config, train.device, processes)
@@ -110,7 +111,7 @@ def fit(
 
 
 class Trained(TypedDict):
-    """What training for an epoch says of itself; the fields are those of `Metrics`."""
+    """The part of `Metrics` that comes from training for an epoch."""
 
     lr: float
     train_loss: float
@@ -125,8 +126,8 @@ def train_one_epoch(
 
     Args:
         training: the network in training.
-        train: its images.
-        epoch: counted from 0.
+        train: the images.
+        epoch: its number, from 0.
         seed: see `fit`.
         on_step: called after every step.
 
@@ -155,17 +156,17 @@ def train_one_epoch(
 
 
 class Training:
-    """A network in training: all that changes from step to step, and is saved and taken up again.
+    """A network in training: everything that changes from step to step, and that is saved and resumed.
 
     Args:
         model: see `fit`.
         config: see `fit`.
         device: where the batches are.
         processes: see `fit`.
-        saved: what `state_dict` returned, to go on from there.
+        saved: what `state_dict` returned, to resume from there.
 
     Attributes:
-        moved: whether the end of the epoch moved the kernels, so that batch norm's statistics are of others.
+        moved: whether ATCD moved the kernels at the end of the epoch, so that batch norm's statistics no longer fit.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Training:
         self._zero = torch.zeros((), device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later `Training` needs to go on."""
+        """All that another `Training` needs to resume."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -209,7 +210,7 @@ class Training:
         }
 
     def start_epoch(self) -> None:
-        """Begin counting."""
+        """Switch to training mode and reset the epoch's sums."""
         self._trained.train()
         self._loss, self._correct, self._bad_step = self._zero.clone(), self._zero.clone(), self._zero.clone()
         self._images = self._steps = 0
@@ -219,9 +220,12 @@ class Training:
 
         Args:
             x: normalised images `(B, C, H, W)`.
-            labels: `(B,)`.
+            labels: class indices `(B,)`.
             lr: the learning rate.
-            step: counted over the whole training, for messages.
+            step: its number in the whole training, from 0, for messages.
+
+        Raises:
+            FloatingPointError: see `fit`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -237,8 +241,8 @@ class Training:
         self._images += len(labels)
         self._steps += 1
         fine = self._loss.isfinite() | (self._bad_step > 0)
-        self._bad_step = torch.where(fine, self._bad_step, step + 1.0)  # the first, counted from 1
-        if self._steps % CHECK_EVERY == 0:  # not every step: it waits for the device
+        self._bad_step = torch.where(fine, self._bad_step, step + 1.0)  # the first such step, counted from 1
+        if self._steps % CHECK_EVERY == 0:  # not every step, as it waits for the device
             self._check(lr)
         if self.atcd is not None:
             try:
@@ -247,7 +251,7 @@ class Training:
                 raise _diverged(step + 1, lr) from None
 
     def finish_epoch(self) -> tuple[float, float]:
-        """Loss and top-1 in percent over the epoch's batches, all processes'.
+        """Mean loss, and top-1 in percent, over the epoch's batches of all processes.
 
         Raises:
             FloatingPointError: see `fit`.
@@ -261,13 +265,13 @@ class Training:
         return loss.item() / (self._steps * count), 100 * correct.item() / (self._images * count)
 
     def recalibrate(self, inputs: Iterable[Tensor]) -> None:
-        """Measure batch norm's statistics anew, after ATCD moved the kernels that they were of."""
+        """Measure batch norm's statistics again, after ATCD moved the kernels."""
         with self.autocast():
             update_bn(inputs, self.model)
         self.processes.broadcast_buffers(self.model)
 
     def evaluate(self, data: Data) -> tuple[float, float]:
-        """See `evaluate`, as the network is trained."""
+        """`evaluate`, in the precision and memory layout of the training."""
         layout = self.config.channels_last
         return evaluate(self.model, data, channels_last=layout, autocast=self.autocast, processes=self.processes)
 
@@ -293,7 +297,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     processes: Processes = ALONE,
 ) -> tuple[float, float]:
-    """Mean cross-entropy and top-1 accuracy in percent, one view of every image, shared between the processes."""
+    """Mean cross-entropy, and top-1 accuracy in percent, over one view of every image. Processes share the images."""
     model.eval()
     zero = torch.zeros((), device=data.device)
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
@@ -308,7 +312,7 @@ def evaluate(
 
 
 def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
-    """Seed the global generators (dropout) for an epoch and a process, and return the data's own."""
+    """Seed the global generators (for dropout) for an epoch and a process; return the generator for the data."""
     own = (seed * 1_000_003 + epoch) * 2 + 1 + (rank << 40)
     torch.manual_seed(own)
     np.random.seed((own ^ own >> 32) % 2**32)
@@ -316,7 +320,7 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
 
 
 def _split(train: Data, share: float) -> tuple[Data, Data | None]:
-    # The same images for every seed, so that seeds differ in training alone.
+    # The same images for every seed, so that seeds differ only in training.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held_out = round(share * len(train))
     if not held_out:
@@ -325,10 +329,10 @@ def _split(train: Data, share: float) -> tuple[Data, Data | None]:
 
 
 def check_possible(config: TrainConfig, device: torch.device, processes: Processes = ALONE) -> None:
-    """Whether a training can be done here, before anything is loaded.
+    """Check that a training is possible here, before anything is loaded.
 
     Raises:
-        ValueError: it can't; the message says why and what to change.
+        ValueError: it is not; the message says why and what to change.
     """
     if device.type != "cuda" and config.precision == "fp16":
         raise ValueError(f"train.precision=fp16 needs a GPU, and this runs on {device.type}: say bf16 or fp32")
@@ -340,7 +344,7 @@ def check_possible(config: TrainConfig, device: torch.device, processes: Process
 
 
 def _batch_size(config: TrainConfig, images: int, processes: Processes) -> int:
-    """Images in a step over all processes: what was asked for, or fewer where there are fewer."""
+    """Images per step over all processes: as many as asked for, or fewer if there are fewer."""
     batch_size = min(config.batch_size, images // processes.count * processes.count)
     if not batch_size:
         raise ValueError(f"{images} training images are too few for {processes.count} processes")
@@ -352,7 +356,7 @@ def _scale_at(config: TrainConfig, epoch: int) -> float:
 
 
 def network_input(data: Data, images: Tensor, channels_last: bool = True, scale: float = 1.0) -> Tensor:
-    """uint8 images `(B, C, H, W)` as a network takes them: normalised, resized by `scale`, in the layout asked for."""
+    """uint8 images `(B, C, H, W)` as input of a network: normalised, resized by `scale`, in the wanted layout."""
     x = data.normalize(images)
     if scale != 1:
         size = [max(1, round(side * scale)) for side in x.shape[2:]]

@@ -1,4 +1,4 @@
-"""What is minimised and how fast: optimizer, penalties in the loss, learning rate."""
+"""The optimizer, the penalties in the loss, and the learning rate."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from decef.training.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """SGD, or Adam, over what is trainable.
+    """SGD, or Adam, over the trainable parameters.
 
-    The optimizer's weight decay leaves out eigen-filters that a penalty holds orthonormal and, with decay "kernel", all
-    factors: `penalties` decays their composed kernel instead.
+    Eigen-filters that a penalty holds orthonormal get no weight decay. With decay "kernel" no factor gets any:
+    `penalties` decays the composed kernel instead.
     """
     free: set[nn.Parameter] = set()
     for module in model.modules():
@@ -36,11 +36,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
-    """What is added to the loss: the layers' orthogonality penalties, and with decay "kernel" their Frobenius decay.
+    """The scalar added to the loss: the layers' orthogonality penalties and, with decay "kernel", Frobenius decay.
 
-    The latter is `weight_decay / 2 * ||W||^2` of the composed kernels (Khodak, Tenenholtz, Mackey, Fusi:
-    "Initialization and regularization of factorized neural layers", ICLR 2021): the gradient that the dense kernel
-    would get from the same `weight_decay`. In Adam, as weight decay there, it goes through the moments.
+    Frobenius decay is `weight_decay / 2 * ||W||^2`, summed over the composed kernels W (Khodak, Tenenholtz, Mackey,
+    Fusi: "Initialization and regularization of factorized neural layers", ICLR 2021). Its gradient in W is the one that
+    a dense kernel gets from the same `weight_decay`. With Adam it passes through the moments, like Adam's own weight
+    decay.
     """
     layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
     terms = []
@@ -53,10 +54,10 @@ def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
 
 
 def lr_at(config: TrainConfig, done: float) -> float:
-    """The learning rate when a share `done` of the training is over, in [0, 1].
+    """The learning rate when a share `done` of the training, in [0, 1], is over.
 
-    "onecycle" rises linearly during the warm-up and falls linearly to 0; "cosine" rises the same way and falls as
-    half a cosine; "step" is multiplied by gamma at each milestone.
+    "onecycle" rises linearly during the warm-up, then falls linearly to 0. "cosine" rises the same way, then falls as
+    half a cosine. "step" is multiplied by gamma at each milestone.
     """
     if config.schedule == "step":
         return config.lr * config.gamma ** sum(done >= milestone for milestone in config.milestones)

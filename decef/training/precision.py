@@ -1,4 +1,4 @@
-"""In which numeric precision a network is trained, by device."""
+"""The numeric precision of training, by device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def resolve_precision(device: torch.device, precision: str) -> str:
-    """What "auto" means on `device`: bf16 where the hardware multiplies it, else fp32.
+    """The precision to train in; "auto" is bf16 if the hardware of `device` has instructions for it, else fp32.
 
-    On a CPU without bf16 instructions bf16 was measured ten times slower than fp32.
+    On a CPU without bf16 instructions, bf16 was measured to be ten times slower than fp32.
     """
     if precision != "auto":
         return precision
@@ -24,7 +24,7 @@ def resolve_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """What makes the context in which the network runs."""
+    """Makes the context in which the network runs: autocast, or nothing for fp32."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes.get(resolve_precision(device, precision))
     return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)

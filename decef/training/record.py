@@ -1,8 +1,11 @@
-"""The record that a run leaves on disk, from which tables and figures are made.
+"""The record that a run leaves on disk. Tables and figures are made from it.
 
-`results/runs/<run id>/` holds `config.yaml` (the complete config but for paths and what only says where and how to
-log), `metrics.jsonl` (a line an epoch), `summary.json` (status, costs, final accuracy, where and with what it ran) and,
-untracked, `checkpoint.pt`. Config and summary together are what `replay` needs to do the run again.
+`results/runs/<run id>/` holds:
+    config.yaml: the complete config, without paths and without what only says where to run and how to log
+    metrics.jsonl: a line per epoch
+    summary.json: status, costs, final accuracy, and what it ran on and with
+    checkpoint.pt: not in git
+`replay` needs the config and the summary to do the run again.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
-TIMES = ("images_per_second", "seconds")  # in metrics: what no two runs have in common
-FORMAT = 2  # of config.yaml; 1 left out what was off
+TIMES = ("images_per_second", "seconds")  # in metrics: they differ even between equal runs
+FORMAT = 2  # of config.yaml; format 1 left out options that were off
 RANK_SETTINGS = ("rank", "flops", "energy")
-LAYER_TRAINING = ("atcd", "decay")  # training options that belong to a low-rank layer, which Conv2d has not
-#: Dataset options that make another task of it, and what they are in the task that the dataset's name stands for.
+LAYER_TRAINING = ("atcd", "decay")  # training options of low-rank layers, which Conv2d doesn't have
+#: Dataset options that make it another task, and their values in the task that the dataset's name stands for.
 TASKS: dict[str, Mapping[str, Any]] = {
     "split_test": {},
     "as_published": {},
@@ -40,7 +43,10 @@ TASKS: dict[str, Mapping[str, Any]] = {
 
 
 class Metrics(TypedDict):
-    """What an epoch leaves behind. Losses are cross-entropies, top1 is in percent, the rate in images per second."""
+    """The results of one epoch. Losses are mean cross-entropies; top1 is in percent.
+
+    `images_per_second` is of the training alone; `seconds` is the time of the whole epoch, evaluation included.
+    """
 
     epoch: int
     lr: float
@@ -55,7 +61,7 @@ class Metrics(TypedDict):
 
 
 class Summary(TypedDict, total=False):
-    """What `summary.json` says. Costs are of the network as deployed; `dense` are those of its dense twin."""
+    """The contents of `summary.json`. Costs are of the network as deployed; `dense` has those of its dense twin."""
 
     id: str
     status: str  # running, interrupted, failed, finished
@@ -90,7 +96,7 @@ class Summary(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Record:
-    """A run: what it was and what came out."""
+    """A run: its config and what came out."""
 
     config: RunConfig
     summary: Summary
@@ -107,7 +113,7 @@ class Record:
         return self.summary["test_top1"]
 
     def cost(self, key: str) -> int:
-        """params, trainable_params, macs or flops of the network as deployed."""
+        """A cost of the network as deployed: "params", "trainable_params", "macs" or "flops"."""
         return int(self.summary[key])  # type: ignore[literal-required]
 
     def ratio(self, key: str) -> float:
@@ -116,22 +122,22 @@ class Record:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The config as `config.yaml` has it."""
+        """The contents of `config.yaml`."""
         return recorded(self.config)
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """What the run is but for its seed: its config without what cannot have an effect, see `identity`."""
+        """The run's `identity` without the seed."""
         return {key: value for key, value in identity(self.config).items() if key != "seed"}
 
     @property
     def pair(self) -> tuple[int, str | None]:
-        """What a run that it may be compared with one to one has in common: seed and numeric precision."""
+        """Seed and numeric precision. Runs that are compared one to one must share both."""
         return self.config.seed, self.summary.get("precision")
 
     @property
     def task(self) -> str:
-        """The dataset, and what makes this another task than the one that its name stands for."""
+        """The dataset's name, with the options that make this another task than the name stands for."""
         return " ".join([self.config.dataset.name, *self._task_options])
 
     @property
@@ -142,7 +148,7 @@ class Record:
 
     @property
     def model(self) -> str:
-        """The network's name and its options that are on, but for those that say which layers are replaced."""
+        """The network's name and its options that are on, without those about replaced layers and trained weights."""
         left_out = ("name", *REPLACEMENT_OPTIONS, "weights_md5", "decompose_on")
         model = self.experiment["model"]
         options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
@@ -150,7 +156,7 @@ class Record:
 
     @property
     def weights(self) -> str | None:
-        """MD5 of the trained weights that the run began from."""
+        """MD5 of the trained weights that the run began from, None if it began from scratch."""
         return self.config.model.weights_md5
 
     @property
@@ -160,7 +166,7 @@ class Record:
 
     @property
     def rank_setting(self) -> str:
-        """How much of the layer was asked for: "dense", "rank 4", "energy 0.63" or "0.667 of FLOPs"."""
+        """The rank, energy or budget that was asked for: "dense", "rank 4", "energy 0.63" or "0.667 of FLOPs"."""
         layer = self.config.layer
         if layer.name == "conv2d":
             return "dense"
@@ -170,7 +176,7 @@ class Record:
 
     @property
     def setting(self) -> str:
-        """`rank_setting`, and all else that sets a run apart from others of its network, layer type and training."""
+        """`rank_setting`, and what else tells the run from others with its network, layer type and training."""
         model, layer, train = (self.experiment[group] for group in ("model", "layer", "train"))
         words = [self.rank_setting]
         if self.layer != "conv2d":
@@ -184,13 +190,13 @@ class Record:
 
     @property
     def comparison(self) -> str:
-        """Equal for runs that may stand in one table: same data, same training."""
+        """A key that is equal for runs that may share a table: same data, same training."""
         train = {key: value for key, value in self.experiment["train"].items() if key not in LAYER_TRAINING}
         return json.dumps({"dataset": self.experiment["dataset"], "train": train}, sort_keys=True)
 
 
 def recorded(config: RunConfig) -> dict[str, Any]:
-    """What `config.yaml` holds of a resolved config."""
+    """The part of a resolved config that `config.yaml` holds."""
     whole = config.to_dict()
     kept = {group: whole[group] for group in ("dataset", "model", "layer", "train")}
     for key in ("root", "workers"):
@@ -201,15 +207,15 @@ def recorded(config: RunConfig) -> dict[str, Any]:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """The part of a config, resolved or recorded, that determines the result: what runs that are the same share.
+    """The part of a config, resolved or recorded, that determines the result. Equal runs have equal identities.
 
-    Left out is what another run may do otherwise and still be the same experiment, to rounding: how a layer is computed
-    and how memory is laid out; and options that the others switch off. An option that is off (null, false, 0, empty)
-    does not count, so that a new option leaves the ids of old runs alone.
+    Left out are options that change the result only by rounding: how a layer is computed and how memory is laid out.
+    So are options that other options make irrelevant, and options that are off (null, false, 0, empty). Thus a new
+    option leaves the ids of old runs as they are.
     """
     kept = recorded(config)
     del kept["format"]
-    kept["model"].pop("weights", None)  # its content counts, weights_md5
+    kept["model"].pop("weights", None)  # the content counts, which `weights_md5` stands for
     kept["layer"].pop("implementation", None)
     idle = ["channels_last"]
     idle += ["warmup"] if config.train.schedule == "step" else ["milestones", "gamma"]
@@ -220,7 +226,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 
 def run_id(config: RunConfig) -> str:
-    """A name for a run that people can read, and a hash of its identity."""
+    """A readable name for a run, with a hash of its `identity` at the end."""
     layer = config.layer
     cost = [f"{key[0]}{value:g}" for key in RANK_SETTINGS if (value := getattr(layer, key))]
     parts = [config.dataset.name, config.model.name, layer.name, *cost, config.train.name]
@@ -230,7 +236,7 @@ def run_id(config: RunConfig) -> str:
 
 
 def load_records(results: Path) -> list[Record]:
-    """All finished runs in a results folder, by id. What is unreadable or not finished is logged and left out."""
+    """All finished runs in a results folder, sorted by id. Unreadable and unfinished ones are logged and left out."""
     records = []
     for folder in sorted((results / "runs").glob("*")):
         try:
@@ -250,19 +256,20 @@ def load_records(results: Path) -> list[Record]:
 
 
 def to_record(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Metrics] = ()) -> Record:
-    """A record from plain data, wherever they come from: W&B returns whole numbers as floats.
+    """Make a record from plain data. Whole numbers may be floats, as W&B returns them.
 
     Raises:
-        ValueError: the config makes no sense.
+        InputError: see `RunConfig.from_dict`.
     """
     return Record(RunConfig.from_dict(_whole_as_int(config)), dict(summary), tuple(metrics))  # type: ignore[arg-type]
 
 
 def load_config(folder: Path) -> RunConfig:
-    """The config of a run's folder.
+    """Read the config from a run's folder.
 
     Raises:
-        FileNotFoundError: the folder is no run's.
+        FileNotFoundError: it is not the folder of a run.
+        InputError: see `RunConfig.from_dict`.
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is no folder of a run, it has no {CONFIG}")
@@ -270,15 +277,15 @@ def load_config(folder: Path) -> RunConfig:
 
 
 def replay(folder: Path) -> tuple[RunConfig, str]:
-    """The config and the precision with which `decef.training.run.run` does a recorded run again.
+    """Read the config and the precision with which `decef.training.run.run` does a recorded run again.
 
     Returns:
-        The config, in which the caller says where to do it (`results`, `device`, `dataset.root` and the like), and the
-        precision that "auto" meant.
+        The config, in which the caller sets where to run (`results`, `device`, `dataset.root` and the like), and the
+        precision that the run was trained in.
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: it is of another format, or not of a finished run.
+        ValueError: the record has another format, or the run is not finished.
     """
     for name in (CONFIG, SUMMARY):
         if not (folder / name).is_file():
@@ -293,7 +300,7 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
 
 
 def read_metrics(folder: Path) -> list[Metrics]:
-    """All epochs' metrics of a run's folder in order; a last line that a kill left unfinished is not among them."""
+    """The metrics of all epochs from a run's folder, in order. A last line that a kill cut off is left out."""
     path = folder / METRICS
     rows: list[Metrics] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -305,14 +312,14 @@ def read_metrics(folder: Path) -> list[Metrics]:
 
 
 def first_difference(one: Sequence[Metrics], other: Sequence[Metrics]) -> int | None:
-    """The first epoch whose metrics differ between two runs, but for times; None where all are equal."""
+    """The first epoch whose metrics, other than times, differ between two runs; None if all are equal."""
     timeless = [[{k: v for k, v in row.items() if k not in TIMES} for row in rows] for rows in (one, other)]
     pairs = zip_longest(*timeless, fillvalue=None)
     return next((epoch for epoch, (a, b) in enumerate(pairs, start=1) if a != b), None)
 
 
 def without_off(value: Any) -> Any:
-    """Plain data without what is off: null, false, 0 or empty; a seed always counts."""
+    """Plain data without what is off: null, false, 0 or empty. A seed is always kept."""
     if isinstance(value, Mapping):
         kept = {key: without_off(v) for key, v in value.items()}
         return {key: v for key, v in kept.items() if key == "seed" or not (v is None or v is False or v in (0, [], {}))}

@@ -1,4 +1,4 @@
-"""Writes a run's record while it runs, and its mirror in W&B."""
+"""Write a run's record while it runs, and its mirror in W&B."""
 
 from __future__ import annotations
 
@@ -42,17 +42,18 @@ LOCK = ".lock"
 
 
 class Recorder:
-    """Writes one run's folder, in which every file is replaced whole or grows by whole lines.
+    """Writes one run's folder. Every file there is replaced as a whole or grows by whole lines.
 
-    `start`, `epoch` after every epoch, then `finish` or `fail`. Of several processes on a run the first has one.
+    Inside `open`: call `start`, then `epoch` after every epoch, then `finish` or `fail`. Of several processes on a run,
+    only the first may write.
 
     Args:
         config: the resolved config; its identity names the folder.
 
     Attributes:
-        id: the run's.
-        path: its folder.
-        summary: what `summary.json` says or will say.
+        id: the run's id.
+        path: the run's folder.
+        summary: the contents of `summary.json`, written or still to be written.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -68,16 +69,16 @@ class Recorder:
         return self.path / CHECKPOINT
 
     def read_summary(self) -> Summary:
-        """What `summary.json` says, nothing when there is none yet."""
+        """The contents of `summary.json`; empty if there is none yet."""
         path = self.path / SUMMARY
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Make the folder and hold it against other processes.
+        """Make the folder, and lock it against other processes while the context lasts.
 
         Raises:
-            ValueError: the folder cannot be written, it holds another config, or another process is at this run.
+            ValueError: the folder cannot be written, it holds another config, or another process has locked it.
         """
         config = self.path / CONFIG
         try:
@@ -100,10 +101,10 @@ class Recorder:
             yield
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state after the last epoch that was finished, None at the first start.
+        """The state after the last finished epoch; None if there is none yet.
 
         Raises:
-            ValueError: the file is damaged, or of another config.
+            ValueError: the file is damaged, or belongs to another config.
         """
         if not self.checkpoint.is_file():
             return None
@@ -113,7 +114,7 @@ class Recorder:
         return checkpoint
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Save an epoch's state, with the config that it belongs to; also under its own name with keep_checkpoints."""
+        """Save an epoch's state with the config. With `keep_checkpoints`, also keep its weights in their own file."""
         state = {**state, "config": self._recorded}
         if self._config.keep_checkpoints:
             weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
@@ -121,11 +122,11 @@ class Recorder:
         save_checkpoint(self.checkpoint, state)
 
     def start(self, known: Summary, epochs: int, wandb_mode: str) -> None:
-        """Begin, or go on after so many epochs.
+        """Begin the record, or resume it after `epochs` epochs.
 
         Args:
-            known: what can be said of the run before it is trained.
-            epochs: that are done; metrics of later ones, which a run wrote after its last checkpoint, are dropped.
+            known: what is known about the run before it is trained.
+            epochs: how many are done. Metrics of later ones, written after the last checkpoint, are dropped.
             wandb_mode: see `Tracker`.
         """
         previous = self.read_summary()
@@ -171,7 +172,7 @@ class Recorder:
             self._tracker.log(row)
 
     def epoch(self, metrics: Metrics) -> None:
-        """Append an epoch's metrics."""
+        """Append an epoch's metrics and update the summary."""
         assert self._tracker is not None
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(metrics) + "\n")
@@ -186,20 +187,20 @@ class Recorder:
         rates = [row["images_per_second"] for row in self.metrics()]
         self.summary["epochs"] = metrics["epoch"]
         self.summary["wall_seconds"] = round(self._earlier + time.perf_counter() - self._begun, 1)
-        self.summary["images_per_second"] = round(harmonic_mean(rates), 1)  # every epoch has as many images
+        self.summary["images_per_second"] = round(harmonic_mean(rates), 1)  # every epoch has equally many images
         self._write()
 
     def fail(self, error: BaseException) -> None:
-        """Say in the record why the run ended early.
+        """Write into the record why the run ended early.
 
         Raises:
-            InputError: it was the disk, which somebody must make room on.
+            InputError: the error is an `OSError`: the disk is full or cannot be written.
         """
         assert self._tracker is not None
         interrupted = isinstance(error, KeyboardInterrupt)
         self.summary["status"] = "interrupted" if interrupted else "failed"
         self.summary["error"] = None if interrupted else f"{type(error).__name__}: {error}"
-        with suppress(OSError):  # what went wrong may be the disk
+        with suppress(OSError):  # the disk may be what went wrong
             self._write()
         self._tracker.finish(self.summary, failed=True)
         if isinstance(error, OSError):
@@ -209,7 +210,7 @@ class Recorder:
             ) from error
 
     def finish(self) -> Summary:
-        """Say in the record what came out."""
+        """Write the final results into the record; return the summary."""
         assert self._tracker is not None
         last = self.metrics()[-1]
         self.summary["status"] = "finished"
@@ -231,7 +232,7 @@ class Recorder:
 
 
 def environment(device: str, threads: int) -> Summary:
-    """Commit, versions and machine, for the summary."""
+    """When, where and with what something was made, for a summary: time, machine, commit, versions."""
     packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
         try:
@@ -240,7 +241,7 @@ def environment(device: str, threads: int) -> Summary:
             packages[name] = None
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        # Results are what runs leave behind; code, configs and all the rest are what they come from.
+        # Changes in results/ don't count: runs make them, and no run depends on them.
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -252,7 +253,7 @@ def environment(device: str, threads: int) -> Summary:
 
 
 def cpu_name() -> str:
-    """The CPU's model name where the system tells it, with the widest vector instructions that matter here."""
+    """The CPU's model name, and the widest of its vector instructions that matter here, as far as the system tells."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -273,7 +274,7 @@ def _git(*args: str) -> str | None:
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two configs; what is off and what is not there are the same."""
+    """Dotted keys whose values differ between two configs. An option that is off equals one that is missing."""
     found = []
     for key in (*one, *(k for k in other if k not in one)):
         a, b = one.get(key), other.get(key)

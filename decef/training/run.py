@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Job:
-    """A run that can start here: what can be checked without any work has been."""
+    """A run that can start here: everything that can be checked without work has been checked."""
 
     config: RunConfig
     train: TrainConfig
@@ -48,14 +48,15 @@ class _Built:
 
 
 def run(config: RunConfig, precision: str | None = None) -> Summary:
-    """Train what `config` says, unless that has been done, and return the record's summary.
+    """Train what `config` says, unless that is done already, and return the record's summary.
 
     Args:
-        config: of `RunConfig.from_dict`, or `decef.training.record.replay`.
-        precision: what `train.precision` "auto" is to mean; None is what is best on this device.
+        config: from `RunConfig.from_dict` or `decef.training.record.replay`.
+        precision: takes the place of `train.precision`. None: as configured, where "auto" is the best on this device.
 
     Raises:
-        InputError: before any long work, when something in the config cannot be used.
+        InputError: something in the config cannot be used, which shows before any long work; or the results cannot be
+            written.
         FloatingPointError: the training diverged; the record says "failed".
     """
     with input_errors():
@@ -75,13 +76,13 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
                 with input_errors():
                     held.enter_context(job.recorder.open())
                     checkpoint = job.recorder.load_checkpoint()
-                    data = _load_data(job)  # first here alone: it may be a download
+                    data = _load_data(job)  # here before the other processes: it may be a download
             except InputError as error:
                 refused = str(error)
         refused, checkpoint = processes.broadcast((refused, checkpoint))
         if refused:
             raise InputError(refused)
-        if checkpoint is not None:  # a run is of one precision, on whatever machine it goes on
+        if checkpoint is not None:  # a run keeps its precision, even if resumed elsewhere
             job = replace(job, train=replace(job.train, precision=checkpoint["precision"]))
         train, test = data or _load_data(job)
         if processes.is_first:
@@ -170,7 +171,7 @@ def _fit(
 
 @dataclass
 class _State:
-    """What `fit` starts from, and where it saves; only the first process saves anything."""
+    """What `fit` starts from, and where it saves. Only the first process gets `saved_by`; the others save nothing."""
 
     checkpoint: dict[str, Any] | None
     saved_by: Callable[[dict[str, Any]], None] = lambda state: None

@@ -1,4 +1,4 @@
-"""W&B as the mirror of a run record."""
+"""Mirror a run's record in W&B."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ MODES = ("auto", "online", "offline", "disabled")
 
 
 class Tracker:
-    """Sends a run's config, metrics and summary to W&B; in mode "disabled" it does nothing and needs no wandb.
+    """Sends a run's config, metrics and summary to W&B. In mode "disabled" it does nothing and doesn't need wandb.
 
-    Whatever goes wrong with W&B, the training goes on: a run that W&B doesn't take at its start is mirrored offline,
-    and one that it stops taking is left where `make sync` finds it. W&B has 30 seconds to answer at the start and 60 at
-    the end, or `$WANDB_INIT_TIMEOUT` and `$WANDB_FINISH_TIMEOUT`.
+    Training goes on whatever goes wrong with W&B. If W&B doesn't accept a run at its start, the run is mirrored
+    offline. If W&B stops accepting it later, the mirror stays on disk, where `make sync` finds it. W&B gets 30 seconds
+    to answer at the start and 60 at the end; `$WANDB_INIT_TIMEOUT` and `$WANDB_FINISH_TIMEOUT` change that.
 
     Args:
         mode: "online", "offline", "disabled", or "auto": `$WANDB_MODE` if set, else online with an API key, else
-            offline. It never prompts.
-        run_id: the record's id; a resumed run goes on under the same one.
+            offline. There is never a prompt.
+        run_id: the record's id; a resumed run keeps it.
         folder: where W&B writes.
-        config: the resolved config.
-        group: runs that differ in the seed alone share it.
+        config: the part of the resolved config that is recorded.
+        group: shared by runs that differ only in the seed.
         tags: shown in W&B.
-        project, entity: W&B's; entity None is the account's default.
+        project, entity: those of W&B; entity None is the account's default.
 
     Raises:
-        ValueError: an unknown mode, online without an API key, or wandb is not installed.
+        ValueError: the mode is unknown, "online" lacks an API key, or wandb is not installed.
     """
 
     def __init__(
@@ -90,18 +90,18 @@ class Tracker:
             self._run.define_metric("*", step_metric="epoch")
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """An epoch's metrics; what W&B has already is left out."""
+        """Send an epoch's metrics, unless W&B has them already."""
         if self._run is None or not self._works:
             return
         with self._going_on("W&B has stopped taking this run; it is trained and recorded all the same"):
-            if metrics["epoch"] >= self._run.step:  # of a resumed run W&B has the first ones
+            if metrics["epoch"] >= self._run.step:  # W&B has the first epochs of a resumed run
                 known = {key: value for key, value in metrics.items() if value is not None}
                 self._run.log(known, step=metrics["epoch"], commit=True)
 
     def finish(self, summary: Mapping[str, Any], *, failed: bool = False, checkpoint: Path | None = None) -> None:
-        """Add the summary and a checkpoint (as the run's artifact) and end the run.
+        """Send the summary and, as the run's artifact, a checkpoint; then end the run.
 
-        Where W&B hasn't got all of it, it is on disk then, and it is said how to upload it.
+        If W&B doesn't have all of the run then, it is on disk, and the log says how to upload it.
         """
         if self._run is None:
             return
@@ -119,28 +119,28 @@ class Tracker:
         if self.mode == "online" and self._works:
             return
         if self.mode == "online":
-            # That is how W&B names what is not uploaded yet.
+            # This is W&B's own name for a folder that is not uploaded yet.
             with suppress(OSError):
                 folder = folder.rename(folder.with_name(f"offline-{folder.name}"))
         log.info("to upload this run to W&B: make sync, or wandb sync %s", os.path.relpath(folder))
 
     @contextmanager
     def _going_on(self, what: str) -> Iterator[None]:
-        """Whatever `wandb` raises as a warning; its process may have died."""
+        """Log whatever `wandb` raises as a warning, and stop using it: its process may have died."""
         try:
             yield
         except Exception as error:
             self._works = False
             log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
             with suppress(Exception):
-                _end_process()  # else it holds on to the run's id, and the next run of a sweep has no W&B either
+                _end_process()  # else it keeps the run's id, and the next run of a sweep has no W&B either
 
 
 def _end_process() -> None:
-    """End W&B's process and wait for it, which writes what it still has; the next run starts a new one.
+    """End W&B's process and wait until it has written everything. The next run starts a new one.
 
     Raises:
-        ChildProcessError: it did not end well.
+        ChildProcessError: the process ended with an error.
     """
     import wandb
 
@@ -151,14 +151,14 @@ def _end_process() -> None:
 
 
 def _check_upload(folder: Path) -> None:
-    """Raise ConnectionError when W&B refused a run's data: wandb ends such a run as if nothing were wrong."""
+    """Raise ConnectionError if W&B refused a run's data: wandb itself ends such a run as if nothing were wrong."""
     written = folder / "logs" / "debug-internal.log"
     if written.is_file() and "filestream: fatal error" in written.read_text(errors="replace"):
         raise ConnectionError(f"W&B refused the data, see {os.path.relpath(written)}")
 
 
 def resolve_mode(mode: str) -> str:
-    """What "auto" stands for, decided without a prompt.
+    """The mode that `mode` stands for here: "auto" becomes another one, without a prompt.
 
     Raises:
         ValueError: see `Tracker`.
@@ -182,17 +182,17 @@ def resolve_mode(mode: str) -> str:
 
 
 def has_api_key() -> bool:
-    """Whether there is an API key in the environment or in W&B's files; W&B is not asked whether it is right."""
+    """Whether there is an API key in the environment or in W&B's files. W&B is not asked whether it is valid."""
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False)
 
 
 def check_account() -> None:
-    """Ask W&B whether it takes the API key.
+    """Ask W&B whether it accepts the API key.
 
     Raises:
-        ValueError: there is no API key, W&B refuses it, or doesn't answer.
+        ValueError: there is no API key, or W&B refuses it or doesn't answer.
     """
     import wandb
 
@@ -205,9 +205,9 @@ def check_account() -> None:
 
 
 def offline_runs(results: Path) -> list[Path]:
-    """The folders of mirrored runs that W&B hasn't got yet: of each run the last one, which has all its epochs.
+    """The folders of mirrored runs that W&B doesn't have yet: of each run the last one, which has all epochs.
 
-    A run that goes on, or that was killed and isn't resumed yet, is not among them: its log isn't whole.
+    Runs that are still running, or were killed and not resumed yet, are left out: their logs are incomplete.
     """
     folders = []
     for run in sorted((results / "runs").glob("*")):
@@ -218,7 +218,7 @@ def offline_runs(results: Path) -> list[Path]:
 
 
 def upload(folders: Sequence[Path]) -> list[Path]:
-    """Upload `offline_runs` by `wandb sync`, which says what it does; returns the folders that W&B has now.
+    """Upload `offline_runs` with `wandb sync`, which prints what it does; return the folders that W&B then has.
 
     Raises:
         ValueError: see `check_account`.
@@ -226,7 +226,7 @@ def upload(folders: Sequence[Path]) -> list[Path]:
     check_account()
     command = [sys.executable, "-m", "wandb", "sync"]
     subprocess.run([*command, *map(str, folders)], check=False)
-    # One log that cannot be read keeps W&B from uploading the others; its status is 0 all the same.
+    # One unreadable log keeps `wandb sync` from uploading the others, yet its exit status is 0.
     for folder in folders:
         if len(folders) > 1 and not _is_uploaded(folder):
             subprocess.run([*command, str(folder)], check=False)

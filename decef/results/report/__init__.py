@@ -1,6 +1,6 @@
-"""results/report.html: claims, tables, charts and runs on one page, which needs neither a network nor an account.
+"""results/report.html: claims, tables, charts and runs on one page, which works offline and without an account.
 
-`page.html` is the page's template, `page.css` its looks, `page.js` sorts and filters, `charts` has what it draws.
+`page.html` is the page's template and `page.css` its style. `page.js` sorts and filters. `charts` makes the charts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from decef.results.report import charts
 from decef.results.tables import table_rows
 from decef.training.record import CONFIG, METRICS, SUMMARY, Record
 
-#: What `metrics.jsonl` has to draw, as the page names it.
+#: The metrics of `metrics.jsonl` that can be drawn, and their names on the page.
 CURVES = {
     "test_top1": "test top-1 (%)",
     "train_top1": "training top-1 (%)",
@@ -36,10 +36,10 @@ CURVES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
 }
-#: What the page's script filters rows by, their ids among it, and how many runs a row has.
+#: What the page's script knows of a row: its id, what to filter by, and how many runs it has.
 FILTERED = ("id", "dataset", "network", "layer", "schedule", "n")
 VERDICTS = (HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED)
-#: What a column of `Row.cells` is sorted by, where that is not its text; the others hold words.
+#: The number that each numeric column of `Row.cells` is sorted by. The other columns are sorted by their text.
 SORTED_BY = {
     "top-1 %": "top1",
     "95 % interval": "top1_low",
@@ -55,10 +55,10 @@ SORTED_BY = {
 
 
 def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
-    """The page as HTML; the same input, the same text.
+    """The page as HTML. The same input gives the same text.
 
     Args:
-        records: finished runs, see `decef.training.record.load_records`; one without metrics has no curve.
+        records: finished runs, see `decef.training.record.load_records`. A run without metrics has no curve.
         verdicts: claims and what came out, see `decef.results.claims.judge`.
     """
     epochs = [epoch for record in records for epoch in record.metrics]
@@ -155,14 +155,14 @@ def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON has, to six digits; whole numbers as they are; None where there is none."""
+    """The number for JSON: six digits, integers unchanged, None for NaN, infinity and None."""
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _code(text: str) -> Markup:
-    """Text with `code` in Markdown's backticks."""
+    """Text as HTML, in which Markdown's `code` becomes <code>."""
     parts = enumerate(text.split("`"))
     return Markup().join(Markup("<code>{}</code>").format(part) if i % 2 else escape(part) for i, part in parts)
 

@@ -1,8 +1,8 @@
 """The page's charts as Vega-Lite specifications, complete with their data, and the script that draws them.
 
-A filter changes nothing but a chart's parameters: `shown` has the ids of the rows to draw, and of training curves
-`metric` and `seeds` say what of them. All else follows within the chart, so that it can be tested without a page.
-Colours are the page's CSS variables, which a dark screen changes, with their light values behind them.
+A filter changes only a chart's parameters. `shown` has the ids of the rows to draw; in training charts, `metric` and
+`seeds` choose what to draw of them. All else follows within the chart, so charts can be tested without a page. Colours
+are the page's CSS variables, which dark mode changes, with the light values as fallbacks.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Spec = dict[str, Any]
 MUTED, RULE, PAPER = "var(--muted, #5c6670)", "var(--rule, #dfe3e7)", "var(--paper, #fff)"
 DASHES: Sequence[Sequence[int]] = ([1, 0], [7, 4], [2, 3], [9, 3, 2, 3], [9, 3, 2, 3, 2, 3], [4, 2])
 COSTS = {"flops": "FLOPs", "params": "parameters"}
-LOGARITHMIC = 8  # costs this far apart stand on a logarithmic axis
-ROOM = 1.04  # around the least and the greatest cost, so that costs which hardly differ look so
-COLUMN = 0.05  # of the axis: points nearer than this stand in one column, where they may lie on each other
-STEP, ASIDE = 12, 30  # pixels from one point of a column to the next, and how far aside they get at most
+LOGARITHMIC = 8  # if the greatest cost is more than this times the least, the axis is logarithmic
+ROOM = 1.04  # the axis extends beyond the extreme costs by this factor, so that nearly equal costs look nearly equal
+COLUMN = 0.05  # share of the axis: points nearer than this form a column, in which they may overlap
+STEP, ASIDE = 12, 30  # pixels from one point of a column to the next, and at most from the middle
 SHOWN = "indexof(shown, datum.row) >= 0"
 
 
 @cache
 def script() -> str:
-    """Vega-Embed with all that it needs, as `vegaEmbed`, for a <script> element."""
+    """Vega-Embed with all that it needs, for a <script> element; it defines `vegaEmbed`."""
     bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    # These can stand in strings and patterns alone, where a backslash changes only what HTML makes of them.
+    # These occur only in strings and regular expressions, where the backslash matters to HTML alone.
     return bundle.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
 
@@ -43,9 +43,9 @@ def color(layer: str) -> str:
 
 
 def dashes(rows: Iterable[Mapping[str, Any]]) -> dict[str, Sequence[int]]:
-    """How the line of every row is dashed, by the row's id: rows of one layer type have one colour.
+    """How each row's line is dashed, by row id. Rows of one layer type share a colour, so they differ in their dashes.
 
-    It goes by a row's place among all of its layer type, so that a filter changes nothing.
+    The dashes depend on a row's place among all rows of its layer type, so a filter doesn't change them.
     """
     seen: Counter[str] = Counter()
     found = {}
@@ -59,7 +59,8 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
     """Top-1 against a cost, with 95 % intervals and the Pareto front.
 
     Args:
-        rows: with `id`, `layer`, `name`, and `numbers` and `cells` of `decef.results.tables.Row.to_dict` and `cells`.
+        rows: with `id`, `layer`, `name`, and `numbers` and `cells` from `to_dict` and `cells` of
+            `decef.results.tables.Row`.
         cost: "flops" or "params".
     """
     points = [_point(row, cost) for row in rows if row["numbers"]["top1"] is not None and row["numbers"][cost]]
@@ -94,7 +95,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
     thin, grey = {"strokeDash": [4, 4], "strokeWidth": 1.25, "aria": False}, {"value": MUTED}
     told = {"name": "title", "result": "top-1", "difference": "against Conv2d", "costs": "costs"}
     layers = [
-        # Draws nothing, but makes room on the axis.
+        # Invisible, but makes room on the axis.
         _layer("room", {"type": "rule", "opacity": 0, "aria": False}, x={**x, "field": "near"}, x2={"field": "far"}),
         _layer("front", {"type": "line", "interpolate": "step-after", **thin}, *front, y=y["top1"], color=grey),
         _layer("beyond", {"type": "rule", **thin}, *front, last, y=y["top1"], x2={"value": "width"}, color=grey),
@@ -129,16 +130,16 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
 
 
 def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
-    """A metric against the epoch: of every row the seeds' mean with a band over their range, or a line a seed.
+    """A metric against the epoch. Each row is the mean over its seeds with a band over their range, or a line per seed.
 
     Args:
-        rows: with `id`, `layer`, `name` and `curves`, of every run `seed`, and as lists `epoch` and the metrics.
-        metrics: their names; the first is drawn.
+        rows: with `id`, `layer`, `name`, and `curves`: for every run its `seed`, and lists `epoch` and one per metric.
+        metrics: their names; the first is drawn at the start.
     """
     runs = [
         {"row": row["id"], "layer": row["layer"], "name": row["name"], **run} for row in rows for run in row["curves"]
     ]
-    ticks = max([len(run["epoch"]) for run in runs], default=1) - 1  # more would stand between epochs
+    ticks = max([len(run["epoch"]) for run in runs], default=1) - 1  # more ticks would fall between epochs
     axis = {"format": "d", "grid": False, "tickCount": {"expr": f"min(width / 60, {max(1, ticks)})"}}
     x = _quantity("epoch", "epoch", axis, zero=False, nice=False, padding=4)
     y = {end: _quantity(end, None, {"tickCount": 5}, zero=False, nice=True) for end in ("value", "low")}
@@ -178,8 +179,8 @@ def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
             strokeDash=_scale("row", dashes(rows)),
             description={"field": "label"},
         ),
-        # Only the one nearest to the pointer is seen. What takes the pointer is a cell around it, whose datum it is; a
-        # tooltip by fields doesn't find them there in Vega-Lite 6.4.
+        # Only the spot nearest to the pointer is visible. The pointer hits a cell around the spot, and that cell's
+        # datum is the spot. In Vega-Lite 6.4 a tooltip by fields doesn't look inside it, so an expression does.
         {
             **_layer(
                 "spots",
@@ -214,7 +215,7 @@ def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
 
 
 def _point(row: Mapping[str, Any], cost: str) -> dict[str, Any]:
-    """What a chart has of a row: numbers to draw and words to show."""
+    """A row's data for a chart: numbers to draw and words to show."""
     numbers, cells = row["numbers"], row["cells"]
     words = {
         "result": f"{cells['top-1 %']} % {cells['95 % interval']}".strip() + f", n = {cells['n']}",
@@ -235,7 +236,7 @@ def _point(row: Mapping[str, Any], cost: str) -> dict[str, Any]:
 
 
 def _aside(logarithmic: bool) -> list[Spec]:
-    """What moves points that would lie on a better one aside, to its right and its left in turn."""
+    """Transforms that move points aside which would lie on a better one, to its right and its left in turn."""
     distance = "log(datum.{1} / datum.{0})" if logarithmic else "(datum.{1} - datum.{0})"
     gap, axis = distance.format("before", "cost"), distance.format("least", "most")
     best_first = [_by("top1", "descending"), _by("row")]
@@ -246,16 +247,16 @@ def _aside(logarithmic: bool) -> list[Spec]:
         _calculate("near", f"datum.cost / {ROOM}"),
         _calculate("far", f"datum.cost * {ROOM}"),
         {"joinaggregate": [{"op": "min", "field": "near", "as": "least"}, {"op": "max", "field": "far", "as": "most"}]},
-        # A column begins with a cost that is far enough from the next smaller one.
+        # A column begins at a cost that is far enough from the next smaller one.
         _window("lag", "cost", "before", [_by("cost")]),
         _calculate("begins", f"isValid(datum.before) && {gap} > {COLUMN} * {axis} ? 1 : 0"),
         _window("sum", "begins", "column", [_by("cost")]),
-        # Within a column, a heap begins with a point that lies wholly below all that are better.
+        # Within a column, a heap begins at a point whose interval lies wholly below those of all better points.
         _window("min", "bottom", "floor", best_first, ["column"]),
         _window("lag", "floor", "better", best_first, ["column"]),
         _calculate("free", "isValid(datum.better) && datum.top < datum.better ? 1 : 0"),
         _window("sum", "free", "heap", best_first, ["column"]),
-        # Within a heap, the best stays where it is.
+        # Within a heap, the best point stays in its place.
         _window("row_number", None, "place", best_first, heap),
         {"joinaggregate": [{"op": "count", "as": "many"}], "groupby": heap},
         _calculate("side", "(datum.place % 2 ? -1 : 1) * floor(datum.place / 2)"),
@@ -288,7 +289,7 @@ def _layer(name: str, mark: Spec, *transform: Spec, **encoding: Any) -> Spec:
 
 
 def _nothing(drawn: str, words: str) -> Spec:
-    """What says `words` where there is no row that is `drawn`."""
+    """A layer that shows `words` if `drawn` is true for no row."""
     count = {"aggregate": [{"op": "sum", "field": "drawn", "as": "drawn"}]}
     mark = {"type": "text", "text": words, "color": MUTED, "fontSize": 12}
     return _layer("nothing", mark, _calculate("drawn", f"{drawn} ? 1 : 0"), count, {"filter": "datum.drawn == 0"})
@@ -299,7 +300,7 @@ def _quantity(field: str, title: str | None, axis: Spec, **scale: Any) -> Spec:
 
 
 def _scale(field: str, looks: Mapping[str, Any]) -> Spec:
-    """What of its looks a mark has by the value of a field. The page has the legend."""
+    """An encoding that takes a mark's look from the value of a field. The legend is on the page."""
     scale = {"domain": list(looks), "range": list(looks.values())}
     return {"field": field, "type": "nominal", "legend": None, "scale": scale}
 
@@ -313,6 +314,6 @@ def _calculate(name: str, expression: str) -> Spec:
 
 
 def _window(operation: str, field: str | None, name: str, sort: Sequence[Spec], groupby: Sequence[str] = ()) -> Spec:
-    """An operation over what comes up to a row in the order of `sort`, or "lag", the value just before it."""
+    """An operation over all rows up to each row in the order of `sort`; "lag" gives the value of the row before."""
     window = {"op": operation, "as": name} | ({"field": field} if field else {})
     return {"window": [window], "sort": list(sort), "groupby": list(groupby)}

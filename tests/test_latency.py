@@ -1,0 +1,115 @@
+"""Ranks by measured time: the rule on made-up times, and the measuring of a small network."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from support import network
+from torch import nn
+
+import decef
+from decef.inference import latency
+from decef.inference.latency import measure_times, spread
+from decef.plans import plan
+from decef.ranks import Latency
+from decef.ranks.latency import LayerTimes, Times
+
+
+def test_times_between_measured_ranks_are_on_lines_and_never_fall():
+    times = LayerTimes(dense=10.0, at_rank={1: 2.0, 4: 5.0, 8: 4.0})
+    assert [times.seconds(rank) for rank in (1, 2, 4, 6, 8)] == pytest.approx([2, 3, 5, 5, 5])
+    assert LayerTimes(10.0, {2: 3.0, 4: 5.0}).seconds(6) == pytest.approx(7)
+    assert LayerTimes(10.0, {2: 3.0}).seconds(5) == 3.0
+
+
+def made_up(model, overhead=4.0):
+    """Times in which a rank costs a tenth of the dense layer, and something costs `overhead` that no layer does."""
+    layers = {}
+    for i, (name, module) in enumerate(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            dense = 1.0 + i % 3
+            layers[name] = LayerTimes(dense, {1: 0.2 * dense, 9: dense})
+    return Times(sum(times.dense for times in layers.values()) + overhead, layers)
+
+
+def seconds_of(ranks, times):
+    saved = sum(layer.dense - layer.seconds(ranks[name]) for name, layer in times.layers.items() if name in ranks)
+    return times.total - saved
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_plan_keeps_within_its_time_and_uses_it(share):
+    model, times = network(), made_up(network())
+    ranks = plan(model, "decef", rank=Latency(share, times)).ranks
+    spent = seconds_of(ranks, times)
+    assert spent <= share * times.total
+    assert spent > share * times.total - max(layer.dense for layer in times.layers.values())
+
+
+def test_nothing_is_converted_where_all_the_time_is_there():
+    model, times = network(), made_up(network())
+    assert plan(model, "decef", rank=Latency(1.0, times)).ranks == {}
+
+
+def test_what_is_chosen_keeps_about_as_much_as_the_best_choice():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False))
+    times = Times(6.0, {"0": LayerTimes(2.0, {1: 0.4, 9: 2.2}), "1": LayerTimes(4.0, {1: 0.5, 8: 4.1})})
+    chosen = plan(model, "decef", rank=Latency(0.6, times)).ranks
+
+    def kept(ranks):
+        parts = []
+        for name in ("0", "1"):
+            spectrum = decef.DeCEFConv2d.spectrum(model[int(name)].weight.detach())
+            parts.append((spectrum[: ranks[name]].sum() / spectrum.sum()).item() if name in ranks else 1.0)
+        return sum(parts)
+
+    everything = ({"0": a, "1": b} for a, b in itertools.product(range(1, 9), range(1, 9)))
+    best = max(kept(ranks) for ranks in everything if seconds_of(ranks, times) <= 3.6)
+    assert kept(chosen) > 0.97 * best
+
+
+def test_what_cannot_be_met_says_what_can():
+    model, times = network(), made_up(network(), overhead=40.0)
+    with pytest.raises(ValueError, match=r"0\.3 of the dense network's time can't be met: at the fastest ranks it has 0\.\d\d"):
+        plan(model, "decef", rank=Latency(0.3, times))
+    with pytest.raises(ValueError, match="a time budget needs times: give those of decef.inference.latency"):
+        plan(model, "decef", rank=Latency(0.5))
+    with pytest.raises(ValueError, match="share=2 is not a share"):
+        Latency(2)
+
+
+def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
+    model, x, measured = network().eval(), torch.randn(2, 1, 8, 8), []
+
+    def pretend(steps, rounds=None, reduce=None):
+        measured.extend(steps)
+        return {step: 1.0 + len(measured) for step in steps}
+
+    monkeypatch.setattr(latency, "interleaved_times", pretend)
+    cache = tmp_path / "cache" / "times.json"
+    times = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != "conv1"]
+    assert list(times.layers) == convolutions
+    assert times.layers["layer1.0.conv1"] == times.layers["layer1.0.conv2"]  # of one shape
+    assert all(set(layer.at_rank) == set(spread(8)) for layer in times.layers.values())
+    assert len(json.loads(cache.read_text())) == 1
+    first = len(measured)
+    again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
+    assert again.layers == times.layers
+    assert measured[first:] == [latency.DENSE]  # the whole network alone
+
+
+def test_real_times_of_a_small_network(tmp_path, monkeypatch):
+    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    model, x = network().eval(), torch.randn(1, 1, 8, 8)
+    times = measure_times(model, "cpac", x, engine="eager", exclude="conv1", cache=tmp_path / "times.json")
+    assert times.total > 0
+    assert all(t > 0 for layer in times.layers.values() for t in (layer.dense, *layer.at_rank.values()))
+
+
+def test_ranks_at_even_ratios():
+    assert spread(1) == [1]
+    assert spread(9) == [1, 2, 3, 5, 9]
+    assert spread(569)[-1] == 569
