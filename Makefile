@@ -72,7 +72,7 @@ costs: setup ## Count parameters and MACs of every architecture and layer type, 
 	$(RUN) scripts/costs.py --out $(RESULTS)/costs --page docs/layers.md
 
 tables: setup ## Rebuild results/tables and the table in README.md from the run records (SOURCE=wandb: from W&B)
-	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE) --readme README.md
+	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE) $(if $(filter results-local,$(RESULTS)-$(SOURCE)),--readme README.md)
 
 figures: setup ## Draw all figures from the run records and tables, into results/figures
 	$(RUN) scripts/figures.py --results $(RESULTS)

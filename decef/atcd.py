@@ -1,8 +1,7 @@
 """ATCD: train dense kernels and keep projecting them onto the low-rank set.
 
-Lee, Kim, Jeong, Yoon: "Compression of deep learning models by alternating tensor compose-decompose", Appl. Sci. 2021,
-11(2), 643. The paper applies it to rank-1 filters. It only needs a projection, so here it works with every layer type
-that has a dense kernel in training.
+Alternating tensor compose-decompose, Lee, Kim, Jeong, Yoon, Appl. Sci. 2021, 11(2), 643. The paper applies it to rank-1
+filters. It only needs a projection, so here it works with every layer type that has a dense kernel in training.
 """
 
 from __future__ import annotations

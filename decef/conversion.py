@@ -34,8 +34,8 @@ def convert(
 
     Args:
         model: the network that was planned for, or one with the same module names and shapes.
-        how: a plan, or the name of a layer type, which is planned first. Every converted row of the plan gets its
-            layer's relative error as `error`, see `FactorizedConv2d.decompose_`; with `from_scratch`, `error` stays
+        how: a plan, or the name of a layer type, for which a plan is made first. Every converted row of the plan gets
+            its layer's relative error as `error`, see `FactorizedConv2d.decompose_`; with `from_scratch`, `error` stays
             as it was.
         from_scratch: draw new factors instead of decomposing the weights. Each composed kernel gets the same root mean
             square as the weight that it replaces, so the network starts at the scale of its dense twin.
@@ -49,7 +49,6 @@ def convert(
         ValueError: the plan names a layer that the network doesn't have, a rank that is not possible there, or
             different ranks for layers that share a weight; a weight has NaN or infinite values. Also what `plan` and
             `input_moments` raise.
-        KeyError: with inputs as `data`, the plan names a module that the network doesn't have.
         TypeError: `arguments` are given together with a plan. Also what `plan` raises.
     """
     if isinstance(how, str):
@@ -62,14 +61,17 @@ def convert(
     layer_class = layer_type(how.layer)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
+    for name in how.ranks:
+        if not isinstance(modules.get(name), nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
+            raise ValueError(f"the plan converts '{name}', which is no Conv2d in this network")
     _check_shared_ranks(how.ranks, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
-        conv = modules.get(row.name)
-        if not isinstance(conv, nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
-            raise ValueError(f"the plan converts '{row.name}', which is no Conv2d in this network")
+        conv = modules[row.name]
+        assert isinstance(conv, nn.Conv2d)
+        assert issubclass(layer_class, FactorizedConv2d)
         try:
             layer = layer_class.like(conv, row.rank, **how.options)
             if id(conv.weight) in by_weight:

@@ -43,7 +43,10 @@ def main() -> None:
         print(*row.values(), flush=True)
     table = write_costs(rows, arguments.out, arguments.flops)
     if arguments.page:
-        replace_between(arguments.page, "costs", table)
+        try:
+            replace_between(arguments.page, "costs", table)
+        except (ValueError, OSError) as error:
+            fail(str(error))
     print(f"wrote {arguments.out}.csv and .md")
 
 

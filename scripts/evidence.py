@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "status"])
     parser.add_argument("--hours", type=float, default=2.5, help="time limit")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one CPU thread")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; off the CPU, schedule paper replaces standard")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", nargs="+", help="names of entries; default: all")
     parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="file with the entries")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
@@ -33,16 +33,13 @@ def main() -> None:
 
     from decef.training.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
 
-    def on_device(given: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple("train=paper" if a == "train=standard" and arguments.device != "cpu" else a for a in given)
-
     try:
         entries = load_entries(arguments.list)
         unknown = set(arguments.only or ()) - {entry.name for entry in entries}
         if unknown:
             fail(f"no entry {', '.join(sorted(unknown))}; there are {', '.join(entry.name for entry in entries)}")
         chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
-        jobs, blocked = list_jobs(chosen, lambda given: run_config(on_device(given)).resolved())
+        jobs, blocked = list_jobs(chosen, lambda given: run_config(given).resolved())
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():
@@ -59,7 +56,7 @@ def main() -> None:
         arguments.results,
         hours=arguments.hours,
         processes=arguments.processes,
-        command=lambda job: [sys.executable, str(scripts / "train.py"), *on_device(job.arguments), *here],
+        command=lambda job: [sys.executable, str(scripts / "train.py"), *job.arguments, *here],
         after=lambda job: _measure(arguments.results, job),
         report=lambda line: print(line, flush=True),
     )

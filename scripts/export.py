@@ -30,7 +30,7 @@ def main() -> None:
     from decef.conversion import convert
     from decef.inference.export import export
     from decef.plans import Plan
-    from decef.results.networks import input_size_of, load_networks
+    from decef.training.networks import input_size_of, load_networks
 
     try:
         _, model = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)[-1]

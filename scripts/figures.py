@@ -26,7 +26,7 @@ def main() -> None:
     from decef.models.weights import describe_file
     from decef.results.eigenfilters import write_filters
     from decef.results.figures import draw
-    from decef.results.networks import input_size_of, load_networks
+    from decef.training.networks import input_size_of, load_networks
 
     try:
         if arguments.network:

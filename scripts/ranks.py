@@ -31,8 +31,8 @@ def main() -> None:
 
     from decef.models.weights import describe_file
     from decef.results.effective_ranks import rank_table
-    from decef.results.networks import load_networks
     from decef.results.plots import plot_ranks, save
+    from decef.training.networks import load_networks
     from decef.training.recorder import environment
 
     try:

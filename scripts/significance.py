@@ -19,8 +19,8 @@ def main() -> None:
 
     import torch
 
-    from decef.results.networks import load_networks
     from decef.results.significance import removal_table
+    from decef.training.networks import load_networks
     from decef.training.record import load_config
     from decef.training.recorder import environment
 

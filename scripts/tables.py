@@ -37,12 +37,16 @@ def main() -> None:
         fail(
             f"there is no finished run in {arguments.results / 'runs'}: train something first, make quickstart for one"
         )
-    for path in write_tables(records, arguments.results / "tables"):
+    try:
+        written = write_tables(records, arguments.results / "tables")
+        if arguments.readme:
+            replace_between(arguments.readme, "results", overview_table(arguments.results))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    for path in written:
         if arguments.print and (arguments.print == "all" or path.name.startswith(arguments.print)):
             print(path.read_text())
         print(f"wrote {path} and {path.with_suffix('.csv').name}")
-    if arguments.readme:
-        replace_between(arguments.readme, "results", overview_table(arguments.results))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def main() -> None:
     from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
     from decef.models import stem_name
     from decef.models.weights import describe_file
-    from decef.results.networks import load_networks
     from decef.results.without_finetuning import without_finetuning, write_rows
+    from decef.training.networks import load_networks
     from decef.training.record import load_config
     from decef.training.recorder import environment
 

@@ -82,10 +82,13 @@ def network(layer="conv2d", seed=0, **options):
     return convert(model, plan(model, layer, rank=rank, exclude="conv1", **options), from_scratch=True)
 
 
-def train(model, config=TRAIN, state=None, seed=0, size=512):
+def train(model, config=TRAIN, state=None, seed=0, size=512, orthogonality=0.0):
     """Train on some of the digits; returns the epochs' metrics."""
     images, test = DIGITS
     metrics = []
     images = dataclasses.replace(images.subset(slice(0, size)), crop_padding=1)
-    fit(model, images, test, config, seed=seed, state=state or Memory(), on_epoch=metrics.append)
+    fit(
+        model, images, test, config,
+        seed=seed, orthogonality=orthogonality, state=state or Memory(), on_epoch=metrics.append,
+    )  # fmt: skip
     return metrics

@@ -17,10 +17,10 @@ from decef.models import CifarResNet
 from decef.models.weights import load_weights
 from decef.ranks import effective_rank
 from decef.results.effective_ranks import kernels, rank_table
-from decef.results.networks import load_networks
 from decef.results.significance import removal_table
 from decef.results.without_finetuning import without_finetuning, write_rows
 from decef.training.loop import evaluate
+from decef.training.networks import load_networks
 from decef.training.recorder import environment
 from decef.training.run import run
 
@@ -140,7 +140,7 @@ def measured(monkeypatch, tmp_path):
         asked.append({"mean": list(test.mean), "std": list(test.std)})
         return iter(())
 
-    monkeypatch.setattr("decef.results.networks.load_networks", lambda name, weights: [(name, CifarResNet(8))])
+    monkeypatch.setattr("decef.training.networks.load_networks", lambda name, weights: [(name, CifarResNet(8))])
     monkeypatch.setattr("decef.results.without_finetuning.without_finetuning", measure)
     monkeypatch.setattr("decef.results.without_finetuning.write_rows", lambda *args: None)
     few = dataclasses.replace(DATASETS["cifar10"], read=lambda root: DIGITS)

@@ -15,10 +15,10 @@ from decef.models import create_model
 from decef.plans import plan
 from decef.ranks import Energy
 from decef.results.costs import cost_table, write_costs
-from decef.results.networks import load_networks
 from decef.results.overview import overview_table
 from decef.training.build import build
 from decef.training.config import InputError, RunConfig
+from decef.training.networks import load_networks
 from decef.training.record import first_difference, load_config, load_records, read_metrics, replay, run_id
 from decef.training.run import run
 

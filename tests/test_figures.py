@@ -18,8 +18,8 @@ from decef.results.comparisons import comparison_groups
 from decef.results.effective_ranks import rank_table
 from decef.results.eigenfilters import eigenfilters, significance, write_filters
 from decef.results.look import look_of
-from decef.results.networks import load_networks
 from decef.results.tables import summarize
+from decef.training.networks import load_networks
 from decef.training.record import load_records, read_metrics
 from decef.training.run import run
 

@@ -72,9 +72,11 @@ def test_what_is_chosen_keeps_about_as_much_as_the_best_choice():
 
 def test_what_cannot_be_met_says_what_can():
     model, times = network(), made_up(network(), overhead=40.0)
-    with pytest.raises(ValueError, match=r"0\.3 of the dense network's time can't be met: at the fastest ranks it has 0\.\d\d"):
+    with pytest.raises(
+        ValueError, match=r"0\.3 of the dense network's time can't be met: at the fastest ranks it has 0\.\d\d"
+    ):
         plan(model, "decef", rank=Latency(0.3, times))
-    with pytest.raises(ValueError, match="a time budget needs times: give those of decef.inference.latency"):
+    with pytest.raises(ValueError, match=r"a time budget needs times: give those of decef\.inference\.latency"):
         plan(model, "decef", rank=Latency(0.5))
     with pytest.raises(ValueError, match="share=2 is not a share"):
         Latency(2)

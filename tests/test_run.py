@@ -11,6 +11,7 @@ from support import config
 
 from decef.data import DATASETS
 from decef.models.weights import find_weights
+from decef.ranks import Fixed
 from decef.training.build import build
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import InputError, TrainConfig
@@ -44,7 +45,7 @@ def test_a_run_leaves_its_record(finished):
     written = yaml.safe_load((folder / "config.yaml").read_text())
     assert written == recorded(config(results).resolved())
     assert written["format"] == 2
-    assert {f.name for f in dataclasses.fields(TrainConfig)} - set(written["train"]) == {"orthogonality"}  # the layer's
+    assert {f.name for f in dataclasses.fields(TrainConfig)} == set(written["train"])
     assert written["dataset"]["mean"] == [0.2874]
 
 
@@ -96,6 +97,24 @@ def test_a_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         save_checkpoint(path, {"epoch": 2})
     assert load_checkpoint(path) == {"epoch": 1}
+
+
+def test_a_run_goes_on_with_the_plan_that_it_began_with(tmp_path, monkeypatch):
+    """Whatever ranks a rule would choose now, on another machine say."""
+    save = save_checkpoint
+
+    def save_then_stop(path, state):
+        save(path, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save_then_stop)
+    asked = config(tmp_path, layer={"name": "decef", "flops": 0.5})
+    with pytest.raises(KeyboardInterrupt):
+        run(asked)
+    monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
+    begun = json.loads(next((tmp_path / "runs").glob("*/summary.json")).read_text())["ranks"]
+    monkeypatch.setattr("decef.training.build.rank_rule", lambda layer, trained: Fixed(1))
+    assert run(asked)["ranks"] == begun != dict.fromkeys(begun, 1)
 
 
 def test_a_failed_run_says_why_in_its_record(tmp_path):
@@ -260,6 +279,11 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
         ({"train__atcd": 1, "layer": {"name": "basisconv2021", "rank": 2}}, "train.atcd is not possible with layer"),
         ({"dataset__name": "cifar11"}, "unknown dataset 'cifar11'"),
         ({"device": "gpu"}, "device='gpu' is no device"),
+        ({"colour": "red"}, "there is no setting colour"),
+        ({"train__colour": "red"}, r"there is no setting train\.colour"),
+        ({"model": None}, "model=None must be a group of settings"),
+        ({"dataset": {}}, r"dataset\.name must be given"),
+        ({"layer__orthogonality": -1}, "layer.orthogonality=-1 must be a number"),
         ({"wandb__mode": "on"}, "wandb.mode='on'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Images that are too many for memory: ImageNet, and any folder of images by class."""
+"""Datasets that are too large for memory: ImageNet, and any folder of images sorted by class."""
 
 from __future__ import annotations
 
@@ -20,29 +20,32 @@ from decef.data.torchvision_cpu import import_torchvision
 
 log = logging.getLogger(__name__)
 
-VIEW_BATCH = 128  # evaluation batches are not larger, so that they fit wherever training fits
-EVAL_CROP = 224 / 256  # how much of the shorter side the centre crop shows
-MOST_SKIPPED = 0.01  # share of damaged images from which on something else must be wrong
+VIEW_BATCH = 128  # largest evaluation batch, so that evaluation fits into memory wherever training does
+EVAL_CROP = 224 / 256  # share of the shorter side that the centre crop shows
+MOST_SKIPPED = 0.01  # if a larger share of the images is damaged, something else must be wrong
 
 
 @dataclass
 class ImageFolder:
-    """Images that are read, cropped and resized by worker processes when they are wanted; see `Data`.
+    """Images that worker processes read, crop and resize on demand; see `Data`.
 
-    To train on: a random part of the image (8 to 100 % of its area, 3:4 to 4:3) resized to `size`, mirrored half of the
-    times. To measure: the shorter side resized to `size * 256 / 224`, the central square of `size`. What is drawn for
-    an image follows from the epoch's generator alone, whatever the number of workers.
+    For training, a random part of the image (8 to 100 % of its area, aspect ratio 3:4 to 4:3) is resized to `size` and,
+    with `flip`, mirrored with probability 1/2. For evaluation, the shorter side is resized to `size * 256 / 224`, and
+    the central square of `size` is taken. The random choices depend only on the epoch's generator, not on the number
+    of workers.
 
-    An image that cannot be read is named in a warning and counted in `skipped`. When training another one of its batch
-    stands in for it.
+    An image that cannot be read is named in a warning and recorded in `skipped`. In training, another image of its
+    batch takes its place; in evaluation it is left out.
 
     Args:
-        paths: of the images.
-        labels: `(N,)`.
-        size: of a square image, in pixels.
-        flip: whether images are mirrored.
-        workers: processes that read; 0 reads in this one.
+        paths: paths of the images.
+        labels: int64, `(N,)`.
+        size: height and width of the batches' images, in pixels.
+        flip: whether training images are mirrored.
+        workers: number of processes that read; 0 reads in this process.
         mean, std: see `normalize`.
+        device: where the batches go.
+        skipped: error messages by path.
     """
 
     paths: Sequence[Path]
@@ -75,7 +78,7 @@ class ImageFolder:
         """See `Data`.
 
         Raises:
-            ValueError: none of a batch's images can be read, or too many of all.
+            ValueError: none of a batch's images can be read, or too many of all images can't.
         """
         order = torch.randperm(len(self), generator=generator).tolist()
         base = int(torch.randint(2**62, (), generator=generator))
@@ -87,7 +90,11 @@ class ImageFolder:
             yield self._here(images[shown]), self._here(labels[shown])
 
     def views(self, batch_size: int) -> Iterator[Batch]:
-        """See `Data`; images that cannot be read are left out."""
+        """See `Data`; images that cannot be read are left out.
+
+        Raises:
+            ValueError: too many images cannot be read.
+        """
         wanted = [part.tolist() for part in torch.arange(len(self)).split(min(batch_size, VIEW_BATCH))]
         for images, good, labels in self._read(_Views(self), wanted):
             if good.any():
@@ -103,7 +110,7 @@ class ImageFolder:
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, so that reading leaves the global one alone
+            generator=torch.Generator(),  # so that reading does not use the global one
         )
         for images, good, labels, errors in loader:
             for path, error in errors:
@@ -129,7 +136,7 @@ class _Files(Dataset[Any]):
         try:
             with Image.open(path) as file:
                 return self.view(file.convert("RGB"), i), self.images.labels[i], None
-        # What Pillow raises for damaged files, by format
+        # Pillow's error for a damaged file depends on the format.
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             empty = torch.zeros(3, size, size, dtype=torch.uint8)
             return empty, self.images.labels[i], (path, f"{type(error).__name__}: {error}")
@@ -164,7 +171,7 @@ class _Crops(_Files):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's global generator seeded, and afterwards as it was."""
+    """Temporarily seed torch's global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -177,16 +184,19 @@ def _collate(items: list[Any]) -> tuple[Tensor, Tensor, Tensor, list[tuple[Path,
 
 
 def load_folder(root: Path, *, num_classes: int, size: int) -> tuple[ImageFolder, ImageFolder]:
-    """`train/<class>/*` and `val/<class>/*` (or `test/`), or ImageNet's flat `val/` with the devkit's ground truth.
+    """Training images from `train/<class>/*` and test images from `val/<class>/*` or `test/<class>/*`.
+
+    `val/` may also be ImageNet's flat folder, with the ground truth of its devkit.
 
     Args:
-        root: the folder in which they are.
-        num_classes: how many classes there must be.
+        root: the folder that contains these.
+        num_classes: expected number of classes.
         size: see `ImageFolder`.
 
     Raises:
-        FileNotFoundError: a part is missing.
-        ValueError: the classes are not as many as expected, or not the same in both parts.
+        FileNotFoundError: a part or the devkit is missing.
+        ValueError: the number of classes is not the expected one, the two parts have different classes, or the ground
+            truth does not fit the images.
     """
     classes = class_names(root)
     if len(classes) != num_classes:
@@ -203,10 +213,10 @@ def load_folder(root: Path, *, num_classes: int, size: int) -> tuple[ImageFolder
 
 
 def class_names(root: Path) -> list[str]:
-    """The classes: names of the folders in `train`, sorted.
+    """The classes: the names of the folders in `train`, sorted.
 
     Raises:
-        FileNotFoundError: there is no `train`, or nothing in it.
+        FileNotFoundError: there is no `train`, or it has no folders.
     """
     import_torchvision()
     from torchvision.datasets.folder import find_classes
@@ -218,10 +228,10 @@ def class_names(root: Path) -> list[str]:
 
 
 def find_folder(root: Path | None, *names: str) -> Path:
-    """The first folder of the search path, or one of these names in it, that has a `train`.
+    """The first folder with a `train` folder in it, among the search path and folders of these names in it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such folder.
     """
     candidates = [place for folder in search_path(root) for place in (folder, *(folder / name for name in names))]
     for folder in candidates:
@@ -246,12 +256,12 @@ def _by_class(folder: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]
 
 
 def _by_ground_truth(root: Path, val: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
-    """ILSVRC2012's flat validation folder, as its devkit labels it: numbers from 1, whose WordNet ids meta.mat has."""
+    """ILSVRC2012's flat validation folder, labelled by its devkit: numbers from 1, with WordNet ids in meta.mat."""
     places = [root / "ILSVRC2012_devkit_t12" / "data", root / "data", root]
     devkit = next((p for p in places if (p / "ILSVRC2012_validation_ground_truth.txt").is_file()), None)
     if devkit is None or not (devkit / "meta.mat").is_file():
         raise FileNotFoundError(
-            f"{val} has images without folders, whose classes the devkit knows: put ILSVRC2012_devkit_t12 into {root}"
+            f"{val} has no class folders; its labels are in the devkit: put ILSVRC2012_devkit_t12 into {root}"
         )
     from scipy.io import loadmat
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def deploy(
     if not isinstance(expected, Tensor):
         raise ValueError(f"the network must give one tensor to be deployed, not a {type(expected).__name__}")
     layers = _with_batch_norm(model)
-    seen = _inputs(model, example_input, layers)
+    seen = layer_inputs(model, example_input, layers)
     measured: dict[str, dict[str, str]] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
     chosen: dict[tuple[str, str], Mapping[str, str]] = {}
@@ -219,7 +219,7 @@ def _is_unhooked(module: nn.Module) -> bool:
     return known and not hooks
 
 
-def _inputs(model: nn.Module, example: Tensor, names: Mapping[str, Any]) -> dict[str, Tensor]:
+def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
     """Inputs of the named layers when the example runs through the network; layers that don't run are left out."""
     modules = dict(model.named_modules())
     seen: dict[str, Tensor] = {}

@@ -152,8 +152,8 @@ class FactorizedConv2d(nn.Module):
         """How much of the squared norm of a kernel, or of its output, each further rank adds.
 
         The sum of the first r values is what the nearest kernel of rank r keeps. For DeCEF and BasisConv this is exact
-        (Eckart and Young), but with moments, DeCEF's values are of every channel separately. For CPAC and rank-1 it is
-        an upper bound: their best approximations are not nested and have no closed form.
+        (Eckart and Young), except that with moments DeCEF treats every input channel separately. For CPAC and rank-1 it
+        is an upper bound: their best approximations are not nested and have no closed form.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
@@ -202,7 +202,7 @@ class FactorizedConv2d(nn.Module):
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     def compose_bias(self) -> Tensor | None:
-        """The bias `(out_channels,)` that goes with the kernel of `compose()`, if any."""
+        """The bias `(out_channels,)` that goes with the kernel of `compose()`, or None."""
         return self.bias
 
     @property
@@ -476,7 +476,7 @@ def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
     gram, target = seen @ basis.mT, seen @ rows.mT
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
-        return torch.linalg.lstsq(gram, target, driver="gelsd").solution.mT
+        return (torch.linalg.pinv(gram, hermitian=True) @ target).mT
     return torch.cholesky_solve(target, root).mT
 
 

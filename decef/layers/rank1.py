@@ -1,7 +1,7 @@
 """Rank-1 filters: every filter is an outer product of three 1-D filters.
 
-Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (2018); Lee, Kim, Jeong, Yoon:
-"Compression of deep learning models by alternating tensor compose-decompose" (ATCD), Appl. Sci. 2021, 11(2), 643.
+Kim, Yoon, Jeong, Lee: "Rank-1 convolutional neural network", arXiv 1808.04303 (2018). Lee, Kim, Jeong, Yoon:
+alternating tensor compose-decompose (ATCD), Appl. Sci. 2021, 11(2), 643.
 """
 
 from __future__ import annotations

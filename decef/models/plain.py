@@ -12,9 +12,9 @@ class PlainNet(nn.Module):
     """Seven 3x3 convolutions, global average pooling, classifier.
 
     The convolutions are those of the MNIST network in the rank-1 authors' notebooks (arXiv 1808.04303: 64, 64, pool,
-    144, 144, pool, 256, 256, 256; no bias, no batch norm, and in the notebooks no ReLU). The authors' claim that
-    consecutive 1-D layers cannot be trained is about that network. It ends in three large fully connected layers, this
-    one in a single one.
+    144, 144, pool, 256, 256, 256; no bias, no batch norm, and in the notebooks no ReLU). The authors' three large fully
+    connected layers after them are a single one here. We test their claim on this network that consecutive 1-D layers
+    cannot be trained.
 
     Args:
         num_classes: number of outputs.

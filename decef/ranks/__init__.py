@@ -3,6 +3,7 @@
 from decef.ranks.budget import Budget
 from decef.ranks.candidate import Candidate, Rule, Totals
 from decef.ranks.effective import DEFINITIONS, effective_rank
+from decef.ranks.latency import Latency
 from decef.ranks.rules import EffectiveRank, Energy, Fixed, PerLayer, Share, as_rule
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "EffectiveRank",
     "Energy",
     "Fixed",
+    "Latency",
     "PerLayer",
     "Rule",
     "Share",

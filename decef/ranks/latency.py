@@ -56,8 +56,8 @@ class Latency:
     """The largest ranks that keep the whole network within a share of its dense time, by measured times.
 
     FLOPs are not time: at half the FLOPs, networks take from 0.6 to 1.1 of their dense time. This rule weighs energy
-    against seconds, as `Budget` does against FLOPs. Every layer starts at the rank at which it is fastest. Then, one step
-    at a time, the layer that gains the most energy per second gets more, up to dense, until no step fits any more.
+    against seconds, as `Budget` does against FLOPs. Every layer starts as fast as it can be. Then, one step at a time,
+    the layer that gains the most energy per second gets more, up to dense, until no step fits any more.
 
     Time that no candidate takes (other layers, memory traffic between layers) is the dense network's and is not saved.
 
@@ -80,8 +80,12 @@ class Latency:
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
         if self.times is None:
             raise ValueError("a time budget needs times: give those of decef.inference.latency.measure_times")
-        layers = {c.name: list(_frontier(c, self.times.layers[c.name])) for c in candidates if c.name in self.times.layers}
-        spent = self.times.total + sum(steps[0].seconds - self.times.layers[name].dense for name, steps in layers.items())
+        layers = {
+            c.name: list(_frontier(c, self.times.layers[c.name])) for c in candidates if c.name in self.times.layers
+        }
+        spent = self.times.total + sum(
+            steps[0].seconds - self.times.layers[name].dense for name, steps in layers.items()
+        )
         limit = self.share * self.times.total
         if spent > limit:
             raise ValueError(

@@ -2,4 +2,4 @@
 
 from decef.extras import need
 
-need("results", "pandas", "tabulate", "scipy", "statsmodels", "jinja2", "matplotlib")
+need("results", "pandas", "tabulate", "scipy", "statsmodels", "jinja2", "matplotlib", "vl_convert")

@@ -192,12 +192,12 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
     frame = pd.DataFrame(rows).astype({"reconstructed": float})
     ratios = frame.assign(
         FLOPs=frame.flops_ratio,
-        chain=frame.factorized / frame.dense,
-        composed=frame.reconstructed / frame.dense,
+        factorized=frame.factorized / frame.dense,
+        reconstructed=frame.reconstructed / frame.dense,
         auto=frame.factorized.where(frame.auto == "factorized", frame.reconstructed) / frame.dense,
     )
     keys = ["pass", "batch", "network", "shape", "layer"]
-    columns = [*keys, "rank", "FLOPs", "bound", "factorized", "composed", "auto", "memory"]
+    columns = [*keys, "rank", "FLOPs", "bound", "factorized", "reconstructed", "auto", "memory"]
     write_bench(
         "bench_layers",
         rows,

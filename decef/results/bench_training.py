@@ -22,7 +22,7 @@ from decef.models import create_model
 from decef.results.bench_inference import Case, networks
 from decef.results.pages import write_bench
 from decef.training.config import TrainConfig
-from decef.training.loop import Training, network_input
+from decef.training.loop import Training
 
 TRAINING = (Case("resnet20", 32, 128), Case("vgg16_bn", 32, 128), Case("torchvision/resnet18", 64, 32))
 CIFAR10 = DATASETS["cifar10"]
@@ -119,7 +119,7 @@ def _our_loop(network: nn.Module, images: Images, batch_size: int, scale: float)
         training.start_epoch()
         generator = torch.Generator().manual_seed(0)
         for batch, labels in images.batches(batch_size, generator):
-            x = network_input(images, batch, STEP.channels_last, scale)
+            x = training.network_input(images, batch, scale)
             training.step(x, labels, STEP.lr, 0)
         training.finish_epoch()
 

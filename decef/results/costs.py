@@ -12,6 +12,7 @@ from decef.costs import total_cost
 from decef.data import Dataset
 from decef.results.pages import render
 from decef.training.build import build
+from decef.training.checkpoint import replace_file
 from decef.training.config import LayerConfig, ModelConfig
 
 
@@ -73,6 +74,6 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> s
         for note, group in frame[frame.note != ""].groupby("note", sort=False)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
-    out.with_suffix(".md").write_text(render("costs", table=table, notes=notes, flops=flops))
+    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
+    replace_file(out.with_suffix(".md"), render("costs", table=table, notes=notes, flops=flops).encode())
     return table

@@ -12,10 +12,12 @@ import pandas as pd
 from decef.layers import LAYERS
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
+from decef.training.checkpoint import replace_file
+from decef.training.config import DEFAULT_DECAY
 from decef.training.record import load_records
 
-NETWORK, DATASET, SETTINGS = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
-SCHEDULES = ("standard", "quick")  # the first that conv2d, the control, ran with is shown
+NETWORK, DATASET, ASKED = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
+SCHEDULE = "quick"
 TIMED = ("torchvision/resnet18", 1)  # network and batch size
 NONE = "-"
 
@@ -38,7 +40,8 @@ def overview_table(results: Path) -> str:
                 "time at 1/2": _number(time.get(layer)),
             }
         )
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    align = ("left", "left", "right", "left", "right", "right", "right")
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def replace_between(path: Path, name: str, text: str) -> None:
@@ -52,17 +55,19 @@ def replace_between(path: Path, name: str, text: str) -> None:
     _, found, after = rest.partition(end)
     if not mark or not found:
         raise ValueError(f"{path} has no lines {begin.strip()} and {end} to put a table between")
-    path.write_text(f"{before}{begin}{text}\n{end}{after}")
+    replace_file(path, f"{before}{begin}{text}\n{end}{after}".encode())
 
 
 def _trained(results: Path) -> dict[str, Row]:
-    groups = comparison_groups(load_records(results))
-    for schedule in SCHEDULES:
-        rows = table_rows(groups.get(f"{DATASET}-{schedule}", []))
-        found = {row.first.layer: row for row in rows if row.first.model == NETWORK and row.first.setting in SETTINGS}
-        if "conv2d" in found:
-            return found
-    return {}
+    """The row of every layer type as its config has it by default, apart from the budget."""
+    rows = table_rows(comparison_groups(load_records(results)).get(f"{DATASET}-{SCHEDULE}", []))
+    found: dict[str, Row] = {}
+    for row in rows:
+        first = row.first
+        usual = first.config.train.atcd is None and first.config.train.decay in (None, DEFAULT_DECAY)
+        if first.model == NETWORK and first.rank_setting in ASKED and usual:
+            found.setdefault(first.layer, row)
+    return found
 
 
 def _decomposed(results: Path) -> dict[tuple[str, str], float]:

@@ -36,6 +36,13 @@ def made_on(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     return {"machines": sorted(machines), "commits": sorted(commits)}
 
 
+def provenance(made: Mapping[str, Any], *more: str) -> str:
+    """Where, when and from which code something was measured, in a sentence."""
+    changed = " with uncommitted changes" if made.get("git_dirty") else ""
+    commit = f"Commit {str(made.get('git_commit'))[:10]}{changed}"
+    return f"{', '.join([commit, made['started'], *more, made['machine']])}."
+
+
 def write_bench(
     template: str, rows: Sequence[Mapping[str, Any]], out: Path, made: Mapping[str, Any], **values: Any
 ) -> None:
@@ -50,5 +57,5 @@ def write_bench(
     """
     data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
     replace_file(out.with_suffix(".json"), data.encode())
-    text = render(template, made=made_on([made]), started=made["started"], dtype=made["dtype"], **values)
+    text = render(template, provenance=provenance(made, made["dtype"]), **values)
     replace_file(out.with_suffix(".md"), text.encode())

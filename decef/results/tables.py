@@ -16,7 +16,7 @@ from decef.results.pages import made_on, render
 from decef.results.published import Published, load_published
 from decef.results.statistics import Estimate, differences, estimate
 from decef.training.checkpoint import replace_file
-from decef.training.record import Record, to_record
+from decef.training.record import Record, finished_record
 from decef.training.tracking import check_account
 
 
@@ -47,9 +47,10 @@ class Row:
         return self.runs[0]
 
     @property
-    def images_per_second(self) -> float:
+    def images_per_second(self) -> float | None:
         """Images per second in training, mean over the runs."""
-        return fmean(run.summary["images_per_second"] or 0.0 for run in self.runs)
+        rates = [rate for run in self.runs if (rate := run.summary["images_per_second"])]
+        return fmean(rates) if rates else None
 
     @property
     def source(self) -> str | None:
@@ -183,8 +184,8 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     check_account()
     try:
         runs = wandb.Api().runs(path, lazy=False)  # lazy would fetch the runs one by one
-        done = [run for run in runs if run.summary.get("status") == "finished"]
-        finished = {record.id: record for record in (to_record(run.config, run.summary) for run in done)}
+        found = [finished_record(run.name, run.config, dict(run.summary)) for run in runs]
+        finished = {record.id: record for record in found if record}
     except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:
         raise ValueError(f"W&B's project {path} cannot be read: {error}") from error
     return [finished[name] for name in sorted(finished)]

@@ -14,7 +14,8 @@ from decef.data import Data
 from decef.moments import input_moments
 from decef.plans import plan
 from decef.ranks import Budget
-from decef.results.pages import made_on, render
+from decef.results.pages import provenance, render
+from decef.training.checkpoint import replace_file
 from decef.training.loop import EVAL_BATCH, evaluate
 from decef.training.record import Summary
 
@@ -94,6 +95,6 @@ def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: S
     )
     table = shown.reset_index().astype(object).fillna("").to_markdown(index=False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    frame.round(6).to_csv(out.with_suffix(".csv"), index=False)
-    text = render("without_finetuning", table=table, about=about, started=made["started"], made=made_on([made]))
-    out.with_suffix(".md").write_text(text)
+    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
+    text = render("without_finetuning", table=table, about=about, provenance=provenance(made))
+    replace_file(out.with_suffix(".md"), text.encode())

@@ -70,6 +70,12 @@ def build(
     return network, the_plan, total_cost(dense, dataset.input_size)
 
 
+def rebuild(model: ModelConfig, dataset: Dataset, plan: Plan) -> tuple[nn.Module, Plan, dict[str, int]]:
+    """The same as `build` returns, of a run that has begun: with the plan that it had then, to take its weights."""
+    dense = dense_network(model, dataset)
+    return convert(dense, plan, from_scratch=True), plan, total_cost(dense, dataset.input_size)
+
+
 def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
     """The network before any layer is replaced.
 

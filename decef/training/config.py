@@ -162,6 +162,8 @@ class LayerConfig:
     def __post_init__(self) -> None:
         if self.name == "conv2d":
             return  # a sweep over layer types gives them to conv2d too
+        if not isinstance(self.orthogonality, (int, float)) or self.orthogonality < 0:
+            raise ValueError(f"layer.orthogonality={self.orthogonality!r} must be a number, 0 or more")
         if self.flops is not None and not isinstance(self.flops, (int, float)):
             raise ValueError(f"layer.flops={self.flops!r} must be a share of the dense network's FLOPs, such as 0.667")
         _check_whole("layer.rank", self.rank)
@@ -188,7 +190,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `configs/train/*.yaml` explains the settings; `orthogonality` is a setting of the layer.
+    """How to train. `configs/train/*.yaml` explains the settings
 
     Raises:
         ValueError: a setting has a wrong value; the message says what it must be.
@@ -208,7 +210,6 @@ class TrainConfig:
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     scales: tuple[tuple[float, float], ...] = ()
-    orthogonality: float = 0.0
     atcd: int | str | None = None
     validation: float = 0.0
     precision: str = "auto"
@@ -226,8 +227,6 @@ class TrainConfig:
                 raise ValueError(f"train.{key}={value!r} must be {must}")
         if self.nesterov and not self.momentum:
             raise ValueError("train.nesterov=True must be false when momentum is 0")
-        if self.atcd is not None and self.orthogonality:
-            raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
 
     def resolved(self, layer: LayerConfig) -> TrainConfig:
         """The config with the decay that the run uses: None if nothing decays or no factor is trained.
@@ -237,6 +236,8 @@ class TrainConfig:
         """
         if layer.name == "conv2d":
             return replace(self, atcd=None, decay=None)
+        if self.atcd is not None and layer.orthogonality:
+            raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
         composes = getattr(layer_type(layer.name), "composes_in_training", True)
         if self.atcd is not None and not composes:
             raise ValueError(f"train.atcd is not possible with layer={layer.name}: it has no kernel in training")
@@ -265,6 +266,15 @@ class WandbConfig:
     entity: str | None = None
     group: str | None = None
     artifacts: bool = False
+
+
+GROUPS: dict[str, type] = {
+    "dataset": DatasetConfig,
+    "model": ModelConfig,
+    "layer": LayerConfig,
+    "train": TrainConfig,
+    "wandb": WandbConfig,
+}
 
 
 @dataclass(frozen=True)
@@ -301,14 +311,10 @@ class RunConfig:
         """
         with input_errors():
             settings = {key: value for key, value in config.items() if key != "format"}
-            layer = _group("layer", LayerConfig, settings["layer"])
-            settings["dataset"] = _group("dataset", DatasetConfig, settings["dataset"])
-            settings["model"] = _group("model", ModelConfig, settings["model"])
-            settings["layer"] = layer
-            settings["train"] = _group(
-                "train", TrainConfig, settings["train"], orthogonality=layer.orthogonality or 0.0
-            )
-            settings["wandb"] = _group("wandb", WandbConfig, settings.get("wandb") or {})
+            if unknown := set(settings) - {f.name for f in fields(cls)}:
+                raise ValueError(f"there is no setting {', '.join(sorted(unknown))}")
+            for name, group in GROUPS.items():
+                settings[name] = _group(name, group, settings.get(name, {}))
             settings["results"] = Path(settings.get("results") or "results")
             return cls(**settings)
 
@@ -334,23 +340,17 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data for `from_dict`; YAML and JSON write and read it back unchanged."""
         return {
-            "dataset": _flat(self.dataset),
-            "model": _flat(self.model),
-            "layer": _flat(self.layer),
-            "train": {key: value for key, value in _flat(self.train).items() if key != "orthogonality"},
-            "wandb": _flat(self.wandb),
-            **{
-                key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(self).items()
-                if key not in ("dataset", "model", "layer", "train", "wandb")
-            },
+            key: _flat(value) if key in GROUPS else str(value) if isinstance(value, Path) else value
+            for key, value in vars(self).items()
         }
 
 
-def _group(name: str, cls: type[_Group], settings: Mapping[str, Any], **more: Any) -> _Group:
+def _group(name: str, cls: type[_Group], settings: object) -> _Group:
     """A group of settings from plain data. What has no field of its own goes to `options`, if the group has them."""
     own = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    given = {**{key: _frozen(value) for key, value in settings.items()}, **more}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{name}={settings!r} must be a group of settings")
+    given = {key: _frozen(value) for key, value in settings.items()}
     others = {key: given.pop(key) for key in list(given) if key not in own or key == "options"}
     if others and "options" not in own:
         raise ValueError(f"there is no setting {', '.join(f'{name}.{key}' for key in others)}")
@@ -413,7 +413,6 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: all(len(s) == 2 and 0 < s[0] < 1 and 0 < s[1] <= 1 for s in v),
         "pairs [share of the training, scale of the images]",
     ),
-    "orthogonality": _NOT_NEGATIVE,
     "atcd": (lambda v: v in (None, "epoch") or (_is_whole(v) and v >= 1), "null, 'epoch' or a number of steps"),
     "validation": (_is_share, "a share of the training images, in [0, 1)"),
     "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),

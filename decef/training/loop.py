@@ -47,6 +47,7 @@ def fit(
     config: TrainConfig,
     *,
     seed: int,
+    orthogonality: float = 0.0,
     state: State,
     on_epoch: Callable[[Metrics], None],
     processes: Processes = ALONE,
@@ -64,6 +65,7 @@ def fit(
         train, test: the images. A share `config.validation` of the training images is set aside and only measured.
         config: how to train.
         seed: of data order, augmentation and dropout.
+        orthogonality: weight of the layers\' penalty in the loss, see `penalties`.
         state: loaded before the first epoch; the first process saves it after every epoch.
         on_epoch: called by the first process after every epoch, before the state is saved.
         processes: those that train together.
@@ -74,11 +76,11 @@ def fit(
         FloatingPointError: the loss, or a kernel in ATCD, is not finite.
     """
     check_possible(config, train.device, processes)
-    train, validation = _split(train, config.validation)
+    train, validation = split_validation(train, config.validation)
     steps = len(train) // _batch_size(config, len(train), processes)
     saved = state.load()
     first = saved["epoch"] if saved else 0
-    training = Training(model, config, train.device, processes, saved)
+    training = Training(model, config, train.device, orthogonality, processes, saved)
     with tqdm(
         total=steps * config.epochs,
         initial=first * steps,
@@ -144,12 +146,12 @@ def train_one_epoch(
     training.start_epoch()
     for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
         lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-        training.step(network_input(train, images, config.channels_last, scale), labels, lr, step)
+        training.step(training.network_input(train, images, scale), labels, lr, step)
         on_step()
     loss, top1 = training.finish_epoch()
     if training.moved:
         again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
-        training.recalibrate(network_input(train, images, config.channels_last) for images, _ in again)
+        training.recalibrate(training.network_input(train, images) for images, _ in again)
     return Trained(
         lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / (time.perf_counter() - started)
     )
@@ -162,6 +164,7 @@ class Training:
         model: see `fit`.
         config: see `fit`.
         device: where the batches are.
+        orthogonality: see `fit`.
         processes: see `fit`.
         saved: what `state_dict` returned, to resume from there.
 
@@ -174,6 +177,7 @@ class Training:
         model: nn.Module,
         config: TrainConfig,
         device: torch.device,
+        orthogonality: float = 0.0,
         processes: Processes = ALONE,
         saved: Mapping[str, Any] | None = None,
     ) -> None:
@@ -187,9 +191,9 @@ class Training:
         # With ATCD the dense twin is trained; at the end of an epoch it is the same function as `model`.
         self.atcd = ATCD(model, config.atcd) if config.atcd is not None else None
         trained = model if self.atcd is None else self.atcd.dense
-        self._trained = trained
+        self._trained, self._orthogonality = trained, orthogonality
         self.moved = False
-        self.optimizer = make_optimizer(trained, config)
+        self.optimizer = make_optimizer(trained, config, orthogonality)
         self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -198,7 +202,6 @@ class Training:
         if processes.count > 1:
             self._shared = DistributedDataParallel(trained, device_ids=[device] if device.type == "cuda" else None)
         self._forward: Callable[[Tensor], Tensor] = self._shared or trained
-        self._dtype = _dtype(trained)
         self._zero = torch.zeros((), device=device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,9 +234,9 @@ class Training:
             group["lr"] = lr
         self.optimizer.zero_grad()
         with self.autocast():
-            logits = self._forward(x.to(self._dtype))
+            logits = self._forward(x)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        self._scaler.scale(loss + penalties(self._trained, self.config)).backward()
+        self._scaler.scale(loss + penalties(self._trained, self.config, self._orthogonality)).backward()
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self._loss += loss.detach()
@@ -270,6 +273,10 @@ class Training:
             update_bn(inputs, self.model)
         self.processes.broadcast_buffers(self.model)
 
+    def network_input(self, data: Data, images: Tensor, scale: float = 1.0) -> Tensor:
+        """See `network_input`."""
+        return network_input(self.model, data, images, self.config.channels_last, scale)
+
     def evaluate(self, data: Data) -> tuple[float, float]:
         """`evaluate`, in the precision and memory layout of the training."""
         layout = self.config.channels_last
@@ -303,7 +310,7 @@ def evaluate(
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
     for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
         with autocast():
-            logits = model(network_input(data, images, channels_last).to(_dtype(model)))
+            logits = model(network_input(model, data, images, channels_last))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
@@ -319,7 +326,8 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2)
 
 
-def _split(train: Data, share: float) -> tuple[Data, Data | None]:
+def split_validation(train: Data, share: float) -> tuple[Data, Data | None]:
+    """The images to train on, and a random share of them that is set aside; None where that is none."""
     # The same images for every seed, so that seeds differ only in training.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held_out = round(share * len(train))
@@ -355,14 +363,20 @@ def _scale_at(config: TrainConfig, epoch: int) -> float:
     return next((scale for until, scale in config.scales if (epoch + 0.5) / config.epochs < until), 1.0)
 
 
-def network_input(data: Data, images: Tensor, channels_last: bool = True, scale: float = 1.0) -> Tensor:
-    """uint8 images `(B, C, H, W)` as input of a network: normalised, resized by `scale`, in the wanted layout."""
-    x = data.normalize(images)
+def network_input(
+    model: nn.Module, data: Data, images: Tensor, channels_last: bool = True, scale: float = 1.0
+) -> Tensor:
+    """Images as a network takes them: normalised, in its dtype, resized by `scale`, in the layout asked for.
+
+    Args:
+        model: the network.
+        data: where the images are from, which knows their mean and standard deviation.
+        images: uint8, `(B, C, H, W)`.
+        channels_last: the memory layout.
+        scale: of height and width.
+    """
+    x = data.normalize(images).to(next((p.dtype for p in model.parameters()), torch.float32))
     if scale != 1:
         size = [max(1, round(side * scale)) for side in x.shape[2:]]
         x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters()), torch.float32)

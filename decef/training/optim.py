@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from decef.layers import Basis2021Conv2d, DeCEFConv2d, FactorizedConv2d
+from decef.layers import DeCEFConv2d, FactorizedConv2d
 from decef.training.config import TrainConfig
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@runtime_checkable
+class _Penalised(Protocol):
+    def orthogonality(self) -> Tensor: ...
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, orthogonality: float = 0.0) -> torch.optim.Optimizer:
     """SGD, or Adam, over the trainable parameters.
 
     Eigen-filters that a penalty holds orthonormal get no weight decay. With decay "kernel" no factor gets any:
@@ -21,7 +27,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     for module in model.modules():
         if isinstance(module, FactorizedConv2d) and config.decay == "kernel":
             free |= set(module.factors().values())
-        elif isinstance(module, DeCEFConv2d) and config.orthogonality:
+        elif isinstance(module, DeCEFConv2d) and orthogonality:
             free.add(module.eigenfilters)
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -35,7 +41,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     )
 
 
-def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
+def penalties(model: nn.Module, config: TrainConfig, orthogonality: float = 0.0) -> Tensor:
     """The scalar added to the loss: the layers' orthogonality penalties and, with decay "kernel", Frobenius decay.
 
     Frobenius decay is `weight_decay / 2 * ||W||^2`, summed over the composed kernels W (Khodak, Tenenholtz, Mackey,
@@ -47,9 +53,8 @@ def penalties(model: nn.Module, config: TrainConfig) -> Tensor:
     terms = []
     if config.decay == "kernel" and config.weight_decay:
         terms += [config.weight_decay / 2 * layer.squared_norm() for layer in layers]
-    if config.orthogonality:
-        penalised = [layer for layer in layers if isinstance(layer, (DeCEFConv2d, Basis2021Conv2d))]
-        terms += [config.orthogonality * layer.orthogonality() for layer in penalised]
+    if orthogonality:
+        terms += [orthogonality * layer.orthogonality() for layer in layers if isinstance(layer, _Penalised)]
     return torch.stack(terms).sum() if terms else next(model.parameters()).new_zeros(())
 
 

@@ -67,7 +67,7 @@ class Summary(TypedDict, total=False):
     status: str  # running, interrupted, failed, finished
     error: str | None
     schedule: str
-    test_top1: float  # percent, of the last epoch
+    test_top1: float | None  # percent, of the last epoch
     test_top1_is: str
     test_loss: float
     val_top1: float | None
@@ -110,7 +110,9 @@ class Record:
     @property
     def top1(self) -> float:
         """Test top-1 of the last epoch, in percent."""
-        return self.summary["test_top1"]
+        top1 = self.summary["test_top1"]
+        assert top1 is not None, "only finished runs are records"
+        return top1
 
     def cost(self, key: str) -> int:
         """A cost of the network as deployed: "params", "trainable_params", "macs" or "flops"."""
@@ -242,17 +244,28 @@ def load_records(results: Path) -> list[Record]:
         try:
             summary = json.loads((folder / SUMMARY).read_text())
             config = yaml.safe_load((folder / CONFIG).read_text())
-            if config.get("format") != FORMAT:
-                log.warning("left out: %s has format %s, not %s", folder, config.get("format", 1), FORMAT)
-            elif summary.get("status") == "finished":
-                records.append(to_record(config, summary, read_metrics(folder)))
-            else:
-                log.info(
-                    "left out: %s is %s after %s epochs", folder.name, summary.get("status"), summary.get("epochs")
-                )
         except (OSError, ValueError, yaml.YAMLError) as error:
             log.warning("left out: %s cannot be read (%s)", folder, error)
+            continue
+        if record := finished_record(folder.name, config, summary, read_metrics(folder)):
+            records.append(record)
     return records
+
+
+def finished_record(
+    name: str, config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Metrics] = ()
+) -> Record | None:
+    """A record from plain data; None, and a line in the log, if it is not a finished run of today's format."""
+    if config.get("format") != FORMAT:
+        log.warning("left out: %s has format %s, not %s", name, config.get("format", 1), FORMAT)
+    elif summary.get("status") != "finished":
+        log.info("left out: %s is %s after %s epochs", name, summary.get("status"), summary.get("epochs"))
+    else:
+        try:
+            return to_record(config, summary, metrics)
+        except ValueError as error:
+            log.warning("left out: %s cannot be read (%s)", name, error)
+    return None
 
 
 def to_record(config: Mapping[str, Any], summary: Mapping[str, Any], metrics: Sequence[Metrics] = ()) -> Record:

@@ -7,10 +7,9 @@ import json
 import logging
 import os
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from decef.machine import cpu_name
 from decef.training.checkpoint import load_checkpoint, replace_file, save_checkpoint
 from decef.training.config import InputError, RunConfig
 from decef.training.record import (
@@ -136,13 +136,13 @@ class Recorder:
             "id": self.id,
             "status": "running",
             "schedule": self._config.train.name,
-            "test_top1": None,  # type: ignore[typeddict-item]
+            "test_top1": None,
             "test_top1_is": "the test accuracy of the last epoch; nothing was chosen on the test set",
             "val_top1": None,
             **known,
             "epochs": epochs,
             "wall_seconds": previous.get("wall_seconds", 0.0) if epochs else 0.0,
-            "images_per_second": None,
+            "images_per_second": _rate(rows),
             **environment(known["device"], known["threads"]),
         }
         if epochs:
@@ -184,10 +184,9 @@ class Recorder:
             metrics["epoch"], self._config.train.epochs, metrics["train_loss"], metrics["test_top1"],
             metrics["images_per_second"],
         )  # fmt: skip
-        rates = [row["images_per_second"] for row in self.metrics()]
         self.summary["epochs"] = metrics["epoch"]
         self.summary["wall_seconds"] = round(self._earlier + time.perf_counter() - self._begun, 1)
-        self.summary["images_per_second"] = round(harmonic_mean(rates), 1)  # every epoch has equally many images
+        self.summary["images_per_second"] = _rate(self.metrics())
         self._write()
 
     def fail(self, error: BaseException) -> None:
@@ -231,6 +230,11 @@ class Recorder:
         replace_file(self.path / SUMMARY, (json.dumps(self.summary, indent=2) + "\n").encode())
 
 
+def _rate(rows: Sequence[Metrics]) -> float | None:
+    """Images per second over all epochs, which have the same number of images."""
+    return round(harmonic_mean([row["images_per_second"] for row in rows]), 1) if rows else None
+
+
 def environment(device: str, threads: int) -> Summary:
     """When, where and with what something was made, for a summary: time, machine, commit, versions."""
     packages: dict[str, str | None] = {}
@@ -250,18 +254,6 @@ def environment(device: str, threads: int) -> Summary:
         "threads": threads,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cpu_name()}",
     }
-
-
-def cpu_name() -> str:
-    """The CPU's model name, and the widest of its vector instructions that matter here, as far as the system tells."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or "unknown CPU"
-    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
-    known = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and f in flags.group(1).split()]
-    return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
 
 
 def _git(*args: str) -> str | None:

@@ -16,10 +16,10 @@ from decef.costs import total_cost
 from decef.data import Data, Dataset
 from decef.data.search import stratified_subset
 from decef.plans import Plan
-from decef.training.build import build
+from decef.training.build import build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
-from decef.training.loop import State, check_possible, fit
+from decef.training.loop import State, check_possible, fit, split_validation
 from decef.training.precision import resolve_precision
 from decef.training.record import Metrics, Summary
 from decef.training.recorder import Recorder
@@ -68,8 +68,9 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             words = job.recorder.id, summary["test_top1"], summary["precision"]
             log.info("%s is finished already (top-1 %.2f %%, in %s)", *words)
             return summary
-        with input_errors():
-            built = _build(job)
+        resuming = job.recorder.checkpoint.is_file()
+        # What needs neither images nor a checkpoint is built first: a rank that is not possible shows at once.
+        built = None if resuming or config.model.decompose_on else _build(job)
         refused, checkpoint, data = None, None, None
         if processes.is_first:
             try:
@@ -85,6 +86,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         if checkpoint is not None:  # a run keeps its precision, even if resumed elsewhere
             job = replace(job, train=replace(job.train, precision=checkpoint["precision"]))
         train, test = data or _load_data(job)
+        built = built or _build(job, checkpoint, train)
         if processes.is_first:
             summary = _train_and_record(job, built, checkpoint, train, test, processes)
         else:
@@ -100,15 +102,19 @@ def _prepare(config: RunConfig, precision: str | None) -> _Job:
     return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
 
 
-def _build(job: _Job) -> _Built:
+def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | None = None) -> _Built:
+    """The network: as its checkpoint's plan says, or new; decomposed on training images where that is asked for."""
     config, seen = job.config, None
     if config.threads:
         torch.set_num_threads(config.threads)
-    if config.model.decompose_on:
-        images, _ = job.dataset.load(config.dataset.folder, workers=config.dataset.workers)
-        seen = stratified_subset(images, config.model.decompose_on)
     torch.manual_seed(config.seed)
-    return _Built(*build(config.model, config.layer, job.dataset, seen))
+    with input_errors():
+        if checkpoint is not None:
+            return _Built(*rebuild(config.model, job.dataset, Plan.from_dict(checkpoint["plan"])))
+        if config.model.decompose_on and train is not None:
+            images, _ = split_validation(train, job.train.validation)
+            seen = stratified_subset(images, config.model.decompose_on)
+        return _Built(*build(config.model, config.layer, job.dataset, seen))
 
 
 def _load_data(job: _Job) -> tuple[Data, Data]:
@@ -162,6 +168,7 @@ def _fit(
         test,
         job.train,
         seed=job.config.seed,
+        orthogonality=job.config.layer.orthogonality,
         state=state,
         on_epoch=on_epoch,
         processes=processes,
