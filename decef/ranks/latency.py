@@ -86,7 +86,7 @@ class Latency:
         spent = self.times.total + sum(
             steps[0].seconds - self.times.layers[name].dense for name, steps in layers.items()
         )
-        limit = self.share * self.times.total
+        limit = self.share * self.times.total * (1 + 1e-9)  # for rounding
         if spent > limit:
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's time can't be met: at the fastest ranks it has "
