@@ -5,6 +5,7 @@ from decef.conversion import convert, fold
 from decef.costs import cost
 from decef.inference.deploy import deploy
 from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
+from decef.models.released import load
 from decef.plans import Plan, plan
 from decef.ranks import effective_rank
 
@@ -22,5 +23,6 @@ __all__ = [
     "deploy",
     "effective_rank",
     "fold",
+    "load",
     "plan",
 ]

@@ -95,9 +95,7 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != "conv1"]
     assert list(times.layers) == convolutions
     assert times.layers["layer1.0.conv1"] == times.layers["layer1.0.conv2"]  # of one shape
-    assert all(
-        min(layer.at_rank) == 1 and 4 <= max(layer.at_rank) < 9 for layer in times.layers.values()
-    )
+    assert all(min(layer.at_rank) == 1 and 4 <= max(layer.at_rank) < 9 for layer in times.layers.values())
     assert len(json.loads(cache.read_text())) == 1
     first = len(measured)
     again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)

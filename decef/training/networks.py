@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
 from decef.conversion import convert
+from decef.data import Dataset
 from decef.models import create_model
+from decef.models.released import Card
 from decef.models.weights import load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network
 from decef.training.checkpoint import load_checkpoint
-from decef.training.record import CHECKPOINT, load_config
+from decef.training.record import CHECKPOINT, SUMMARY, load_config
 
 
 def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = False) -> list[tuple[str, nn.Module]]:
@@ -38,6 +41,37 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
     return [(name, load_weights(model, weights) if weights else model)]
+
+
+def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
+    """What `decef.models.released` says of a finished run's network, and the dataset that it was trained on.
+
+    Raises:
+        FileNotFoundError: the folder is no run's, or has no checkpoint.
+        ValueError: the run is not finished.
+    """
+    config = load_config(run)
+    summary = json.loads((run / SUMMARY).read_text())
+    if summary.get("status") != "finished":
+        raise ValueError(f"{run} is {summary.get('status')}, not finished")
+    data = config.dataset.dataset()
+    options = dict(config.model.options)
+    if config.model.factorize_classifier:
+        options["conv_classifier"] = True
+    card = Card(
+        name=name,
+        model=config.model.name,
+        options=options,
+        input_size=data.input_size,
+        num_classes=data.num_classes,
+        mean=data.mean,
+        std=data.std,
+        plan=load_checkpoint(run / CHECKPOINT)["plan"],
+        dataset=config.dataset.name,
+        top1=summary["test_top1"],
+        run=run.name,
+    )
+    return card, data
 
 
 def input_size_of(name: str) -> tuple[int, int, int]:

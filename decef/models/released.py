@@ -1,0 +1,145 @@
+"""Released networks: one safetensors file each, with everything that is needed to use it in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decef.conversion import convert
+from decef.extras import need
+from decef.models import create_model
+from decef.plans import Plan
+
+#: Where the networks of this repository are.
+RELEASED = Path(__file__).resolve().parents[2] / "results" / "networks"
+HEADER = "decef"  # the key of the card in the file's header
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a released network.
+
+    Attributes:
+        name: what it is loaded by, and its file's name without ending.
+        model: name for `decef.models.create_model`, with `options`.
+        input_size: `(channels, height, width)`.
+        num_classes: number of outputs.
+        mean, std: per channel, of pixels scaled to [0, 1]: how its inputs are normalised.
+        plan: which convolutions are factorised, see `Plan.to_dict`.
+        dataset: what it was trained and measured on.
+        top1: test accuracy of exactly these weights, in percent.
+        run: id of the run that it comes from, whose record is in results/runs.
+    """
+
+    name: str
+    model: str
+    input_size: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    plan: Mapping[str, Any]
+    dataset: str
+    top1: float
+    run: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def measured(self, top1: float) -> Card:
+        """The same with another accuracy."""
+        return replace(self, top1=round(top1, 4))
+
+
+def load(name: str | Path, *, folder: Path = RELEASED) -> nn.Module:
+    """A released network, in evaluation mode and single precision; nothing in its file is executed.
+
+    Args:
+        name: of the network, such as "resnet20-cifar10-decef-0.667", or the path of its file.
+        folder: where networks are looked for by name.
+
+    Returns:
+        The network, with its `Card` as the attribute `card`.
+
+    Raises:
+        FileNotFoundError: there is no such network; the message lists those that there are.
+        ValueError: the file is damaged or no released network.
+        ImportError: safetensors is not installed.
+    """
+    card, state = read(name, folder=folder)
+    dense = create_model(
+        card.model,
+        num_classes=card.num_classes,
+        in_channels=card.input_size[0],
+        image_size=card.input_size[1],
+        **card.options,
+    )
+    network = convert(dense, Plan.from_dict(card.plan), from_scratch=True)
+    network.load_state_dict(
+        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    )
+    network.card = card  # type: ignore[assignment]
+    return network.eval()
+
+
+def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, Tensor]]:
+    """The card and the state dict of a released network, as they are in its file.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: see `load`.
+    """
+    need("train", "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
+        raise FileNotFoundError(f"there is no released network {path}; in {folder} there are: {there}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            fields = json.loads((file.metadata() or {})[HEADER])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key in ("input_size", "mean", "std"):
+            fields[key] = tuple(fields[key])
+        return Card(**fields), state
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no released network: {error}") from error
+
+
+def save(network: nn.Module, card: Card, folder: Path, *, half: bool) -> Path:
+    """Write a network and its card as `<folder>/<name>.safetensors`.
+
+    Args:
+        network: of `card.model`, converted by `card.plan`.
+        card: what is known of it.
+        folder: where to.
+        half: write floating-point weights in half precision.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    need("train", "safetensors")
+    from safetensors.torch import save_file
+
+    state = {
+        key: (value.half() if half and value.is_floating_point() else value).detach().cpu().contiguous().clone()
+        for key, value in network.state_dict().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{card.name}.safetensors"
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(state, partial, metadata={HEADER: json.dumps(asdict(card))})
+    partial.replace(path)
+    return path
+
+
+def halved(network: nn.Module) -> nn.Module:
+    """`network` with its floating-point weights rounded to half precision, in place."""
+    with torch.no_grad():
+        for value in (*network.parameters(), *network.buffers()):
+            if value.is_floating_point():
+                value.copy_(value.half())
+    return network

@@ -1,0 +1,43 @@
+"""Write the network of a finished run as one safetensors file, to be loaded by `decef.load(NAME)`.
+
+python scripts/release.py results/runs/<run id> resnet20-cifar10-decef-0.667
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+from cli import fail
+
+MOST_LOST = 0.05  # points of accuracy that half precision may cost
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run's folder that still has its checkpoint")
+    parser.add_argument("name", help="what the network is loaded by")
+    parser.add_argument("--out", type=Path, default=Path("results/networks"), help="folder for <name>.safetensors")
+    parser.add_argument("--root", type=Path, help="where the data are; default: as for training")
+    arguments = parser.parse_args()
+
+    from decef.models.released import halved, save
+    from decef.training.loop import evaluate
+    from decef.training.networks import card_of, load_networks
+
+    try:
+        _, network = load_networks(str(arguments.run))[-1]
+        card, data = card_of(arguments.run, arguments.name)
+        _, test = data.load(arguments.root)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        fail(str(error))
+    _, whole = evaluate(network, test)
+    if abs(whole - card.top1) > 0.1:  # what a run in bf16 says can differ a little
+        fail(f"the checkpoint has {whole:.2f} % where the record has {card.top1:.2f} %: it is not of this run's end")
+    _, rounded = evaluate(halved(copy.deepcopy(network)), test)
+    half = rounded >= whole - MOST_LOST
+    path = save(network, card.measured(rounded if half else whole), arguments.out, half=half)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.2f} MB, {rounded if half else whole:.2f} % on {card.dataset}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Released networks: written from a run, loaded by name, the same network again."""
+
+import json
+
+import pytest
+import torch
+from support import DIGITS, ROOT, config
+
+import decef
+from decef.data import dataset
+from decef.models.released import RELEASED, read
+from decef.training.loop import evaluate
+from decef.training.networks import load_networks
+from decef.training.run import run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    results = tmp_path_factory.mktemp("results")
+    summary = run(config(results, layer={"name": "decef", "flops": 0.5}, train__epochs=4, dataset__train_size=768))
+    return results / "runs" / summary["id"], summary
+
+
+def test_a_run_is_released_and_loaded_by_name(call, finished, tmp_path):
+    folder, summary = finished
+    done = call("release.py", folder, "digits-decef", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    network = decef.load("digits-decef", folder=tmp_path)
+    assert not network.training
+    assert decef.cost(network, network.card.input_size).attrs["macs"] == summary["macs"]
+    assert (network.card.dataset, network.card.run) == ("digits", folder.name)
+    _, top1 = evaluate(network, DIGITS[1])
+    assert top1 == pytest.approx(network.card.top1, abs=1e-3) == pytest.approx(summary["test_top1"], abs=0.3)
+    ((_, original),) = load_networks(str(folder))
+    x = DIGITS[1].normalize(DIGITS[1].images[:4])
+    torch.testing.assert_close(network(x), original.eval()(x), rtol=0.02, atol=0.02)  # half precision
+    assert {value.dtype for value in read("digits-decef", folder=tmp_path)[1].values()} == {torch.half, torch.int64}
+    assert (tmp_path / "digits-decef.safetensors").stat().st_size < 1e6
+
+
+def test_networks_that_are_not_there_or_damaged(call, finished, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(FileNotFoundError, match=r"there is no released network .*there are: broken"):
+        decef.load("resnet20", folder=tmp_path)
+    with pytest.raises(ValueError, match="damaged or no released network"):
+        decef.load("broken", folder=tmp_path)
+    folder, summary = finished
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for name in ("config.yaml", "checkpoint.pt"):
+        (copied / name).write_bytes((folder / name).read_bytes())
+    (copied / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
+    refused = call("release.py", copied, "x", "--out", tmp_path)
+    assert (refused.returncode, "is interrupted, not finished" in refused.stderr) == (2, True)
+    (copied / "summary.json").write_text(json.dumps({**summary, "test_top1": 1.0}))
+    refused = call("release.py", copied, "x", "--out", tmp_path)
+    assert (refused.returncode, "it is not of this run's end" in refused.stderr) == (2, True)
+
+
+def test_the_released_networks_are_what_their_records_say():
+    """Every one loads, is small and costs what its run's record says; with the data there, its accuracy on a slice."""
+    for path in sorted(RELEASED.glob("*.safetensors")):
+        network = decef.load(path)
+        card = network.card
+        summary = json.loads((ROOT / "results" / "runs" / card.run / "summary.json").read_text())
+        assert (card.name, path.stat().st_size < 2e6) == (path.stem, True)
+        assert decef.cost(network, card.input_size).attrs["macs"] == summary["macs"]
+        assert card.top1 == pytest.approx(summary["test_top1"], abs=0.15)
+        try:
+            _, test = dataset(card.dataset, mean=card.mean, std=card.std).load()
+        except FileNotFoundError:
+            continue
+        _, top1 = evaluate(network, test.subset(slice(0, 1000)))
+        assert top1 == pytest.approx(card.top1, abs=3)
