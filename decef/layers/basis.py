@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, conv2d_of
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_of
+from decef.layers.metric import conditioned
 
 
 class BasisConv2d(FactorizedConv2d):

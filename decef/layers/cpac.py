@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, conditioned, conv2d_of, fit
+from decef.layers.factorized import FactorizedConv2d, conv2d_of
+from decef.layers.metric import conditioned, fit
 
 
 class CPACConv2d(FactorizedConv2d):

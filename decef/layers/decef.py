@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, conditioned, conv2d_of, fit, orthonormality_penalty
+from decef.layers.factorized import FactorizedConv2d, conv2d_of, orthonormality_penalty
+from decef.layers.metric import conditioned, fit
 
 
 class DeCEFConv2d(FactorizedConv2d):

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decef.layers.metric import conditioned, squared_norm_on
+
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
 _FACTORIZED_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_factorized` has measured
-RIDGE = 1e-6  # share of the mean second moment that counts for inputs that were never seen
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -445,55 +446,6 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
     return conv
-
-
-def squared_norm_on(weight: Tensor, metric: Tensor | None, groups: int) -> Tensor:
-    """`tr(W S W^T)` summed over groups, with a group's filters as the rows of W; without a metric, S is the identity.
-
-    Args:
-        weight: `(out_channels, in_channels // groups, kh, kw)`.
-        metric: S, `(groups, d, d)` with `d = in_channels // groups * kh * kw`.
-        groups: number of groups.
-    """
-    if metric is None:
-        return weight.square().sum()
-    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-    return ((rows @ metric) * rows).sum()
-
-
-def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
-    """Least squares in a metric: the coefficients A that minimise `||rows - A basis||` in it.
-
-    Args:
-        rows: `(groups, n, d)`.
-        basis: `(groups, m, d)`; if its vectors are linearly dependent, A is the least-norm solution.
-        metric: `(groups, d, d)`.
-
-    Returns:
-        `(groups, n, m)`.
-    """
-    seen = basis @ metric  # (groups, m, d)
-    gram, target = seen @ basis.mT, seen @ rows.mT
-    root, failed = torch.linalg.cholesky_ex(gram)
-    if failed.any():
-        return (torch.linalg.pinv(gram, hermitian=True) @ target).mT
-    return torch.cholesky_solve(target, root).mT
-
-
-def conditioned(moments: Tensor) -> Tensor:
-    """Moments `(groups, d, d)` as a metric: scaled to mean 1 on the diagonal, and made positive definite by a ridge.
-
-    The ridge is for directions that the data do not have, such as channels that are always 0. Patches are summed in
-    single precision, so these directions may even come out negative. The ridge is therefore raised until it suffices.
-    """
-    scale = moments.diagonal(dim1=1, dim2=2).mean()
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
-    if scale <= 0:
-        return identity.expand_as(moments)
-    ridge = RIDGE
-    while torch.linalg.cholesky_ex(metric := moments / scale + ridge * identity).info.any():
-        ridge *= 10
-    return metric
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:

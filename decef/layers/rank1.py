@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conditioned, conv2d_of
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_of
+from decef.layers.metric import conditioned
 
 MOST_UNKNOWN = 1024  # largest number of unknowns in the least-squares problem of one filter
 
