@@ -58,10 +58,10 @@ def convert(
         how = plan(model, how, data=data, **arguments)
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
-    layer_class = layer_type(how.layer)
+    types = {row.name: layer_type(row.layer or how.layer) for row in how.rows if row.action == "convert"}
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
-    for name in how.ranks:
+    for name, layer_class in types.items():
         if not isinstance(modules.get(name), nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
             raise ValueError(f"the plan converts '{name}', which is no Conv2d in this network")
     _check_shared_ranks(how.ranks, shared_weights(model))
@@ -69,7 +69,7 @@ def convert(
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
-        conv = modules[row.name]
+        conv, layer_class = modules[row.name], types[row.name]
         assert isinstance(conv, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
         try:

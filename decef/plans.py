@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,16 @@ from decef.costs import total_cost
 from decef.extras import need
 from decef.layers import LAYERS
 from decef.moments import moments_on
-from decef.ranks import Candidate, Rule, Totals, as_rule
+from decef.ranks import Budget, Candidate, Latency, Rule, Totals, as_rule
+from decef.ranks.steps import Step, frontier, measured_energy, spaced
 from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
 
 if TYPE_CHECKING:
     import pandas as pd
+
+AUTO = "auto"
+#: The types that "auto" chooses from: those whose layers are one kernel.
+AUTO_TYPES = ("decef", "basisconv", "cpac", "rank1")
 
 
 @dataclass
@@ -38,11 +43,15 @@ class PlanRow:
     params_after: int
     macs_before: int | None
     macs_after: int | None
+    layer: str | None = None  # the layer type, if the plan's is "auto"
 
 
 @dataclass
 class Plan:
-    """A row for every convolution of a network, the layer type to convert them to, and options of that type."""
+    """A row for every convolution of a network, the layer type to convert them to, and options of that type.
+
+    If the layer type is "auto", every row that is converted has its own.
+    """
 
     layer: str
     rows: list[PlanRow]
@@ -59,11 +68,11 @@ class Plan:
         import pandas as pd
 
         whole = dict.fromkeys(("rank", "max_rank", "macs_before", "macs_after"), "Int64")
-        return pd.DataFrame([asdict(row) for row in self.rows]).astype(whole)
+        return pd.DataFrame([_plain(row) for row in self.rows]).astype(whole)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for `from_dict`."""
-        return asdict(self)
+        return {"layer": self.layer, "rows": [_plain(row) for row in self.rows], "options": dict(self.options)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -111,7 +120,8 @@ def plan(
 
     Args:
         model: any network.
-        layer: a layer type, a key of `decef.layers.LAYERS`; with "conv2d" every convolution is kept.
+        layer: a layer type, a key of `decef.layers.LAYERS`; with "conv2d" every convolution is kept. "auto": for every
+            convolution the type that keeps most of its energy for its cost, all under one `Budget` or `Latency`.
         rank: a number, ranks by layer name, or a rule such as those of `decef.ranks`.
         include: names of the convolutions to convert, with `*` and `?` as wildcards; None means all.
         exclude: names of convolutions to keep, with the same wildcards.
@@ -127,6 +137,8 @@ def plan(
             run on `input_size`.
         TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
+    if layer == AUTO:
+        return _plan_types(model, rank, include, exclude, min_kernel_size, input_size, data, options)
     layer_class, rule = layer_type(layer), as_rule(rank)
     sites = find_sites(model, input_size)
     note_kept(sites, layer_class, _patterns(include), _patterns(exclude) or (), min_kernel_size)
@@ -142,6 +154,59 @@ def plan(
         for site in changing:
             site.rank, site.reason = chosen[site.first]
     return Plan(layer, [_row(site) for site in sites], options)
+
+
+def _plan_types(
+    model: nn.Module,
+    rule: object,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    min_kernel_size: int,
+    input_size: Sequence[int] | None,
+    data: Iterable[object] | Mapping[str, Tensor] | None,
+    options: dict[str, Any],
+) -> Plan:
+    """A plan in which every convolution has a layer type of its own."""
+    if not isinstance(rule, (Budget, Latency)) or getattr(rule, "uniform", False):
+        raise ValueError(f"layer 'auto' weighs energy against cost: rank must be a Budget or a Latency, not {rule!r}")
+    totals = Totals(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=0 if input_size is None else total_cost(model, input_size)["macs"],
+    )
+    sites: dict[str, dict[str, Site]] = {}
+    steps: dict[str, list[Step]] = {}
+    moments = None
+    for name in AUTO_TYPES:
+        found = find_sites(model, input_size)
+        note_kept(found, layer_type(name), _patterns(include), _patterns(exclude) or (), min_kernel_size)
+        changing = [site for site in found if not site.reason]
+        add_units(changing, layer_type(name), options)
+        if moments is None:  # every type needs them of the same convolutions, and `data` may last for one pass only
+            convolutions = [site.name for site in found if type(site.module) is nn.Conv2d]
+            moments = moments_on(model, convolutions, data)
+        for candidate in candidates_of(changing, moments):
+            ranks = spaced(candidate.max_rank)
+            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, name, measured_energy(candidate, ranks)))
+        sites[name] = {site.name: site for site in found}
+    # Dense, a layer costs the same whatever type it might have: the first that could is asked.
+    dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())
+    chosen = rule.spread({name: frontier(of_all) for name, of_all in steps.items()}, dense_cost, totals)
+    rows = []
+    for name, dense in sites[AUTO_TYPES[0]].items():
+        step = chosen.get(dense.first)
+        if step is None or step.layer is None:
+            dense.rank, dense.reason = None, dense.reason if step is None else f"left dense by {rule!r}"
+            rows.append(_row(dense))
+            continue
+        site = sites[step.layer][name]
+        site.rank = step.rank
+        rows.append(replace(_row(site), layer=step.layer))
+    return Plan(AUTO, rows, options)
+
+
+def _plain(row: PlanRow) -> dict[str, Any]:
+    """A row as plain data, without a layer type where the plan has one for all."""
+    return {key: value for key, value in asdict(row).items() if key != "layer" or value is not None}
 
 
 def layer_type(name: str) -> type[nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 
 import decef
 from decef.inference import latency
-from decef.inference.latency import measure_times, spread
+from decef.inference.latency import measure_times
 from decef.plans import plan
 from decef.ranks import Latency
 from decef.ranks.latency import LayerTimes, Times
@@ -109,9 +109,3 @@ def test_real_times_of_a_small_network(tmp_path, monkeypatch):
     times = measure_times(model, "cpac", x, engine="eager", exclude="conv1", cache=tmp_path / "times.json")
     assert times.total > 0
     assert all(t > 0 for layer in times.layers.values() for t in (layer.dense, *layer.at_rank.values()))
-
-
-def test_ranks_at_even_ratios():
-    assert spread(1) == [1]
-    assert spread(9) == [1, 2, 3, 5, 9]
-    assert spread(569)[-1] == 569

@@ -23,8 +23,8 @@ from decef.plans import layer_type, plan
 from decef.progress import bar
 from decef.ranks import Share
 from decef.ranks.latency import LayerTimes, Times
+from decef.ranks.steps import spaced
 
-POINTS = 5  # ranks at which a layer is measured
 ROUNDS = 5
 DENSE = "dense"
 
@@ -73,15 +73,10 @@ def measure_times(
         assert isinstance(conv, nn.Conv2d)
         assert row.max_rank is not None
         most = min(row.max_rank, max(1, row.params_before * row.max_rank // max(1, row.params_after)))
-        layers[row.name] = _layer_times(conv, layer, spread(most), inputs[row.name], engine, known, options)
+        layers[row.name] = _layer_times(conv, layer, spaced(most), inputs[row.name], engine, known, options)
     dense = load(engine, to_convolutions(model), example_input)
     total = interleaved_times({DENSE: _call(dense, example_input)}, ROUNDS, min)[DENSE]
     return Times(total, layers)
-
-
-def spread(most: int, points: int = POINTS) -> list[int]:
-    """At most so many whole numbers from 1 to `most`, at even ratios."""
-    return sorted({round(most ** (i / (points - 1))) for i in range(points)})
 
 
 def cache_file() -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
+from decef.ranks.steps import Step, spread
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,47 @@ class Budget:
                 f"a budget of {self.share:g} of the dense network's {what} can't be met: with rank 1 in every layer "
                 f"it has {smallest / total:.3f} of them"
             )
-        spread = _spread_evenly if self.uniform else _spread_by_energy
-        return spread(layers, limit - kept)
+        by = _spread_evenly if self.uniform else _spread_by_energy
+        return by(layers, limit - kept)
+
+    def steps(self, candidate: Candidate, layer: str | None, energy: Mapping[int, float]) -> Iterator[Step]:
+        """What a candidate may be: dense, or of a layer type at every rank that costs less.
+
+        Args:
+            candidate: the kernel.
+            layer: the layer type.
+            energy: share that is kept, by rank.
+        """
+        by_flops = self.params is None
+        dense, per_rank = (
+            (candidate.macs, candidate.macs_per_rank) if by_flops else (candidate.params, candidate.params_per_rank)
+        )
+        yield Step(dense, 1.0)
+        for rank, kept in energy.items():
+            if rank * per_rank < dense:
+                yield Step(rank * per_rank, kept, rank, layer)
+
+    def spread(self, frontiers: Mapping[str, Sequence[Step]], dense: float, totals: Totals) -> dict[str, Step]:
+        """A step for every layer, within the share.
+
+        Args:
+            frontiers: the steps of every layer by name.
+            dense: cost of all these layers as dense ones.
+            totals: cost of the dense network.
+
+        Raises:
+            ValueError: it can't be met, or it is in FLOPs but no input size was given.
+        """
+        what, total = ("FLOPs", totals.macs) if self.params is None else ("parameters", totals.params)
+        if not total:
+            raise ValueError("a FLOPs budget needs the input size")
+        chosen = spread(frontiers, total - dense, self.share * total + 0.5)
+        if isinstance(chosen, float):
+            raise ValueError(
+                f"a budget of {self.share:g} of the dense network's {what} can't be met: at the smallest ranks it has "
+                f"{chosen / total:.3f} of them"
+            )
+        return chosen
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
+from decef.ranks.steps import Step, frontier, spread
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,15 @@ class Latency:
 
     Args:
         share: of the dense network's seconds, in (0, 1].
-        times: what `decef.inference.latency.measure_times` found for this network, layer type and machine.
+        times: what `decef.inference.latency.measure_times` found for this network, layer type and machine; for "auto"
+            by layer type.
 
     Raises:
         ValueError: the share is not in (0, 1]. When called: there are no times, or the share can't be met.
     """
 
     share: float
-    times: Times | None = None
+    times: Times | Mapping[str, Times] | None = None
 
     ranks_are_final: ClassVar[bool] = True
 
@@ -78,63 +80,57 @@ class Latency:
         check_share("share", self.share)
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        if self.times is None:
+        if not isinstance(self.times, Times):
             raise ValueError("a time budget needs times: give those of decef.inference.latency.measure_times")
-        layers = {
-            c.name: list(_frontier(c, self.times.layers[c.name])) for c in candidates if c.name in self.times.layers
-        }
-        spent = self.times.total + sum(
-            steps[0].seconds - self.times.layers[name].dense for name, steps in layers.items()
-        )
-        limit = self.share * self.times.total * (1 + 1e-9)  # for rounding
-        if spent > limit:
+        energies = {c.name: dict(enumerate(c.kept_energy().cumsum(0).tolist(), start=1)) for c in candidates}
+        steps = {c.name: list(self.steps(c, None, energies[c.name])) for c in candidates}
+        dense = sum(step.cost for of_one in steps.values() for step in of_one if step.rank is None)
+        chosen = self.spread({name: frontier(of_one) for name, of_one in steps.items()}, dense, totals)
+        return {name: step.rank for name, step in chosen.items() if step.rank is not None}
+
+    def steps(self, candidate: Candidate, layer: str | None, energy: Mapping[int, float]) -> Iterator[Step]:
+        """What a candidate may be: dense, or of a layer type at every rank that is measured to be faster.
+
+        Args:
+            candidate: the kernel.
+            layer: the layer type, if `times` has several.
+            energy: share that is kept, by rank.
+
+        Raises:
+            ValueError: there are no times for this layer type.
+        """
+        times = self.times.get(str(layer)) if isinstance(self.times, Mapping) else self.times
+        if times is None:
+            raise ValueError(f"a time budget needs times for layer type {layer}: give those of measure_times")
+        layers = times.layers.get(candidate.name)
+        if layers is None:
+            return
+        yield Step(layers.dense, 1.0)
+        for rank, kept in energy.items():
+            if layers.seconds(rank) < layers.dense:
+                yield Step(layers.seconds(rank), kept, rank, layer)
+
+    def spread(self, frontiers: Mapping[str, Sequence[Step]], dense: float, totals: Totals) -> dict[str, Step]:
+        """A step for every layer, within the share.
+
+        Args:
+            frontiers: the steps of every layer by name; none for a layer that was not measured.
+            dense: seconds of all these layers as dense ones.
+            totals: not looked at.
+
+        Raises:
+            ValueError: it can't be met.
+        """
+        assert self.times is not None
+        total = (next(iter(self.times.values())) if isinstance(self.times, Mapping) else self.times).total
+        measured = {name: steps for name, steps in frontiers.items() if steps}
+        chosen = spread(measured, total - dense, self.share * total)
+        if isinstance(chosen, float):
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's time can't be met: at the fastest ranks it has "
-                f"{spent / self.times.total:.2f} of it"
+                f"{chosen / total:.2f} of it"
             )
-        position = dict.fromkeys(layers, 0)
-        while True:
-            fitting = [
-                (step.gain_per_second(steps[position[name]]), name)
-                for name, steps in layers.items()
-                for step in steps[position[name] + 1 : position[name] + 2]
-                if spent + step.seconds - steps[position[name]].seconds <= limit
-            ]
-            if not fitting:
-                break
-            _, name = max(fitting)
-            spent -= layers[name][position[name]].seconds
-            position[name] += 1
-            spent += layers[name][position[name]].seconds
-        ranks = {name: steps[position[name]].rank for name, steps in layers.items()}
-        return {name: rank for name, rank in ranks.items() if rank is not None}
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a layer may be: at a rank, or dense (rank None)."""
-
-    rank: int | None
-    seconds: float
-    energy: float  # share kept
-
-    def gain_per_second(self, before: _Step) -> float:
-        return (self.energy - before.energy) / max(self.seconds - before.seconds, 1e-12)
-
-
-def _frontier(candidate: Candidate, times: LayerTimes) -> Iterator[_Step]:
-    """The steps that are worth it, fastest first: each gains less energy per second than the one before."""
-    kept = candidate.kept_energy().cumsum(0).tolist()
-    steps = [_Step(rank, times.seconds(rank), kept[rank - 1]) for rank in range(1, candidate.max_rank + 1)]
-    steps = [step for step in steps if step.seconds < times.dense] + [_Step(None, times.dense, 1.0)]
-    hull: list[_Step] = []
-    for step in sorted(steps, key=lambda s: (s.seconds, -s.energy)):
-        if hull and step.energy <= hull[-1].energy:
-            continue
-        while len(hull) > 1 and step.gain_per_second(hull[-2]) >= hull[-1].gain_per_second(hull[-2]):
-            hull.pop()
-        hull.append(step)
-    yield from hull
+        return chosen
 
 
 def _rising(values: Iterator[float]) -> Iterator[float]:

@@ -1,0 +1,128 @@
+"""Layer "auto": a type for every convolution, under one budget."""
+
+import pytest
+import torch
+from support import DIGITS, network, train
+from torch import nn
+
+import decef
+from decef.layers import LAYERS
+from decef.plans import AUTO_TYPES, Plan, plan
+from decef.ranks import Budget, Latency
+from decef.ranks.latency import LayerTimes, Times
+from decef.ranks.steps import Step, frontier, spaced, spread
+from decef.training.loop import evaluate
+
+SIZE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = network()
+    train(model, size=1437)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [DIGITS[0].normalize(DIGITS[0].images[:256])]
+
+
+def kept(model, made):
+    """Energy that a plan keeps, over all convolutions that could be converted; a layer that stays dense keeps 1."""
+    converted = decef.convert(model, made)
+    errors = {row.name: row.error for row in made.rows if row.action == "convert"}
+    assert sum(
+        isinstance(m, tuple(LAYERS.values())) and not isinstance(m, nn.Conv2d) for m in converted.modules()
+    ) == len(errors)
+    return sum(1 - errors.get(row.name, 0.0) ** 2 for row in made.rows)
+
+
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_it_keeps_at_least_what_the_best_single_type_keeps(trained, share):
+    options = {"rank": Budget(flops=share), "exclude": "conv1", "input_size": SIZE}
+    made = plan(trained, "auto", **options)
+    small = decef.convert(trained, made)
+    assert decef.cost(small, SIZE).attrs["macs"] <= share * decef.cost(trained, SIZE).attrs["macs"] + 1
+    types = {row.layer for row in made.rows if row.action == "convert"}
+    assert types <= set(AUTO_TYPES)
+    assert {type(small.get_submodule(row.name)) for row in made.rows if row.layer} == {LAYERS[name] for name in types}
+    best = max(kept(trained, plan(trained, layer, **options)) for layer in AUTO_TYPES)
+    assert kept(trained, made) > best - 0.02  # energies between measured ranks are interpolated
+
+
+def test_on_data_it_loses_little(trained, images):
+    options = {"rank": Budget(flops=0.5), "exclude": "conv1", "input_size": SIZE, "data": images}
+    _, dense = evaluate(trained, DIGITS[1])
+    _, auto = evaluate(decef.convert(trained, "auto", **options), DIGITS[1])
+    others = [evaluate(decef.convert(trained, layer, **options), DIGITS[1])[1] for layer in AUTO_TYPES]
+    assert auto > sorted(others)[-2] - 3
+    assert auto > dense - 15
+
+
+def test_a_plan_of_several_types_is_saved_loaded_and_replayed(trained, tmp_path):
+    made = plan(trained, "auto", rank=Budget(params=0.5), exclude="conv1")
+    made.save(tmp_path / "plan.yaml")
+    again = Plan.load(tmp_path / "plan.yaml")
+    assert again.to_dict() == made.to_dict()
+    assert "layer" in made.to_frame()
+    assert "layer" not in plan(trained, "decef", rank=2, exclude="conv1").to_frame()
+    small, same = decef.convert(trained, made), decef.convert(network(), again, from_scratch=True)
+    same.load_state_dict(small.state_dict())
+    x = torch.randn(2, *SIZE)
+    torch.testing.assert_close(same.eval()(x), small.eval()(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decef.fold(small).eval()(x), small.eval()(x), rtol=1e-3, atol=1e-4)
+
+
+def test_by_time_every_layer_has_the_type_that_is_fast_there(trained):
+    names = [name for name, m in trained.named_modules() if isinstance(m, nn.Conv2d)]
+    fast, slow = LayerTimes(1.0, {1: 0.01, 60: 0.5}), LayerTimes(1.0, {1: 0.9, 60: 50.0})
+    first, second = names[1:4], names[4:]
+    times = {
+        layer: Times(
+            float(len(names)), {name: fast if (name in first) == (layer == "decef") else slow for name in names}
+        )
+        for layer in AUTO_TYPES
+    }
+    made = plan(trained, "auto", rank=Latency(0.5, times), exclude="conv1", input_size=SIZE)
+    chosen = {row.name: row.layer for row in made.rows if row.action == "convert"}
+    assert {chosen[name] for name in first if name in chosen} <= {"decef"}
+    assert "decef" not in {chosen[name] for name in second if name in chosen}
+    assert chosen
+    with pytest.raises(ValueError, match="needs times for layer type rank1"):
+        plan(trained, "auto", rank=Latency(0.5, {k: v for k, v in times.items() if k != "rank1"}), input_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (3, "rank must be a Budget or a Latency, not 3"),
+        (Budget(flops=0.5, uniform=True), "rank must be a Budget or a Latency, not Budget"),
+        (Budget(flops=0.01), r"0\.01 of the dense network's FLOPs can't be met: at the smallest ranks it has 0\.\d+"),
+    ],
+)
+def test_what_it_refuses(trained, rank, message):
+    with pytest.raises(ValueError, match=message):
+        plan(trained, "auto", rank=rank, exclude="conv1", input_size=SIZE)
+
+
+def test_shared_weights_become_shared_factors():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    made = plan(model, "auto", rank=Budget(flops=0.5), input_size=(4, 6, 6))
+    assert made.rows[0].layer == made.rows[1].layer
+    small = decef.convert(model, made)
+    assert decef.cost(small, (4, 6, 6)).attrs["macs"] <= 0.5 * decef.cost(model, (4, 6, 6)).attrs["macs"] + 1
+
+
+def test_the_frontier_and_the_choice_on_it():
+    steps = [Step(4, 1.0), Step(1, 0.5, 1), Step(2, 0.6, 2), Step(3, 0.95, 3), Step(5, 0.9, 4)]
+    assert [step.cost for step in frontier(steps)] == [1, 3, 4]
+    assert spread({"a": frontier(steps)}, other=1.0, limit=1.5) == 2.0
+    assert spread({"a": frontier(steps), "b": [Step(1, 1.0)]}, other=0.0, limit=4.0)["a"].rank == 3
+
+
+def test_ranks_at_even_ratios():
+    assert spaced(1) == [1]
+    assert spaced(9) == [1, 2, 3, 5, 9]
+    assert spaced(569)[-1] == 569
