@@ -14,7 +14,7 @@ from decef.extras import need
 from decef.layers import LAYERS
 from decef.moments import moments_on
 from decef.ranks import Budget, Candidate, Latency, Rule, Totals, as_rule
-from decef.ranks.steps import Step, frontier, measured_energy, spaced
+from decef.ranks.steps import Step, frontier, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ def _plan_types(
             convolutions = [site.name for site in found if type(site.module) is nn.Conv2d]
             moments = moments_on(model, convolutions, data)
         for candidate in candidates_of(changing, moments):
-            ranks = spaced(candidate.max_rank)
-            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, name, measured_energy(candidate, ranks)))
+            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, name, measured_energy(candidate)))
         sites[name] = {site.name: site for site in found}
     # Dense, a layer costs the same whatever type it might have: the first that could is asked.
     dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())

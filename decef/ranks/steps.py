@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from decef.ranks.candidate import Candidate
 
-POINTS = 5  # ranks at which the energy of a layer is measured
+POINTS = 5  # ranks at which the time of a layer is measured
+ENERGY_POINTS = 7  # ranks at which its energy is
+NOTHING = 1e-12  # of the energy; less is rounding
 
 
 @dataclass(frozen=True)
@@ -78,26 +81,29 @@ def spaced(most: int, points: int = POINTS) -> list[int]:
     return sorted({round(most ** (i / max(1, points - 1))) for i in range(points)})
 
 
-def measured_energy(candidate: Candidate, ranks: Sequence[int]) -> dict[int, float]:
-    """Share of its energy that a candidate keeps at every rank up to the largest given, by decomposing it.
+def measured_energy(candidate: Candidate, points: int = ENERGY_POINTS) -> dict[int, float]:
+    """Share of its energy that a candidate keeps at every rank at which it costs less than dense, by decomposing it.
 
-    Unlike `Candidate.kept_energy`, which is a bound for CPAC and rank-1, this can be compared between layer types.
-    Between the given ranks it is interpolated; a larger rank never keeps less.
+    Unlike `Candidate.kept_energy`, which is a bound for CPAC and rank-1, this can be compared between layer types. At
+    some ranks it is measured. Between them the energy that is lost is taken to fall geometrically, as spectra do; a
+    larger rank never keeps less.
     """
-    out, per_group, kh, kw = candidate.weight.shape
-    weight = candidate.weight
-    kept: list[float] = []
+    out, per_group, kh, kw = weight_shape = candidate.weight.shape
+    assert len(weight_shape) == 4
+    most = sum(candidate.saves(rank) for rank in range(1, candidate.max_rank + 1))
+    ranks = spaced(most, points) if most else []
+    lost: list[float] = []
     for rank in ranks:
         layer = candidate.layer(
             per_group * candidate.groups, out, (kh, kw), groups=candidate.groups, bias=False,
-            device=weight.device, dtype=weight.dtype, rank=rank,
+            device=candidate.weight.device, dtype=candidate.weight.dtype, rank=rank,
         )  # fmt: skip
-        error = layer.decompose_(weight, moments=candidate.moments)
-        kept.append(max(1 - error**2, kept[-1] if kept else 0.0))
+        error = layer.decompose_(candidate.weight, moments=candidate.moments)
+        lost.append(min(max(error**2, NOTHING), *lost[-1:], 1.0))
     found = {}
-    for (low, first), (high, last) in zip(
-        zip(ranks, kept, strict=True), [*zip(ranks[1:], kept[1:], strict=True), (ranks[-1], kept[-1])], strict=True
-    ):
-        for rank in range(low, max(high, low + 1)):
-            found[rank] = first + (last - first) * (rank - low) / max(1, high - low)
+    for (low, first), (high, last) in pairwise(zip(ranks, lost, strict=True)):
+        for rank in range(low, high):
+            found[rank] = 1 - first * (last / first) ** ((rank - low) / (high - low))
+    if ranks:
+        found[ranks[-1]] = 1 - lost[-1]
     return found
