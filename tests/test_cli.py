@@ -12,6 +12,7 @@ import torch
 from support import ROOT
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=192", "wandb.mode=disabled"]
+SMALL = [*TINY, "model=plain", "model.width=0.1", "model.relu=true"]  # where the network doesn't matter
 
 
 def command(script, *arguments):
@@ -42,7 +43,7 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
 
 
 def test_a_record_is_done_again(call, tmp_path):
-    assert call("train.py", "layer=cpac", "threads=1", *TINY, cwd=tmp_path).returncode == 0
+    assert call("train.py", "layer=cpac", "threads=1", *SMALL, cwd=tmp_path).returncode == 0
     (name,) = records(tmp_path / "results")
     again = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -62,7 +63,7 @@ def test_a_record_is_done_again(call, tmp_path):
 
 
 def test_a_killed_run_is_resumed_and_ends_the_same(call, tmp_path):
-    arguments = ["layer=decef", *TINY, "train.epochs=4", "threads=1"]
+    arguments = ["layer=decef", *SMALL, "train.epochs=8", "threads=1"]
     whole = call("train.py", *arguments, f"results={tmp_path / 'whole'}", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     killed = tmp_path / "killed"
@@ -95,7 +96,7 @@ def test_a_killed_run_is_resumed_and_ends_the_same(call, tmp_path):
     ],
 )
 def test_other_launchers_name_what_failed(call, tmp_path, launcher):
-    sweep = ["-m", "layer=decef", "layer.flops=0.3,0.01", "train.epochs=1", *TINY, *launcher]
+    sweep = ["-m", "layer=decef", "layer.flops=0.3,0.01", "train.epochs=1", *SMALL, *launcher]
     done = call("train.py", *sweep, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "1 of the sweep's jobs failed" in done.stderr

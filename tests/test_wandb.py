@@ -24,6 +24,7 @@ from decef.training.record import load_records
 from decef.training.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
+TINY += ["model=plain", "model.width=0.1", "model.relu=true"]
 
 
 def environment(folder, url):
@@ -81,7 +82,7 @@ def test_an_online_run_is_its_record(mirrored):
         checkpoint = Path(env["HOME"], "results", "runs", name, "checkpoint.pt")
         assert artifact["committed"]
         assert artifact["files"] == {"checkpoint.pt": checkpoint.read_bytes()}
-        assert {"digits", "resnet20", "smoke"} < set(server.runs[name]["tags"])
+        assert {"digits", "plain", "smoke"} < set(server.runs[name]["tags"])
 
 
 def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
@@ -199,7 +200,7 @@ for name in "ab":  # two, since the second needs a new process
 def test_an_offline_log_is_whole_when_its_run_ends(call, tmp_path):
     script = tmp_path / "track.py"
     script.write_text(SLOW)
-    done = call(environment(tmp_path, "http://127.0.0.1:9"), script)
+    done = call(script, cwd=tmp_path, env=environment(tmp_path, "http://127.0.0.1:9"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True"] * 4
 
@@ -222,7 +223,7 @@ def test_without_an_api_key(call, tmp_path):
     (tmp_path / "results/runs/a/wandb/offline-run-1").mkdir(parents=True)
     (tmp_path / "results/runs/a/summary.json").write_text('{"status": "finished"}')
     for script, arguments in {"train.py": ["wandb.mode=online", *TINY], "sync.py": []}.items():
-        done = call(env, script, *arguments)
+        done = call(script, *arguments, cwd=tmp_path, env=env)
         assert done.returncode == 2, done.stderr
         assert "API key" in done.stderr
         assert "wandb login" in done.stderr
@@ -232,7 +233,8 @@ def test_without_an_api_key(call, tmp_path):
 
 def test_the_dashboard_is_made_once_and_updated(call, mirrored):
     server, env = mirrored
-    dry = call({**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}, "dashboard.py", "--dry-run")
+    nowhere = {**env, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": ""}
+    dry = call("dashboard.py", "--dry-run", cwd=env["HOME"], env=nowhere)
     assert dry.returncode == 0, dry.stderr
     assert not server.views
     first = call("dashboard.py", cwd=env["HOME"], env=env)
@@ -285,5 +287,5 @@ def test_wandb_takes_the_sweep_and_its_command_line_composes(mirrored, monkeypat
 
 def test_the_dashboard_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(ValueError, match=r"pip install 'decef\[dashboard\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'decef\[results\]'"):
         spec("decef", "someone")
