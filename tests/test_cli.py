@@ -161,6 +161,16 @@ def test_tables_without_runs_say_what_to_do(call, tmp_path):
     assert "make quickstart" in done.stderr
 
 
+def test_every_make_target_names_scripts_that_are_there():
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run(
+        ["make", "-n", "-B", *targets, "DATA=folder"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    scripts = set(re.findall(r"scripts/\w+\.py", done.stdout))
+    assert len(scripts) > 10
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
 def test_make_help_lists_every_target():
     done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     targets = {line.split()[1] for line in done.stdout.splitlines()}
