@@ -1,6 +1,7 @@
 """The command lines, as a user types them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
