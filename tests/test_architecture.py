@@ -148,9 +148,12 @@ def test_a_new_layer_type_is_one_class(tmp_path, monkeypatch):
     cost, dense = (decef.cost(network, (1, 8, 8)).attrs for network in (small, model))
     assert 0.4 < cost["macs"] / dense["macs"] <= 0.5
     torch.testing.assert_close(decef.fold(small)(x), small(x), rtol=1e-3, atol=1e-4)
-    assert any("equal to the original" in line for line in export(small, tmp_path / "small.onnx", x.shape))
+    assert any(
+        "equal to the original" in line for line in export(small, tmp_path / "small.onnx", x.shape, form="factorized")
+    )
 
-    summary = run(config(tmp_path, layer={"name": "separable", "flops": 0.5}))
+    plain = {"name": "plain", "width": 0.1, "relu": True, "dense_stem": True}
+    summary = run(config(tmp_path, model=plain, layer={"name": "separable", "flops": 0.5}))
     assert summary["flops"] <= 0.5 * summary["dense"]["flops"]
     (row,) = summarize(load_records(tmp_path)).to_dict("records")
     assert (row["layer"], row["setting"]) == ("separable", "0.5 of FLOPs, train_size 256")

@@ -2,14 +2,11 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 from support import ROOT
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=192", "wandb.mode=disabled"]
@@ -25,7 +22,7 @@ def records(results):
 
 
 def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
-    sweep = ["-m", "layer=conv2d,decef,basisconv,cpac,rank1", "seed=0", "layer.flops=0.3,0.16", *TINY]
+    sweep = ["-m", "layer=conv2d,decef,rank1", "seed=0", "layer.flops=0.3,0.16", *TINY]
     first = call("train.py", *sweep, cwd=tmp_path)
     assert first.returncode == 1, first.stderr
     assert "1 of the sweep's jobs failed" in first.stderr
@@ -35,7 +32,7 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
     assert len(finished) == len(runs)
     table = call("tables.py", "--print", "all", cwd=tmp_path)
     assert table.returncode == 0, table.stderr
-    for layer in ("conv2d", "decef", "basisconv", "cpac", "rank1"):
+    for layer in ("conv2d", "decef", "rank1"):
         assert f"| {layer} " in table.stdout
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "results" / "runs").glob("*/*.json*")}
     again = call("train.py", *sweep, cwd=tmp_path)
@@ -61,32 +58,6 @@ def test_a_record_is_done_again(call, tmp_path):
     assert "seed=1: with --from only the place can be said, by results=, device=" in refused.stderr
     missing = call("train.py", "--from", "results/runs/none", cwd=tmp_path)
     assert (missing.returncode, "is no run's record" in missing.stderr) == (2, True)
-
-
-def test_a_killed_run_is_resumed_and_ends_the_same(call, tmp_path):
-    arguments = ["layer=decef", *SMALL, "train.epochs=8", "threads=1"]
-    whole = call("train.py", *arguments, f"results={tmp_path / 'whole'}", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("train.py", *arguments, f"results={killed}"), cwd=tmp_path, stdout=subprocess.DEVNULL
-    )
-    deadline = time.time() + 200
-    while not list(killed.glob("runs/*/checkpoint.pt")):
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (name,) = records(killed)
-    assert records(killed)[name]["status"] == "running"
-    resumed = call("train.py", *arguments, f"results={killed}", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "goes on after epoch" in resumed.stdout
-    states = [torch.load(tmp_path / part / "runs" / name / "checkpoint.pt") for part in ("whole", "killed")]
-    for key, value in states[0]["model"].items():
-        assert torch.equal(value, states[1]["model"][key]), key
-    assert records(killed)[name]["test_loss"] == records(tmp_path / "whole")[name]["test_loss"]
 
 
 @pytest.mark.parametrize(

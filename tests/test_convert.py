@@ -236,11 +236,11 @@ def test_plan_round_trip(tmp_path):
 
 @pytest.mark.parametrize("layer", FACTORIZED)
 def test_full_rank_conversion_and_its_fold_are_the_network(layer):
-    model, x = network(20, shortcut="B"), images()
+    model, x = network(8, shortcut="B"), images()
     before, expected = copy.deepcopy(model.state_dict()), model(x)
     made = plan(model, layer, rank=Share(1))
     new = convert(model, made)
-    assert len(of_type(new, FactorizedConv2d)) == len(made.ranks) >= 19
+    assert len(of_type(new, FactorizedConv2d)) == len(made.ranks) >= 7
     assert_close(new(x), expected, rtol=1e-9, atol=1e-9)
     assert max(row.error for row in made.rows if row.action == "convert") < 1e-10
     folded = fold(new)

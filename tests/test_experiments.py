@@ -19,7 +19,7 @@ from decef.results.overview import overview_table
 from decef.training.build import build
 from decef.training.config import InputError, RunConfig
 from decef.training.networks import load_networks
-from decef.training.record import first_difference, load_config, load_records, read_metrics, replay, run_id
+from decef.training.record import first_difference, identity, load_config, load_records, read_metrics, replay, run_id
 from decef.training.run import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -34,7 +34,7 @@ def sweep_of(name):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_can_start(name, tmp_path):
     sweep = sweep_of(name)
-    for position in (0, -1):  # both ends of the grid
+    for position in (0, -1) if sweep else (0,):  # both ends of the grid
         overrides = [f"{key}={str(values).split(',')[position]}" for key, values in sweep.items()]
         if name == "basisconv_resnet56":
             torch.save(create_model("resnet56", num_classes=10).state_dict(), tmp_path / "weights.pt")
@@ -52,7 +52,12 @@ def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path,
     sweep = sweep_of(name)
     overrides = [f"{key}={str(values).split(',')[-1]}" for key, values in sweep.items()]
     given = composed(f"experiment={name}", *overrides)
-    data = given["dataset"]
+    data, model = given["dataset"], given["model"]
+    # The same code in less time; test_every_experiment_can_start has the networks as they are.
+    smaller = {"torchvision/resnet50": "torchvision/resnet18", "resnet110": "resnet20", "resnet56": "resnet20"}
+    model["name"] = smaller.get(model["name"], model["name"])
+    if model["name"] in ("vgg16_bn", "mobilenetv2"):
+        model["width"] = 0.25
     if data["name"] in DATASETS:
         known = DATASETS[data["name"]]
         generator = torch.Generator().manual_seed(0)
@@ -72,8 +77,8 @@ def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path,
                     Image.fromarray(pixels).save(tmp_path / part / label / f"{i}.jpeg")
         data |= {"root": str(tmp_path), "num_classes": 2, "size": 32, "workers": 0}
     if given["model"].get("weights") is None and given["layer"].get("energy"):
-        torch.save(create_model("resnet56", num_classes=10).state_dict(), tmp_path / "weights.pt")
-        given["model"]["weights"] = str(tmp_path / "weights.pt")
+        torch.save(create_model(model["name"], num_classes=10).state_dict(), tmp_path / "weights.pt")
+        model["weights"] = str(tmp_path / "weights.pt")
     given["train"] |= {"epochs": 2, "batch_size": min(given["train"]["batch_size"], 8)}
     here = {"wandb": {"mode": "disabled"}, "device": "cpu", "progress": False, "experiment": None}
     summary = run(RunConfig.from_dict({**given, **here, "results": tmp_path / "one"}))
@@ -197,6 +202,7 @@ def cells_of(table, first):
 
 def test_records_in_the_repository_are_found_again():
     """A new option must not change the ids of what was run, or the plans that were followed."""
+    built = {}  # a plan doesn't depend on the seed
     for folder in sorted((ROOT / "results" / "runs").iterdir()):
         if not (folder / "summary.json").is_file() or folder.name.startswith("digits-resnet"):
             continue
@@ -205,6 +211,8 @@ def test_records_in_the_repository_are_found_again():
         assert run_id(config) == folder.name
         if config.model.weights:
             continue  # its ranks are those of the weights, which are not in the repository
-        _, made, dense = build(config.model, config.layer, config.dataset.dataset())
-        assert made.ranks == summary["ranks"]
-        assert dense == summary["dense"]
+        key = json.dumps([identity(config)[group] for group in ("dataset", "model", "layer")])
+        if key not in built:
+            _, made, dense = build(config.model, config.layer, config.dataset.dataset())
+            built[key] = made.ranks, dense
+        assert built[key] == (summary["ranks"], summary["dense"])

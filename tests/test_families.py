@@ -91,13 +91,15 @@ CUSTOM = {"nfnet": "ScaledStdConv2d", "bit": "StdConv2d", "efficientnet-same": "
 # With random weights the rounding of float32 alone comes near the tolerance: compared in float64.
 DOUBLE = ("inception_v3", "googlenet")
 # With every layer type; the others with one each, in turn. EdgeNeXt asks a 1x1 convolution for its `weight.device`.
-THOROUGH = ("resnext", "mobilenetv2", "densenet", "edgenext")
+THOROUGH = ("resnext", "mobilenetv2", "edgenext")
+LARGE = ("inception_v3", "vgg", "hrnet", "alexnet")  # minutes together: with the grid
 
 
 def _cases():
     for i, family in enumerate(NETWORKS):
         layers = FACTORIZED if family in THOROUGH else [FACTORIZED[i % len(FACTORIZED)]]
-        yield from (pytest.param(family, layer, id=f"{family}-{layer}") for layer in layers)
+        marks = [pytest.mark.grid] if family in LARGE else []
+        yield from (pytest.param(family, layer, id=f"{family}-{layer}", marks=marks) for layer in layers)
 
 
 @torch.no_grad()

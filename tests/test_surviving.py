@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from support import ROOT, settings
+from support import settings
 
 from decef.results.tables import write_tables
 from decef.training.record import load_records
 
-# Every moment is a process of its own, which dies as kill -9 and a full disk have it; they share the imports.
-DRIVER = r"""
+# Every moment is a process of its own, which dies as kill -9 and a full disk have it.
+MOMENT = r"""
 import json, os, resource, signal, sys
 import torch
 import decef.training.checkpoint, decef.training.record, decef.training.run, decef.results.tables, decef.training.loop
@@ -71,20 +71,15 @@ def with_a_full_disk():
 def never():
     pass
 
-for moment in sys.argv[2:]:
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            globals()[moment]()
-            for config in json.loads(sys.argv[1]):
-                decef.training.run.run(decef.training.config.RunConfig.from_dict(config))
-        except decef.training.config.InputError as error:
-            print("refused:", error, flush=True)
-            os._exit(2)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    print(moment, -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
+torch.set_num_threads(1)
+try:
+    globals()[sys.argv[2]]()
+    for config in json.loads(sys.argv[1]):
+        decef.training.run.run(decef.training.config.RunConfig.from_dict(config))
+except decef.training.config.InputError as error:
+    print("refused:", error, flush=True)
+    os._exit(2)
+os._exit(0)
 """
 
 
@@ -93,14 +88,23 @@ def config(results, **changes):
     return settings(results, model=small, threads=1, train__epochs=4, dataset__train_size=128, **changes)
 
 
-def drive(configs, *moments):
-    command = [sys.executable, "-c", DRIVER, json.dumps(configs), *moments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def drive(call, tmp_path):
+    """Runs configs up to each of the moments, one after the other; returns what was said, with every exit status."""
+    script = tmp_path / "moment.py"
+    script.write_text(MOMENT)
+
+    def drive(configs, *moments):
+        said = []
+        for moment in moments:
+            done = call(script, json.dumps(configs), moment)
+            said += [*done.stdout.splitlines(), f"{moment} {done.returncode}"]
+        return said
+
+    return drive
 
 
-def test_killed_at_every_moment_a_run_ends_as_if_nothing_had_happened(tmp_path):
+def test_killed_at_every_moment_a_run_ends_as_if_nothing_had_happened(drive, tmp_path):
     killed = (
         "in_a_step",
         "in_a_checkpoint",
@@ -128,10 +132,11 @@ def test_killed_at_every_moment_a_run_ends_as_if_nothing_had_happened(tmp_path):
     assert not list(again.glob("*.partial"))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(drive, tmp_path):
     run = [config(tmp_path)]
     assert drive(run, "in_the_summary")[-1] == "in_the_summary -9"
     (folder,) = (tmp_path / "runs").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "running"
     before = (folder / "checkpoint.pt").read_bytes()
     said = drive(run, "with_a_full_disk")
     assert said[-1] == "with_a_full_disk 2"
@@ -142,17 +147,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
-def test_two_sweeps_at_once_leave_whole_records(tmp_path):
+def test_two_sweeps_at_once_leave_whole_records(drive, tmp_path):
     configs = [config(tmp_path, seed=seed) for seed in range(3)]
-    command = [sys.executable, "-c", DRIVER]
     orders = (configs, configs[::-1])
     both = [
-        subprocess.Popen([*command, json.dumps(c), "never"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", MOMENT, json.dumps(c), "never"], stdout=subprocess.PIPE, text=True)
         for c in orders
     ]
     for process in both:
         said, _ = process.communicate(timeout=300)
-        assert said.splitlines()[-1] == "never 0" or "another process is at this run" in said
+        assert process.returncode == 0 or "another process is at this run" in said
     drive(configs, "never")  # what one left out because the other was at it
     records = load_records(tmp_path)
     assert sorted(r.config.seed for r in records) == [0, 1, 2]
@@ -162,7 +166,7 @@ def test_two_sweeps_at_once_leave_whole_records(tmp_path):
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
 
 
-def test_killed_while_tables_are_written(tmp_path, monkeypatch):
+def test_killed_while_tables_are_written(drive, tmp_path, monkeypatch):
     drive([config(tmp_path)], "never")
     records = load_records(tmp_path)
     (path,) = write_tables(records, tmp_path / "tables")
