@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support import ROOT
 
+ROOT = Path(__file__).resolve().parents[1]  # not from support, which imports torch
 # Before torch is imported: several workers of pytest-xdist would else use every core each, and so would their children.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
