@@ -229,7 +229,7 @@ def test_images_per_second_are_of_training_alone(finished):
     rows = read_metrics(results / "runs" / summary["id"])
     images = 256  # an epoch's
     seconds = sum(images / row["images_per_second"] for row in rows)
-    assert summary["images_per_second"] == pytest.approx(len(rows) * images / seconds, rel=1e-3)
+    assert summary["images_per_second"] == pytest.approx(len(rows) * images / seconds, rel=1e-3, abs=0.06)  # rounded
 
 
 def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from decef.data import Dataset, count_classes, dataset
+from decef.models import MODELS
 from decef.models.weights import find_weights, md5_of
 from decef.plans import layer_type
 
@@ -119,6 +121,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_whole("model.decompose_on", self.decompose_on)
+        # In the architecture's order, wherever they come from: W&B returns them sorted by name.
+        known = [*inspect.signature(MODELS[self.name]).parameters] if self.name in MODELS else []
+        order = sorted(self.options, key=lambda key: (known.index(key) if key in known else len(known), key))
+        object.__setattr__(self, "options", {key: self.options[key] for key in order})
 
     def resolved(self) -> ModelConfig:
         """The config with the path and the MD5 of the file of weights.
