@@ -18,10 +18,10 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from decef.files import replace_file
     from decef.results.claims import judge, load_claims
     from decef.results.findings import load_measurements
     from decef.results.report import build
-    from decef.training.checkpoint import replace_file
     from decef.training.record import load_records
 
     runs = arguments.results / "runs"

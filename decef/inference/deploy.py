@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decef.conversion import replace_modules
 from decef.inference.engines import available, check_engine, check_equal, load, load_all
-from decef.inference.timing import interleaved_times
+from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
 
@@ -98,7 +98,9 @@ def deploy(
             log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
     if not networks:
         raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
-    seconds = interleaved_times({key: _call(network, example_input) for key, network in networks.items()}, reduce=min)
+    seconds = interleaved_times(
+        {key: inference_call(network, example_input) for key, network in networks.items()}, reduce=min
+    )
     times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
     best = min(networks, key=lambda key: seconds[key])
     return Deployed(networks[best], *best, chosen[best], times)
@@ -269,7 +271,7 @@ def _fastest_forms(
     loaded = dict(zip(variants, load_all(engine, list(variants.values())), strict=True))
     fastest = {}
     for name in bar(list(first.values()), f"{engine}: layers", progress):
-        steps = {form: _call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
+        steps = {form: inference_call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
         seconds = interleaved_times(steps, rounds=3, reduce=min)
         fastest[name] = min(seconds, key=lambda form: seconds[form])
     return {name: fastest[same[name]] if name in same else "reconstructed" for name in layers}
@@ -288,11 +290,3 @@ def _arranged(
         there = forms_of(*layers[name])
         replaced[id(modules[name])] = there.get(form, there["factorized"])
     return replace_modules(model, replaced).requires_grad_(False)
-
-
-def _call(network: nn.Module, x: Tensor) -> Callable[[], object]:
-    def call() -> object:
-        with torch.inference_mode():
-            return network(x)
-
-    return call

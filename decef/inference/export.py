@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decef.inference.deploy import FORMS, deploy, to_convolutions
 from decef.inference.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
-from decef.inference.timing import interleaved_times
+from decef.inference.timing import inference_call, interleaved_times
 
 
 def export(
@@ -67,15 +67,8 @@ def export(
         partial.unlink(missing_ok=True)
     yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), equal to the original in {', '.join(runners)}"
 
-    def call(network: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        def infer() -> object:
-            with torch.inference_mode():
-                return network(x)
-
-        return infer
-
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
-    seconds = interleaved_times({name: call(runner) for name, runner in everything.items()})
+    seconds = interleaved_times({name: inference_call(runner, x) for name, runner in everything.items()})
     for name, value in seconds.items():
         yield f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / seconds['torch, the original']:.2f} of torch"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decef.files import replace_file
 from decef.inference.deploy import forms_of, layer_inputs, to_convolutions
 from decef.inference.engines import available, check_engine, load, load_all
-from decef.inference.timing import interleaved_times
+from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.machine import cpu_name
 from decef.plans import layer_type, plan
@@ -75,7 +76,7 @@ def measure_times(
         most = min(row.max_rank, max(1, row.params_before * row.max_rank // max(1, row.params_after)))
         layers[row.name] = _layer_times(conv, layer, spaced(most), inputs[row.name], engine, known, options)
     dense = load(engine, to_convolutions(model), example_input)
-    total = interleaved_times({DENSE: _call(dense, example_input)}, ROUNDS, min)[DENSE]
+    total = interleaved_times({DENSE: inference_call(dense, example_input)}, ROUNDS, min)[DENSE]
     return Times(total, layers)
 
 
@@ -111,7 +112,7 @@ def _layer_times(
     }
     if missing:
         loaded = dict(zip(missing, load_all(engine, list(missing.values())), strict=True))
-        seconds = interleaved_times({key: _call(module, x) for key, module in loaded.items()}, ROUNDS, min)
+        seconds = interleaved_times({key: inference_call(module, x) for key, module in loaded.items()}, ROUNDS, min)
         for name in dict.fromkeys(name for name, _ in missing):
             known.put(name, x, min(value for (n, _), value in seconds.items() if n == name))
     found = {name: known.get(name, x) for name in variants}
@@ -139,9 +140,7 @@ class _Cache:
     def put(self, layer: str, x: Tensor, seconds: float) -> None:
         self.seconds.setdefault(self.where, {})[f"{layer} on {tuple(x.shape)}"] = seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.seconds, indent=1) + "\n")
-        os.replace(partial, self.path)
+        replace_file(self.path, (json.dumps(self.seconds, indent=1) + "\n").encode())
 
 
 def _where(engine: str, x: Tensor) -> str:
@@ -153,11 +152,3 @@ def _where(engine: str, x: Tensor) -> str:
         number = "unknown"
     device = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else cpu_name()
     return f"{device}, {torch.get_num_threads()} threads, {engine} ({package} {number}), {x.dtype}"
-
-
-def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    def call() -> object:
-        with torch.inference_mode():
-            return module(x)
-
-    return call

@@ -54,6 +54,16 @@ def interleaved_times(
     return {name: reduce(values) for name, values in times.items()}
 
 
+def inference_call(network: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+    """One inference of a network on a fixed input, to be timed."""
+
+    def call() -> object:
+        with torch.inference_mode():
+            return network(x)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Roofline:
     """The best arithmetic and memory throughput of a machine, as measured on it.

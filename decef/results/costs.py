@@ -10,9 +10,9 @@ import torch
 
 from decef.costs import total_cost
 from decef.data import Dataset
+from decef.files import replace_file
 from decef.results.pages import render
 from decef.training.build import build
-from decef.training.checkpoint import replace_file
 from decef.training.config import LayerConfig, ModelConfig
 
 

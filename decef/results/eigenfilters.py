@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from decef.conversion import convert
+from decef.files import replace_file
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.decef import stack_filters
 from decef.models import stem_name
 from decef.ranks import Budget
 from decef.results.effective_ranks import kernels
-from decef.training.checkpoint import replace_file
 from decef.training.recorder import environment
 
 SHARE = 2 / 3  # of its FLOPs, to which a dense network is decomposed

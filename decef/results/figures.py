@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from decef.files import replace_file
 from decef.layers import LAYERS
 from decef.plans import plan
 from decef.results import plots
@@ -22,7 +23,6 @@ from decef.results.eigenfilters import EigenFilters
 from decef.results.pages import render
 from decef.results.tables import summarize
 from decef.training.build import dense_network
-from decef.training.checkpoint import replace_file
 from decef.training.record import METRICS, Record, load_records
 
 log = logging.getLogger(__name__)

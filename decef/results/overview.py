@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from decef.files import replace_file
 from decef.layers import LAYERS
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
-from decef.training.checkpoint import replace_file
 from decef.training.config import DEFAULT_DECAY
 from decef.training.record import load_records
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
-from decef.training.checkpoint import replace_file
+from decef.files import replace_file
 
 
 def render(template: str, **values: Any) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from decef.files import replace_file
 from decef.layers import LAYERS
 from decef.results.comparisons import comparison_groups, experiments, precision_words
 from decef.results.pages import made_on, render
 from decef.results.published import Published, load_published
 from decef.results.statistics import Estimate, differences, estimate
-from decef.training.checkpoint import replace_file
 from decef.training.record import Record, finished_record
 from decef.training.tracking import check_account
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from decef.conversion import convert
 from decef.costs import total_cost
 from decef.data import Data
+from decef.files import replace_file
 from decef.moments import input_moments
 from decef.plans import plan
 from decef.ranks import Budget
 from decef.results.pages import provenance, render
-from decef.training.checkpoint import replace_file
 from decef.training.loop import EVAL_BATCH, evaluate
 from decef.training.record import Summary
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from decef.files import replace_file
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -20,20 +21,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch's own writer does not report a full disk
     torch.save(state, buffer)
     replace_file(path, buffer.getbuffer())
-
-
-def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to a file beside `path`, then rename it: a reader sees either the old file or the new one.
-
-    Raises:
-        OSError: the file cannot be written; the old one is still there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from typing import Any
 
 import yaml
 
+from decef.files import replace_file
 from decef.machine import cpu_name
-from decef.training.checkpoint import load_checkpoint, replace_file, save_checkpoint
+from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import InputError, RunConfig
 from decef.training.record import (
     CHECKPOINT,

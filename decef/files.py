@@ -1,0 +1,20 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to a file beside `path`, then rename it: a reader sees either the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; the old one is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
