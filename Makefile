@@ -36,7 +36,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 test: setup ## Run the tests, on WORKERS=2 cores (a few minutes)
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-grid: setup ## Train every dataset x architecture x layer type for two steps (4 minutes on 2 cores)
 	$(RUN) -m pytest -m grid tests/test_grid.py tests/test_families.py

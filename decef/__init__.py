@@ -1,5 +1,12 @@
 """Low-rank convolution layers (DeCEF, BasisConv, CPAC, rank-1) that replace `torch.nn.Conv2d`."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
 from decef.atcd import ATCD
 from decef.conversion import convert, fold
 from decef.costs import cost
@@ -8,6 +15,27 @@ from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, CPACConv2d, DeCEF
 from decef.models.released import load
 from decef.plans import Plan, plan
 from decef.ranks import effective_rank
+
+if TYPE_CHECKING:
+    from decef.compression import Compressed
+
+
+def compress(model: nn.Module, data: Iterable[Any], **arguments: Any) -> Compressed:
+    """Shrink a trained classifier to a budget, and fine-tune it.
+
+    Args:
+        model: a trained network.
+        data: training images in batches (images, labels).
+        **arguments: `budget`, `layer`, `finetune` and more, see `decef.compression.Compression`.
+
+    Raises:
+        ValueError: see `Compression`.
+        ImportError: the package was installed without its extras.
+    """
+    from decef.compression import compress
+
+    return compress(model, data, **arguments)
+
 
 __all__ = [
     "ATCD",
@@ -18,6 +46,7 @@ __all__ = [
     "DeCEFConv2d",
     "Plan",
     "Rank1Conv2d",
+    "compress",
     "convert",
     "cost",
     "deploy",

@@ -13,6 +13,7 @@ from decef.costs import total_cost
 from decef.extras import need
 from decef.layers import LAYERS
 from decef.moments import moments_on
+from decef.progress import bar
 from decef.ranks import Budget, Candidate, Latency, Rule, Totals, as_rule
 from decef.ranks.steps import Step, frontier, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
@@ -138,7 +139,16 @@ def plan(
         TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
     if layer == AUTO:
-        return _plan_types(model, rank, include, exclude, min_kernel_size, input_size, data, options)
+        _weighing(rank)
+        return TypeChoice(
+            model,
+            include=include,
+            exclude=exclude,
+            min_kernel_size=min_kernel_size,
+            input_size=input_size,
+            data=data,
+            **options,
+        ).plan(rank)
     layer_class, rule = layer_type(layer), as_rule(rank)
     sites = find_sites(model, input_size)
     note_kept(sites, layer_class, _patterns(include), _patterns(exclude) or (), min_kernel_size)
@@ -146,66 +156,89 @@ def plan(
     add_units(changing, layer_class, options)
     candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
     if candidates or getattr(rule, "names_layers", False):
-        totals = Totals(
-            params=sum(p.numel() for p in model.parameters()),
-            macs=0 if input_size is None else total_cost(model, input_size)["macs"],
-        )
-        chosen = _choose(rule, candidates, totals)
+        chosen = _choose(rule, candidates, _totals(model, input_size))
         for site in changing:
             site.rank, site.reason = chosen[site.first]
     return Plan(layer, [_row(site) for site in sites], options)
 
 
-def _plan_types(
-    model: nn.Module,
-    rule: object,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
-    min_kernel_size: int,
-    input_size: Sequence[int] | None,
-    data: Iterable[object] | Mapping[str, Tensor] | None,
-    options: dict[str, Any],
-) -> Plan:
-    """A plan in which every convolution has a layer type of its own."""
-    if not isinstance(rule, (Budget, Latency)) or getattr(rule, "uniform", False):
-        raise ValueError(f"layer 'auto' weighs energy against cost: rank must be a Budget or a Latency, not {rule!r}")
-    totals = Totals(
-        params=sum(p.numel() for p in model.parameters()),
-        macs=0 if input_size is None else total_cost(model, input_size)["macs"],
-    )
-    sites: dict[str, dict[str, Site]] = {}
-    steps: dict[str, list[Step]] = {}
-    moments = None
-    for name in AUTO_TYPES:
-        found = find_sites(model, input_size)
-        note_kept(found, layer_type(name), _patterns(include), _patterns(exclude) or (), min_kernel_size)
-        changing = [site for site in found if not site.reason]
-        add_units(changing, layer_type(name), options)
-        if moments is None:  # every type needs them of the same convolutions, and `data` may last for one pass only
-            convolutions = [site.name for site in found if type(site.module) is nn.Conv2d]
-            moments = moments_on(model, convolutions, data)
-        for candidate in candidates_of(changing, moments):
-            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, name, measured_energy(candidate)))
-        sites[name] = {site.name: site for site in found}
-    # Dense, a layer costs the same whatever type it might have: the first that could is asked.
-    dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())
-    chosen = rule.spread({name: frontier(of_all) for name, of_all in steps.items()}, dense_cost, totals)
-    rows = []
-    for name, dense in sites[AUTO_TYPES[0]].items():
-        step = chosen.get(dense.first)
-        if step is None or step.layer is None:
-            dense.rank, dense.reason = None, dense.reason if step is None else f"left dense by {rule!r}"
-            rows.append(_row(dense))
-            continue
-        site = sites[step.layer][name]
-        site.rank = step.rank
-        rows.append(replace(_row(site), layer=step.layer))
-    return Plan(AUTO, rows, options)
+class TypeChoice:
+    """What every convolution of a network keeps of its energy as every layer type, to plan with layer "auto".
+
+    The energies are measured once, by decomposing the kernels at a few ranks, which takes most of the time. Plans for
+    several budgets then cost little. For the arguments see `plan`.
+
+    Raises:
+        ValueError, TypeError: see `plan`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        min_kernel_size: int = 1,
+        input_size: Sequence[int] | None = None,
+        data: Iterable[object] | Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        self._options = options
+        self._totals = _totals(model, input_size)
+        self._sites: dict[str, dict[str, Site]] = {}
+        self._candidates: list[tuple[str, Candidate]] = []
+        self._energies: dict[tuple[str, str], dict[int, float]] = {}
+        moments = None
+        for name in AUTO_TYPES:
+            found = find_sites(model, input_size)
+            note_kept(found, layer_type(name), _patterns(include), _patterns(exclude) or (), min_kernel_size)
+            changing = [site for site in found if not site.reason]
+            add_units(changing, layer_type(name), options)
+            if moments is None:  # every type needs them of the same convolutions, and `data` may last for one pass only
+                convolutions = [site.name for site in found if type(site.module) is nn.Conv2d]
+                moments = moments_on(model, convolutions, data)
+            self._candidates += [(name, candidate) for candidate in candidates_of(changing, moments)]
+            self._sites[name] = {site.name: site for site in found}
+
+    def plan(self, rule: object, *, progress: bool = False) -> Plan:
+        """The plan that keeps most energy within a `Budget` or a `Latency`.
+
+        Args:
+            rule: one of the two.
+            progress: show a bar while energies are measured.
+
+        Raises:
+            ValueError: another rule, or one that cannot be met.
+        """
+        rule = _weighing(rule)
+        steps: dict[str, list[Step]] = {}
+        for layer, candidate in bar(self._candidates, "energies", progress and not self._energies):
+            key = layer, candidate.name
+            if key not in self._energies:
+                self._energies[key] = measured_energy(candidate)
+            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, layer, self._energies[key]))
+        # Dense, a layer costs the same whatever type it might have: the first that could is asked.
+        dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())
+        chosen = rule.spread({name: frontier(of_all) for name, of_all in steps.items()}, dense_cost, self._totals)
+        rows = []
+        for name, dense in self._sites[AUTO_TYPES[0]].items():
+            step = chosen.get(dense.first)
+            if step is None or step.layer is None:
+                row = _row(replace(dense, rank=None))
+                rows.append(row if step is None else replace(row, reason=f"left dense by {rule!r}"))
+                continue
+            rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
+        return Plan(AUTO, rows, self._options)
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:
     """A row as plain data, without a layer type where the plan has one for all."""
     return {key: value for key, value in asdict(row).items() if key != "layer" or value is not None}
+
+
+def layer_names() -> list[str]:
+    """What a plan's layer may be: the layer types, and "auto"."""
+    return [*LAYERS, AUTO]
 
 
 def layer_type(name: str) -> type[nn.Module]:
@@ -234,6 +267,20 @@ def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict
         else:
             chosen[candidate.name] = rank, ""
     return chosen
+
+
+def _weighing(rule: object) -> Budget | Latency:
+    """`rule`, if it weighs energy against cost."""
+    if not isinstance(rule, (Budget, Latency)) or getattr(rule, "uniform", False):
+        raise ValueError(f"layer 'auto' weighs energy against cost: rank must be a Budget or a Latency, not {rule!r}")
+    return rule
+
+
+def _totals(model: nn.Module, input_size: Sequence[int] | None) -> Totals:
+    return Totals(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=0 if input_size is None else total_cost(model, input_size)["macs"],
+    )
 
 
 def _row(site: Site) -> PlanRow:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIBRARIES = ("timm", "torchvision")  # whose models are named <library>/<name>
-GROUPS = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
 
 
 def fail(message: str) -> NoReturn:
@@ -33,7 +32,8 @@ def fail(message: str) -> NoReturn:
 def expand(arguments: list[str]) -> list[str]:
     """Rewrite arguments that Hydra doesn't understand.
 
-    `model=timm/<name>` becomes `model=timm model.name=timm/<name>`; torchvision likewise. `layer.name=<name>`, which
+    `model=timm/<name>` becomes `model=timm model.name=timm/<name>`; torchvision likewise. `model=<module>:<function>`
+    becomes `model=own model.name=<module>:<function>`, with the current folder searched. `layer.name=<name>`, which
     W&B sweeps use, becomes `layer=<name>`, so that the layer type comes with its own options.
     """
     expanded = []
@@ -42,6 +42,9 @@ def expand(arguments: list[str]) -> list[str]:
         library, slash, _ = value.partition("/")
         if key == "layer.name":
             expanded.append(f"layer={value}")
+        elif key == "model" and ":" in value:
+            sys.path.append(str(Path.cwd()))
+            expanded += ["model=own", f'model.name="{value}"']
         elif key != "model" or not slash or library not in LIBRARIES:
             expanded.append(argument)
         elif all(name.startswith(f"{library}/") for name in value.split(",")):
@@ -51,8 +54,8 @@ def expand(arguments: list[str]) -> list[str]:
     return expanded
 
 
-def check_arguments(arguments: list[str]) -> None:
-    """Exit with status 2 if an override names a key, or a choice of a config group, that doesn't exist.
+def check_arguments(arguments: list[str], config: str = "train") -> None:
+    """Exit with status 2 if an override of a config names a key, or a choice of a group, that doesn't exist.
 
     Every value of a sweep is checked, so that a typo in the last one shows before the first one runs.
     """
@@ -61,19 +64,26 @@ def check_arguments(arguments: list[str]) -> None:
         overrides = OverridesParser.create().parse_overrides(given)
     except HydraException as error:
         fail(f"cannot read the arguments: {' '.join(str(error).split())}")
+    groups = _groups(config)
     first, others = [], []
     for position, override in enumerate(overrides):
         key, text = override.get_key_element(), str(override.input_line)
         values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [text.partition("=")[2]]
         if len(values) > 1 and not {"-m", "--multirun"} & set(arguments):
             fail(f"{text} gives several values: add -m to run them all")
-        if key in GROUPS:
+        if key in groups:
             _check_choices(key, values)
         first.append(f"{key}={values[0]}")
         others += [(position, f"{key}={value}") for value in values[1:]]
-    _check_keys(first)
+    _check_keys(first, config, groups)
     for position, text in others:
-        _check_keys([*first[:position], text, *first[position + 1 :]])
+        _check_keys([*first[:position], text, *first[position + 1 :]], config, groups)
+
+
+def _groups(config: str) -> list[str]:
+    """The config groups that a config chooses from, by its defaults."""
+    defaults = OmegaConf.load(CONFIGS / f"{config}.yaml").defaults
+    return [str(key) for entry in defaults if OmegaConf.is_dict(entry) for key in entry if " " not in str(key)]
 
 
 def _check_choices(group: str, values: list[str]) -> None:
@@ -102,17 +112,17 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
         return RunConfig.from_dict({**plain, "experiment": None})
 
 
-def _check_keys(overrides: list[str]) -> None:
+def _check_keys(overrides: list[str], config: str, groups: Sequence[str]) -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            compose("train", overrides=overrides)
+            compose(config, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:
             unknown = re.search(r"Could not override '([^']+)'", str(error))
             if unknown is None:
                 fail(" ".join(str(error).split()))
-            known = [o for o in overrides if o.lstrip("+").partition("=")[0] in GROUPS]
-            keys = _keys(compose("train", overrides=known))
+            known = [o for o in overrides if o.lstrip("+").partition("=")[0] in groups]
+            keys = _keys(compose(config, overrides=known))
             fail(f"there is no key '{unknown[1]}'{_near(unknown[1], keys)}")
 
 

@@ -31,7 +31,15 @@ def main() -> None:
     if not arguments.hours > 0 or arguments.processes < 1:
         fail("--hours must be above 0 and --processes at least 1")
 
-    from decef.training.evidence import list_jobs, load_entries, missing, one_thread_each, run_jobs, status_table
+    from decef.training.evidence import (
+        interruptible,
+        list_jobs,
+        load_entries,
+        missing,
+        one_thread_each,
+        run_jobs,
+        status_table,
+    )
 
     try:
         entries = load_entries(arguments.list)
@@ -47,6 +55,7 @@ def main() -> None:
     if arguments.what == "status":
         print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
         return
+    interruptible()
     one_thread_each()
     here = [f"results={arguments.results}", f"device={arguments.device}", "threads=1", "progress=false"]
     here += arguments.overrides

@@ -74,6 +74,7 @@ def test_what_is_missing_is_one_sentence_with_the_command():
         "decef.cost(torch.nn.Conv2d(3, 4, 3), (3, 8, 8))": "pandas is not installed: pip install 'decef[results]'",
         "str(decef.plan(torch.nn.Conv2d(3, 4, 3), 'decef', rank=2))": "pandas is not installed",
         "import decef.training": "yaml, tqdm, torchvision, sklearn, PIL are not installed: pip install 'decef[train]'",
+        "decef.compress(torch.nn.Conv2d(3, 4, 3), [], budget=None)": "pip install 'decef[results]'",
         "import decef.results": "are not installed: pip install 'decef[results]'",
         "decef.data.DATASETS['digits'].load()": "sklearn is not installed: pip install 'decef[train]'",
         "decef.models.create_model('timm/resnet18', num_classes=10)": "torchvision is not installed",

@@ -117,7 +117,7 @@ assert "torch" not in sys.modules, "torch was imported"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "layer: basisconv, basisconv2021, conv2d, cpac, decef, rank1" in done.stdout
+    assert "layer: auto, basisconv, basisconv2021, conv2d, cpac, decef, rank1" in done.stdout
 
 
 def test_importing_the_package_imports_nothing_heavy_but_torch():

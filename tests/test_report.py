@@ -11,7 +11,7 @@ import pytest
 import vl_convert
 import yaml
 
-from decef.layers import LAYERS
+from decef.plans import layer_names
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
 from decef.results.look import look_of
 from decef.results.report import VERDICTS, build
@@ -212,12 +212,11 @@ def test_no_runs_and_no_epochs_make_a_page_too():
 
 
 def test_layer_types_look_the_same_in_tables_charts_and_figures():
-    records = [run(layer, 0, 90.0 + i) for i, layer in enumerate(LAYERS)]
+    names = layer_names()
+    records = [run(layer, 0, 90.0 + i) for i, layer in enumerate(names)]
     text = page(*records)
-    looks = {layer: look_of(layer) for layer in LAYERS}
-    assert (
-        len({found.color for found in looks.values()}) == len({found.dark for found in looks.values()}) == len(LAYERS)
-    )
+    looks = {layer: look_of(layer) for layer in names}
+    assert len({found.color for found in looks.values()}) == len({found.dark for found in looks.values()}) == len(names)
     for colors in ({k: found.color for k, found in looks.items()}, {k: found.dark for k, found in looks.items()}):
         assert ":root {" + "".join(f" --{layer}: {color};" for layer, color in colors.items()) in text
     flops, _, training = charts(*records)[0]
@@ -226,7 +225,7 @@ def test_layer_types_look_the_same_in_tables_charts_and_figures():
         mark = f'style="color: var(--{layer})" aria-hidden="true"><path d="{found.path}"/></svg>{layer}</td>'
         assert mark in text
         assert points[layer].get("fill") == f"var(--{layer}, {found.color})"
-    assert len({mark.get("d") for mark in points.values()}) == len(LAYERS)
+    assert len({mark.get("d") for mark in points.values()}) == len(names)
     shapes = flops["layer"][-1]["layer"][-1]["encoding"]["shape"]["scale"]
     assert dict(zip(shapes["domain"], shapes["range"], strict=True)) == {k: found.path for k, found in looks.items()}
     assert {mark.get("stroke") for mark in Drawn(training).paths("lines")} == {p.get("fill") for p in points.values()}

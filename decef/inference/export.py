@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ def export(
     path: Path,
     input_shape: Sequence[int],
     *,
-    form: str = "fastest",
+    form: str | Mapping[str, str] = "fastest",
     dynamic_batch: bool = False,
     progress: bool = False,
 ) -> Iterator[str]:
@@ -31,8 +31,8 @@ def export(
         model: takes one tensor and returns one; it is set to evaluation mode.
         path: file to write: ONNX if it ends in .onnx, a `torch.export` program if it ends in .pt2.
         input_shape: `(B, C, H, W)`.
-        form: one of `FORMS` for all factorised layers, or "fastest": the forms that `deploy` finds fastest, in ONNX
-            Runtime for an ONNX file if that is installed, else in torch.
+        form: one of `FORMS` for all factorised layers, or one for each by name; or "fastest": the forms that `deploy`
+            finds fastest, in ONNX Runtime for an ONNX file if that is installed, else in torch.
         dynamic_batch: allow any B.
         progress: show progress bars.
 
@@ -46,7 +46,7 @@ def export(
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
     if path.suffix not in kinds:
         raise ValueError(f"{path} must end in {' or '.join(kinds)}")
-    if form not in ("fastest", *FORMS):
+    if isinstance(form, str) and form not in ("fastest", *FORMS):
         raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
     model = model.eval()
     x = torch.randn(*input_shape)

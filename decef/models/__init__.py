@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -43,7 +44,8 @@ def create_model(
     """A dense network by name, freshly initialised unless `pretrained`.
 
     Args:
-        name: a key of `MODELS`, `timm/<name>` or `torchvision/<name>`.
+        name: a key of `MODELS`, `timm/<name>`, `torchvision/<name>`, or `<module>:<function>` for a function that gives
+            a network and takes no arguments but `options`.
         num_classes: number of outputs.
         in_channels: channels of the image.
         image_size: height and width in pixels, for networks whose fully connected layers depend on them.
@@ -54,6 +56,8 @@ def create_model(
         ValueError: there is no such network, or it doesn't take these arguments.
         ImportError: timm or torchvision is needed and not installed.
     """
+    if ":" in name:
+        return _own(name, options)
     library, _, rest = name.partition("/")
     if rest and library in ("timm", "torchvision"):
         if options:
@@ -85,6 +89,18 @@ def stem_name(model: nn.Module) -> str:
         if isinstance(module, nn.Conv2d):
             return name
     raise ValueError("the network has no convolution")
+
+
+def _own(name: str, options: dict[str, Any]) -> nn.Module:
+    module_name, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"model '{name}' must be <module>:<function>, importable from here: {error}") from error
+    network = make(**options)
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} must return a torch.nn.Module, not a {type(network).__name__}")
+    return network
 
 
 def _timm(name: str, num_classes: int, in_channels: int, pretrained: bool) -> nn.Module:

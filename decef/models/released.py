@@ -27,26 +27,26 @@ class Card:
 
     Attributes:
         name: what it is loaded by, and its file's name without ending.
-        model: name for `decef.models.create_model`, with `options`.
+        model: name for `decef.models.create_model`, with `options`; empty for a network of the user's own.
         input_size: `(channels, height, width)`.
         num_classes: number of outputs.
-        mean, std: per channel, of pixels scaled to [0, 1]: how its inputs are normalised.
+        mean, std: per channel, of pixels scaled to [0, 1]: how its inputs are normalised; empty if that is not known.
         plan: which convolutions are factorised, see `Plan.to_dict`.
-        dataset: what it was trained and measured on.
-        top1: test accuracy of exactly these weights, in percent.
-        run: id of the run that it comes from, whose record is in results/runs.
+        dataset: what it was trained and measured on; empty if that is not known.
+        top1: test accuracy of exactly these weights, in percent; None if it was not measured.
+        run: id of the run that it comes from, whose record is in results/runs; empty for a network of `compress`.
     """
 
     name: str
     model: str
     input_size: tuple[int, int, int]
     num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    plan: Mapping[str, Any]
-    dataset: str
-    top1: float
-    run: str
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    dataset: str = ""
+    top1: float | None = None
+    run: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def measured(self, top1: float) -> Card:
@@ -54,23 +54,26 @@ class Card:
         return replace(self, top1=round(top1, 4))
 
 
-def load(name: str | Path, *, folder: Path = RELEASED) -> nn.Module:
-    """A released network, in evaluation mode and single precision; nothing in its file is executed.
+def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None = None) -> nn.Module:
+    """A released or compressed network, in evaluation mode and single precision; nothing in its file is executed.
 
     Args:
         name: of the network, such as "resnet20-cifar10-decef-0.667", or the path of its file.
         folder: where networks are looked for by name.
+        model: the dense network, its weights don't matter; needed for one that this package has no name for.
 
     Returns:
         The network, with its `Card` as the attribute `card`.
 
     Raises:
         FileNotFoundError: there is no such network; the message lists those that there are.
-        ValueError: the file is damaged or no released network.
+        ValueError: the file is damaged or no released network, or `model` is needed or doesn't fit.
         ImportError: safetensors is not installed.
     """
     card, state = read(name, folder=folder)
-    dense = create_model(
+    if model is None and not card.model:
+        raise ValueError(f"{name} was made from a network of your own: give that as model=")
+    dense = model or create_model(
         card.model,
         num_classes=card.num_classes,
         in_channels=card.input_size[0],
@@ -78,9 +81,12 @@ def load(name: str | Path, *, folder: Path = RELEASED) -> nn.Module:
         **card.options,
     )
     network = convert(dense, Plan.from_dict(card.plan), from_scratch=True)
-    network.load_state_dict(
-        {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    )
+    try:
+        network.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{name} doesn't fit {type(dense).__name__}: {error}") from error
     network.card = card  # type: ignore[assignment]
     return network.eval()
 

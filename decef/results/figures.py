@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from decef.files import replace_file
 from decef.layers import LAYERS
-from decef.plans import plan
+from decef.plans import layer_names, plan
 from decef.results import plots
 from decef.results.comparisons import comparison_groups, experiments
 from decef.results.eigenfilters import EigenFilters
@@ -217,7 +217,7 @@ def _metrics(records: Sequence[Record]) -> pd.DataFrame:
         if frame.empty
         else frame.sort_values(
             ["layer", "setting", "seed", "epoch"],
-            key=lambda c: c.map(list(LAYERS).index) if c.name == "layer" else c,
+            key=lambda c: c.map(layer_names().index) if c.name == "layer" else c,
         )
     )
 

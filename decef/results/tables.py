@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from decef.files import replace_file
-from decef.layers import LAYERS
+from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups, experiments, precision_words
 from decef.results.pages import made_on, render
 from decef.results.published import Published, load_published
@@ -109,7 +109,7 @@ class Row:
 
 
 def table_rows(records: Sequence[Record]) -> list[Row]:
-    """The rows of runs that share a `comparison`, sorted by network, by layer type as in `LAYERS`, and by setting."""
+    """The rows of runs that share a `comparison`, sorted by network, layer type and setting."""
     groups = experiments(records)
     dense = {
         (runs[0].model, runs[0].weights): {run.pair: run.top1 for run in runs}
@@ -130,7 +130,7 @@ def table_rows(records: Sequence[Record]) -> list[Row]:
                 published=next((p for p in load_published() if p.metric == "top1" and p.fits(first)), None),
             )
         )
-    order = list(LAYERS)
+    order = layer_names()
     return sorted(rows, key=lambda row: (row.first.model, order.index(row.first.layer), row.first.setting))
 
 

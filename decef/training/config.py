@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from decef.data import Dataset, count_classes, dataset
 from decef.models import MODELS
 from decef.models.weights import find_weights, md5_of
-from decef.plans import layer_type
+from decef.plans import AUTO, layer_type
 
 SCHEDULES = ("onecycle", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -176,6 +176,8 @@ class LayerConfig:
         given = [f"layer.{k}={v}" for k, v in vars(self).items() if k in ("rank", "flops", "energy") and v is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both given: give one")
+        if self.name == AUTO and (self.rank is not None or self.energy is not None or self.orthogonality):
+            raise ValueError(f"layer=auto takes a budget, layer.flops, not {' or '.join(given) or 'orthogonality'}")
         if self.orthogonality and not hasattr(layer_type(self.name), "orthogonality"):
             raise ValueError(f"layer.orthogonality={self.orthogonality} would do nothing: {self.name} has no penalty")
 
@@ -189,6 +191,8 @@ class LayerConfig:
             return LayerConfig("conv2d")  # the same network, whatever a sweep gives
         if self.energy is not None and not model.weights:
             raise ValueError("layer.energy is of trained kernels: say model.weights=FILE too, or give rank or flops")
+        if self.name == AUTO and not model.weights:
+            raise ValueError("layer=auto compares trained kernels: say model.weights=FILE too, or give a layer type")
         if self.rank is None and self.flops is None and self.energy is None:
             return replace(self, flops=DEFAULT_FLOPS)
         return self
@@ -244,7 +248,7 @@ class TrainConfig:
             return replace(self, atcd=None, decay=None)
         if self.atcd is not None and layer.orthogonality:
             raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
-        composes = getattr(layer_type(layer.name), "composes_in_training", True)
+        composes = layer.name == AUTO or getattr(layer_type(layer.name), "composes_in_training", True)
         if self.atcd is not None and not composes:
             raise ValueError(f"train.atcd is not possible with layer={layer.name}: it has no kernel in training")
         idle = "train.atcd decays dense kernels" if self.atcd is not None else None
@@ -319,8 +323,8 @@ class RunConfig:
             settings = {key: value for key, value in config.items() if key != "format"}
             if unknown := set(settings) - {f.name for f in fields(cls)}:
                 raise ValueError(f"there is no setting {', '.join(sorted(unknown))}")
-            for name, group in GROUPS.items():
-                settings[name] = _group(name, group, settings.get(name, {}))
+            for name, kind in GROUPS.items():
+                settings[name] = group(name, kind, settings.get(name, {}))
             settings["results"] = Path(settings.get("results") or "results")
             return cls(**settings)
 
@@ -351,8 +355,17 @@ class RunConfig:
         }
 
 
-def _group(name: str, cls: type[_Group], settings: object) -> _Group:
-    """A group of settings from plain data. What has no field of its own goes to `options`, if the group has them."""
+def group(name: str, cls: type[_Group], settings: object) -> _Group:
+    """A group of settings from plain data. What has no field of its own goes to `options`, if the group has them.
+
+    Args:
+        name: the group's name, for messages.
+        cls: its class, one of `GROUPS`.
+        settings: the group in a composed Hydra config or in a record.
+
+    Raises:
+        ValueError: a setting is missing, unknown or has a wrong value.
+    """
     own = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     if not isinstance(settings, Mapping):
         raise ValueError(f"{name}={settings!r} must be a group of settings")

@@ -217,6 +217,11 @@ def run_jobs(
     return failed
 
 
+def interruptible() -> None:
+    """Let the processes started from here be interrupted, even if a shell started this one in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def one_thread_each() -> None:
     """Let the processes started from here use one thread each, at low priority."""
     os.nice(10)

@@ -96,7 +96,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
 
 def _prepare(config: RunConfig, precision: str | None) -> _Job:
     dataset = config.dataset.dataset()
-    device = _device(config.device)
+    device = find_device(config.device)
     train = replace(config.train, precision=precision or resolve_precision(device, config.train.precision))
     check_possible(train, device, launched())
     return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
@@ -190,7 +190,12 @@ class _State:
         self.saved_by(state)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device by its name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -17,7 +17,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from decef.layers import LAYERS
+from decef.plans import layer_names
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict
 from decef.results.claims_page import asks_words
 from decef.results.comparisons import comparison_groups
@@ -82,8 +82,8 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         n_runs=len(records),
         run_ids={record.id for record in records},
         choices={key: sorted({row[key] for row in rows}) for key in ("dataset", "network", "schedule")},
-        layers=[name for name in LAYERS if any(row["layer"] == name for row in rows)],
-        looks={name: look_of(name) for name in LAYERS},
+        layers=[name for name in layer_names() if any(row["layer"] == name for row in rows)],
+        looks={name: look_of(name) for name in layer_names()},
         curves=curves,
         sorted_by=SORTED_BY,
         claims=[_claim(claim, verdict) for claim, verdict in verdicts],

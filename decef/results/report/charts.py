@@ -14,7 +14,7 @@ from typing import Any
 
 import vl_convert
 
-from decef.layers import LAYERS
+from decef.plans import layer_names
 from decef.results.look import look_of
 
 Spec = dict[str, Any]
@@ -111,7 +111,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
             "points",
             point,
             y=y["top1"],
-            shape=_scale("layer", {name: look_of(name).path for name in LAYERS}),
+            shape=_scale("layer", {name: look_of(name).path for name in layer_names()}),
             description={"field": "label"},
             tooltip=[{"field": field, "title": title} for field, title in told.items()],
         ),
@@ -123,7 +123,7 @@ def tradeoff(rows: Sequence[Mapping[str, Any]], cost: str) -> Spec:
         _nothing(SHOWN, "nothing to draw"),
         {
             "transform": [{"filter": SHOWN}, *_aside(logarithmic)],
-            "encoding": {"x": x, "color": _scale("layer", {name: color(name) for name in LAYERS})},
+            "encoding": {"x": x, "color": _scale("layer", {name: color(name) for name in layer_names()})},
             "layer": layers,
         },
     )
@@ -206,7 +206,7 @@ def training(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Spec:
             "transform": transform,
             "encoding": {
                 "x": x,
-                "color": _scale("layer", {name: color(name) for name in LAYERS}),
+                "color": _scale("layer", {name: color(name) for name in layer_names()}),
                 "detail": [{"field": "row"}, {"field": "line"}],
             },
             "layer": layers,

@@ -1,0 +1,139 @@
+"""Budgets of a compressed network that are measured on the network itself, and the search for a plan that meets them.
+
+FLOPs and parameters follow from a plan. Time and memory don't: they are measured, and the plan is corrected until what
+was measured is what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from decef.plans import Plan
+from decef.ranks import Budget, Latency
+from decef.ranks.effective import check_share
+
+TOLERANCE = 0.05  # of the budget, in what is measured
+TRIES = 6
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """A time limit for one call.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+
+    limit: float
+
+    def __post_init__(self) -> None:
+        _check_positive("milliseconds", self.limit)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A share, in (0, 1], of the dense network's memory: its weights, and the intermediate results of a call
+    that are alive at once, with its layers as chains.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        check_share("memory", self.share)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A limit in bytes on the weights and buffers, as they are stored.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        _check_positive("bytes", self.bytes)
+
+
+AnyBudget = Budget | Latency | Milliseconds | Memory | Size
+
+
+def words(budget: AnyBudget) -> str:
+    """A budget in words, such as "0.6 of the dense network's time"."""
+    if isinstance(budget, Milliseconds):
+        return f"{budget.limit:g} ms a call"
+    if isinstance(budget, Size):
+        return f"{budget.bytes} bytes of weights"
+    if isinstance(budget, Budget):
+        return f"{budget.share:g} of the dense network's {'FLOPs' if budget.params is None else 'parameters'}"
+    return f"{budget.share:g} of the dense network's {'time' if isinstance(budget, Latency) else 'memory'}"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A plan, and what was measured of it in the unit of the budget."""
+
+    plan: Plan
+    value: float
+    asked: float
+
+    @property
+    def off(self) -> float:
+        """How much it is above (or, if negative, below) what was asked for, as a share of that."""
+        return self.value / self.asked - 1
+
+    def within(self) -> bool:
+        """Whether that is within the tolerance."""
+        return abs(self.off) <= TOLERANCE
+
+
+def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], asked: float) -> Reached:
+    """The plan that is nearest to what was asked for, by what is measured of it.
+
+    Each try corrects the share that it plans for by how far the last one was off.
+
+    Args:
+        plan_at: makes a plan for a share in (0, 1]; the larger the share, the larger the network. Raises ValueError if
+            no plan is that small.
+        measure: what a plan comes to, as a share of the dense network's.
+        asked: what it should come to, in (0, 1].
+
+    Raises:
+        ValueError: it can't be reached; the message says what can.
+    """
+    low, high, share = 0.0, 1.0, asked
+    found: list[Reached] = []
+    reason = ""
+    for _ in range(TRIES):
+        try:
+            made = Reached(plan := plan_at(share), measure(plan), asked)
+        except ValueError as error:
+            low, reason = share, str(error)
+        else:
+            found.append(made)
+            if made.within() or (made.off < 0 and share >= 1):
+                break
+            low, high = (low, share) if made.off > 0 else (share, high)
+        if high - low < 0.002:
+            break
+        corrected = share / (1 + found[-1].off) if found else 0.0
+        share = corrected if low < corrected < high else 1.0 if low < corrected and high == 1 else (low + high) / 2
+    if not found:
+        raise ValueError(reason)
+    best = min(found, key=lambda made: abs(made.off))
+    if best.off > TOLERANCE:
+        raise ValueError(
+            f"a budget of {asked:.3g} of the dense network's can't be met: the smallest that was found has "
+            f"{best.value:.3g}" + (f" ({reason})" if reason else "")
+        )
+    return best
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name}={value!r} must be a number above 0")

@@ -1,0 +1,437 @@
+"""From a trained network and a budget to a small network: plan, convert, recalibrate, fine-tune, deploy, export."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decef.compression.budgets import AnyBudget, Memory, Reached, Size, search, words
+from decef.compression.finetune import Loader, batches, count_batches, finetune, head_size, recalibrate, step_seconds
+from decef.compression.finetune import top1 as measure_top1
+from decef.compression.report import write_report
+from decef.conversion import convert
+from decef.costs import total_cost
+from decef.files import replace_file
+from decef.inference.deploy import Deployed, deploy, to_convolutions
+from decef.inference.engines import available, check_engine, load
+from decef.inference.export import export
+from decef.inference.latency import measure_times
+from decef.inference.memory import activation_bytes, stored_bytes
+from decef.inference.timing import inference_call, interleaved_times
+from decef.models.released import Card, save
+from decef.moments import input_moments
+from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
+from decef.ranks import Budget, Latency
+from decef.training.checkpoint import load_checkpoint, save_checkpoint
+from decef.training.config import TrainConfig
+from decef.training.recorder import environment
+
+log = logging.getLogger(__name__)
+
+PLAN, STATE, CHECKPOINT, REPORT = "plan.yaml", "state.json", "checkpoint.pt", "report.md"
+NETWORK = "network"  # .safetensors, and .onnx or .pt2
+
+
+@dataclass
+class Compressed:
+    """What a compression gave.
+
+    Attributes:
+        network: the small network, fine-tuned, in evaluation mode; its factors can be trained on.
+        plan: which layers it has.
+        deployed: the same network as it runs fastest here.
+        numbers: what was measured, as in `report.json`.
+        folder: what was written, or None.
+    """
+
+    network: nn.Module
+    plan: Plan
+    deployed: Deployed
+    numbers: dict[str, Any]
+    folder: Path | None
+
+
+def compress(model: nn.Module, data: Loader, **arguments: Any) -> Compressed:
+    """Shrink a trained classifier to a budget, and fine-tune it. The arguments are those of `Compression`."""
+    return Compression(model, data, **arguments).run()
+
+
+class Compression:
+    """The steps from a trained network to a small one. What is done is kept in a folder, and not done again.
+
+    Args:
+        model: a trained network that gives logits `(B, classes)`, on the device to work on; it does not change.
+        data: training images, normalised as the network expects, in batches (images, labels). It is iterated several
+            times.
+        budget: what the small network may cost: `decef.ranks.Budget` (FLOPs or parameters), `decef.ranks.Latency` (a
+            share of the dense network's time), or one of `decef.compression`: `Milliseconds`, `Memory`, `Size`.
+        layer: a layer type, or "auto": the best for every convolution.
+        finetune: epochs of fine-tuning; 0 for none.
+        lr: the learning rate of its first step, from which it falls to 0 as half a cosine.
+        test: images that accuracy is measured on, in batches like `data`; None: it isn't measured.
+        images: how many training images the decomposition is fitted to.
+        batch_size: number of images in a call that should be fast.
+        include, exclude: names of convolutions, see `decef.plan`.
+        engine: that the network should be fast in, of `decef.inference.engines.ENGINES`; None is onnxruntime where that
+            is installed and runs the network, else eager.
+        seed: of the fine-tuning.
+        out: folder for everything that is made; None: nothing is kept.
+        card: the network's name and normalisation, for its file.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: an argument is wrong, the data don't fit the network, or `out` holds another compression.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Loader,
+        *,
+        budget: AnyBudget,
+        layer: str = AUTO,
+        finetune: int = 3,
+        lr: float = 0.01,
+        test: Loader | None = None,
+        images: int = 512,
+        batch_size: int = 1,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        engine: str | None = None,
+        seed: int = 0,
+        out: str | Path | None = None,
+        card: Card | None = None,
+        progress: bool = False,
+    ) -> None:
+        if not isinstance(budget, AnyBudget):
+            raise ValueError(f"budget={budget!r} is no budget: say Budget(flops=0.5) or Latency(0.6) of decef.ranks")
+        if isinstance(budget, Latency) and budget.times is not None:
+            raise ValueError("a compression measures the times itself: say Latency(share) without times")
+        if layer == "conv2d" or (layer != AUTO and not layer_type(layer)):
+            raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
+        for key, value, least in (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
+        self._model, self._data, self._test = copy.deepcopy(model).eval(), data, test
+        self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
+        self._include, self._exclude = _listed(include), _listed(exclude)
+        self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
+        self._epochs = finetune
+        self._first = next(batches(data))[0]
+        self._classes = head_size(self._model, self._first)
+        for given in (data, test) if test is not None else (data,):
+            next(batches(given, self._classes))
+        x = self._first[:1].to(next(model.parameters()).device)
+        self._x = x.expand(batch_size, *x.shape[1:]).contiguous()
+        channels, height, width = x.shape[1:]
+        self._input_size = (channels, height, width)
+        self._engine = self._find_engine(engine)
+        self._card = card or Card(NETWORK, "", self._input_size, self._classes)
+        asked = {
+            "network": _fingerprint(self._model),
+            "layer": layer,
+            "budget": words(budget),
+            "finetune": finetune,
+            "lr": lr,
+            "images": images,
+            "batch_size": batch_size,
+            "include": self._include,
+            "exclude": self._exclude,
+            "engine": self._engine,
+            "seed": seed,
+        }
+        self._kept = None if out is None else Path(out)
+        self._folder = Path(tempfile.mkdtemp()) if self._kept is None else self._kept
+        if self._kept is None:
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._state = _State(self._folder / STATE, asked)
+
+    def plan(self) -> Plan:
+        """The plan that meets the budget, by measurement where the budget is one of time or memory.
+
+        Raises:
+            ValueError: the budget can't be met; the message says what can.
+        """
+        path = self._folder / PLAN
+        if "reached" not in self._state:
+            if self._test is not None and "dense" not in self._accuracies():
+                self._note_top1("dense", self._model)
+            reached = self._reach()
+            reached.plan.save(path)
+            self._state["reached"] = {"asked": reached.asked, "value": reached.value}
+        return Plan.load(path)
+
+    def estimate(self) -> float:
+        """Seconds that fine-tuning would take here, from three of its steps on a copy."""
+        if not self._epochs:
+            return 0.0
+        small = convert(self._model, self.plan(), from_scratch=True)
+        return self._epochs * count_batches(self._data) * step_seconds(small, self._data, self._train)
+
+    def run(self) -> Compressed:
+        """Do what is not done yet.
+
+        Raises:
+            ValueError: the budget can't be met, or the data don't fit the network.
+            FloatingPointError: fine-tuning diverged.
+            OSError: the folder can't be written to; what was done before is still there.
+        """
+        made = self.plan()
+        network, saved = self._converted(made)
+        finetune(
+            network,
+            self._data,
+            replace(self._train, epochs=self._epochs or 1),
+            classes=self._classes,
+            seed=self._seed,
+            saved=saved if self._epochs else {"epoch": 1},
+            save=lambda training: self._save(network, made, training),
+            progress=self._progress,
+        )
+        network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        made = Plan.load(self._folder / PLAN)
+        if self._epochs and self._test is not None:
+            self._note_top1("finetuned", network)
+        dense = self._fast_dense()
+        deployed = deploy(network, self._x, engines=[self._engine], progress=self._progress)
+        self._write_files(network, made, deployed)
+        numbers = self._numbers(network, made, dense, deployed)
+        write_report(self._folder / REPORT, numbers, own=not self._card.model)
+        return Compressed(network, made, deployed, numbers, self._kept)
+
+    # The plan
+
+    def _reach(self) -> Reached:
+        make = self._planner()
+        budget = self._budget
+        if isinstance(budget, Budget):
+            made = make(budget)
+            whole = total_cost(self._model, self._input_size)
+            key = "macs" if budget.params is None else "params"
+            small = total_cost(convert(self._model, made, from_scratch=True), self._input_size)
+            return Reached(made, small[key] / whole[key], budget.share)
+        if isinstance(budget, (Memory, Size)):
+            measure = _memory if isinstance(budget, Memory) else _stored
+            whole_size = measure(self._model, self._x)
+            asked = budget.share if isinstance(budget, Memory) else budget.bytes / whole_size
+            _check_smaller(asked, f"{whole_size} bytes")
+            return search(
+                lambda share: make(Budget(params=share)),
+                lambda made: measure(convert(self._model, made, from_scratch=True), self._x) / whole_size,
+                asked,
+            )
+        dense = self._fast_dense()
+        types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
+        times = {
+            name: measure_times(
+                self._model, name, self._x, engine=self._engine, include=self._include, exclude=self._exclude,
+                progress=self._progress,
+            )
+            for name in types
+        }  # fmt: skip
+        seconds = interleaved_times({"dense": inference_call(dense, self._x)}, reduce=min)["dense"]
+        asked = budget.share if isinstance(budget, Latency) else budget.limit / 1e3 / seconds
+        _check_smaller(asked, f"{seconds * 1e3:.3g} ms")
+        known = times if self._layer == AUTO else times[self._layer]
+
+        def measure_time(made: Plan) -> float:
+            small = convert(self._model, made, from_scratch=True)
+            return self._time_share(dense, deploy(small, self._x, engines=[self._engine], progress=self._progress))
+
+        return search(lambda share: make(Latency(share, known)), measure_time, asked)
+
+    def _planner(self) -> Any:
+        """Makes a plan from a rule, by the energies of the layers' outputs on some of the data."""
+        names = [name for name, module in self._model.named_modules() if type(module) is nn.Conv2d]
+        moments = input_moments(self._model, names, self._some_images(), progress=self._progress)
+        self._moments = moments
+        where: dict[str, Any] = {
+            "include": self._include,
+            "exclude": self._exclude,
+            "input_size": self._input_size,
+            "data": moments,
+        }
+        if self._layer == AUTO:
+            choice = TypeChoice(self._model, **where)
+            return lambda rule: choice.plan(rule, progress=self._progress)
+        return lambda rule: plan(self._model, self._layer, rank=rule, **where)
+
+    def _some_images(self) -> list[Tensor]:
+        """The first so many images, in batches."""
+        device, found, left = self._x.device, [], self._images
+        with self._seeded():
+            for images, _ in batches(self._data):
+                found.append(images[:left].to(device))
+                left -= len(found[-1])
+                if left <= 0:
+                    break
+        return found
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Let a loader that draws by torch's generator draw the same every time, and leave the generator as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            yield
+
+    # The network
+
+    def _converted(self, made: Plan) -> tuple[nn.Module, dict[str, Any] | None]:
+        """The network as the checkpoint has it, or newly converted and recalibrated."""
+        saved = load_checkpoint(self._folder / CHECKPOINT) if (self._folder / CHECKPOINT).is_file() else None
+        if saved is not None:
+            network = convert(self._model, made, from_scratch=True)
+            network.load_state_dict(saved["network"])
+            return network, saved["training"]
+        moments = getattr(self, "_moments", None)
+        network = convert(
+            self._model, made, data=self._some_images() if moments is None else moments, progress=self._progress
+        )
+        made.save(self._folder / PLAN)  # with the errors of the layers
+        if self._test is not None:
+            self._note_top1("converted", network)
+        with self._seeded():
+            has_batch_norm = recalibrate(network, self._data)
+        if has_batch_norm and self._test is not None:
+            self._note_top1("recalibrated", network)
+        self._save(network.eval(), made, None)
+        return network, None
+
+    def _save(self, network: nn.Module, made: Plan, training: dict[str, Any] | None) -> None:
+        save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})
+
+    def _write_files(self, network: nn.Module, made: Plan, deployed: Deployed) -> None:
+        final = [*self._accuracies().values()]
+        card = replace(self._card, plan=made.to_dict(), top1=final[-1] if final else None)
+        save(network, replace(card, name=NETWORK), self._folder, half=False)
+        ending = ".onnx" if self._engine == "onnxruntime" else ".pt2"
+        path = self._folder / f"{NETWORK}{ending}"
+        try:
+            for line in export(copy.deepcopy(network).cpu(), path, tuple(self._x.shape), form=deployed.forms):
+                log.info("%s", line)
+        except ValueError as error:
+            log.warning("%s is not written: %s", path, error)
+
+    # What is measured
+
+    def _find_engine(self, engine: str | None) -> str:
+        if engine is not None:
+            return check_engine(engine, self._x)
+        if "onnxruntime" in available(self._x.device):
+            try:
+                load("onnxruntime", to_convolutions(self._model), self._x)
+                return "onnxruntime"
+            except ValueError as error:
+                log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)
+        return "eager"
+
+    def _fast_dense(self) -> Deployed:
+        return deploy(self._model, self._x, engines=[self._engine])
+
+    def _time_share(self, dense: nn.Module, small: nn.Module) -> float:
+        seconds = self._seconds(dense, small)
+        return seconds["small"] / seconds["dense"]
+
+    def _seconds(self, dense: nn.Module, small: nn.Module) -> dict[str, float]:
+        calls = {"dense": inference_call(dense, self._x), "small": inference_call(small, self._x)}
+        return interleaved_times(calls, rounds=10, reduce=min)
+
+    def _accuracies(self) -> dict[str, float]:
+        return self._state.get("top1", {})
+
+    def _note_top1(self, step: str, network: nn.Module) -> None:
+        assert self._test is not None
+        if step not in self._accuracies():
+            self._state["top1"] = {**self._accuracies(), step: measure_top1(network, self._test)}
+        log.info("%s: top-1 %.2f %%", step, self._accuracies()[step])
+
+    def _numbers(self, network: nn.Module, made: Plan, dense: Deployed, deployed: Deployed) -> dict[str, Any]:
+        seconds = self._seconds(dense, deployed)
+        sides = {"dense": self._model, "small": network}
+        return {
+            "asked": {**self._state.asked, "reached": self._state["reached"]},
+            "top1": self._accuracies(),
+            "seconds": seconds,
+            "costs": {side: total_cost(model, self._input_size) for side, model in sides.items()},
+            "bytes": {side: stored_bytes(model) for side, model in sides.items()},
+            "memory": {side: _memory(model, self._x) for side, model in sides.items()},
+            "layers": [
+                {**row, "layer": row.get("layer") or made.layer, "form": deployed.forms.get(row["name"], "")}
+                for row in made.to_dict()["rows"]
+            ],
+            "input": list(self._x.shape),
+            "files": sorted(path.name for path in self._folder.iterdir() if path.stem == NETWORK or path.name == PLAN),
+            "made": environment(str(self._x.device), torch.get_num_threads()),
+        }
+
+
+class _State:
+    """What is done, in a JSON file that is written after every step."""
+
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        self._path, self.asked = path, asked
+        self._known: dict[str, Any] = {}
+        if path.is_file():
+            self._known = json.loads(path.read_text())
+            before = self._known["asked"]
+            changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]
+            if changed:
+                raise ValueError(f"{path.parent} holds another compression ({'; '.join(changed)}): give another folder")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self["asked"] = asked
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._known[key] = value
+        replace_file(self._path, (json.dumps(self._known, indent=1) + "\n").encode())
+
+    def get(self, key: str, default: Any) -> Any:
+        return self._known.get(key, default)
+
+
+def _memory(model: nn.Module, x: Tensor) -> int:
+    """Bytes of a network's weights, and of its intermediate results at their peak."""
+    network = to_convolutions(model)
+    return stored_bytes(network) + activation_bytes(network, x.shape)
+
+
+def _stored(model: nn.Module, x: Tensor) -> int:
+    return stored_bytes(model)
+
+
+def _check_smaller(asked: float, whole: str) -> None:
+    if asked >= 1:
+        raise ValueError(f"the budget is no less than what the dense network takes, {whole}: there is nothing to do")
+
+
+def _listed(patterns: str | Iterable[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+    return digest.hexdigest()

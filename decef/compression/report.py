@@ -1,0 +1,119 @@
+"""The page that says what a compression did, and what it measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from decef.files import replace_file
+from decef.results.pages import provenance, render
+
+STEPS = {
+    "dense": "dense",
+    "converted": "converted",
+    "recalibrated": "batch norm measured again",
+    "finetuned": "fine-tuned",
+}
+FILES = {
+    ".safetensors": "the small network with its plan, to use or train in Python",
+    ".onnx": "for ONNX Runtime and others, each layer in its fastest form, batch norms folded",
+    ".pt2": "for torch.export.load, each layer in its fastest form, batch norms folded",
+    ".yaml": "the plan",
+}
+
+
+def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
+    """Write the page as Markdown, and the numbers beside it as JSON.
+
+    Args:
+        path: of the page.
+        numbers: see `Compressed.numbers`.
+        own: whether the network is the user's own, which `decef.load` has to be given.
+    """
+    replace_file(path.with_suffix(".json"), (json.dumps(numbers, indent=1) + "\n").encode())
+    asked, top1 = numbers["asked"], numbers["top1"]
+    steps = [f"{words} {top1[key]:.2f}" for key, words in STEPS.items() if key in top1]
+    text = render(
+        "compression",
+        title="A smaller network",
+        summary=summary(numbers),
+        table=_table(numbers),
+        steps=", ".join(steps),
+        test="the test images",
+        budget=asked["budget"],
+        reached=_reached(asked, numbers["seconds"]),
+        images=asked["images"],
+        layers=_layers(numbers["layers"]),
+        files=[(name, FILES[Path(name).suffix]) for name in numbers["files"]],
+        folder=path.parent,
+        own=", model=YOUR_DENSE_NETWORK" if own else "",
+        provenance=provenance(numbers["made"], f"{numbers['made']['threads']} threads", asked["engine"]),
+    )
+    replace_file(path, text.encode())
+
+
+def summary(numbers: Mapping[str, Any]) -> str:
+    """What came out, in a sentence."""
+    costs, seconds, top1 = numbers["costs"], numbers["seconds"], numbers["top1"]
+    share = {key: costs["small"][key] / costs["dense"][key] for key in ("params", "flops")}
+    converted = sum(row["action"] == "convert" for row in numbers["layers"])
+    said = (
+        f"{converted} of {len(numbers['layers'])} convolutions became low-rank layers. The network has "
+        f"{share['params']:.2f} of the parameters and {share['flops']:.2f} of the FLOPs, and takes "
+        f"{seconds['small'] / seconds['dense']:.2f} of the time"
+    )
+    if top1:
+        last = list(top1.values())[-1]
+        said += f"; its top-1 is {last:.2f} %, the dense network's {top1['dense']:.2f} % ({last - top1['dense']:+.2f})"
+    return f"{said}."
+
+
+def _table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    costs, seconds = numbers["costs"], numbers["seconds"]
+    batch, *size = numbers["input"]
+    rows = [
+        ("parameters", *(costs[side]["params"] for side in ("dense", "small")), ",.0f"),
+        ("FLOPs", *(costs[side]["flops"] for side in ("dense", "small")), ",.0f"),
+        (f"ms, {batch} x {' x '.join(map(str, size))}", *(1e3 * seconds[side] for side in ("dense", "small")), ".3g"),
+        ("weights, MB", *(numbers["bytes"][side] / 1e6 for side in ("dense", "small")), ".3g"),
+        (
+            "weights and intermediate results at their peak, MB",
+            *(numbers["memory"][s] / 1e6 for s in ("dense", "small")),
+            ".3g",
+        ),
+    ]
+    return [(name, f"{dense:{how}}", f"{small:{how}}", f"{small / dense:.2f}") for name, dense, small, how in rows]
+
+
+def _reached(asked: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+    reached = asked["reached"]
+    said = f"a share of {reached['asked']:.3g}, and the plan came to {reached['value']:.3g}"
+    if asked["budget"].endswith(("time", "ms a call")):
+        said += f" when it was made, and to {seconds['small'] / seconds['dense']:.3g} when the network was ready"
+    return said
+
+
+def _layers(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = ["name", "layer", "rank", "of", "error", "form", "MACs", "over dense", "why it is kept"]
+    shown = []
+    for row in rows:
+        converted = row["action"] == "convert"
+        macs = row["macs_after"] if converted else row["macs_before"]
+        shown.append(
+            [
+                f"`{row['name']}`",
+                row["layer"] if converted else "dense",
+                row["rank"] if converted else "",
+                row["max_rank"] if converted else "",
+                f"{row['error']:.3f}" if row["error"] is not None else "",
+                row["form"],
+                f"{macs:,}" if macs is not None else "",
+                f"{row['macs_after'] / row['macs_before']:.2f}" if converted and row["macs_before"] else "",
+                row["reason"],
+            ]
+        )
+    return pd.DataFrame(shown, columns=columns).to_markdown(index=False, disable_numparse=True)

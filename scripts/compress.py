@@ -1,0 +1,134 @@
+"""Shrink a trained network to a budget: plan, convert, fine-tune, deploy, export, report.
+
+python scripts/compress.py model=resnet56 model.weights=FILE dataset=cifar10 budget.latency=0.6 out=small
+python scripts/compress.py model=timm/resnet18 model.weights=FILE dataset=imagefolder dataset.root=FOLDER \\
+    layer=auto budget.latency=0.6 finetune.epochs=3 out=small
+python scripts/compress.py model=mypackage.nets:make_net ...     (a function of yours that gives the dense network)
+
+The same command, run again, goes on where it was stopped. configs/compress.yaml has all settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from cli import check_arguments, expand, fail
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from decef.compression import Compression
+
+CONFIG = "compress"
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name=CONFIG)
+def main(cfg: DictConfig) -> None:
+    from decef.compression import Compression
+    from decef.compression.report import summary
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    try:
+        job = _job(settings, Compression)
+        print(job.plan())
+        if settings["dry_run"]:
+            print(f"fine-tuning would take {job.estimate() / 60:.1f} minutes; leave out dry_run to go on from here")
+            return
+        done = job.run()
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{settings['out']} can't be written to: {error}; what was done before is kept")
+    print(summary(done.numbers))
+    print(f"wrote {done.folder}/: {', '.join(done.numbers['files'])}, report.md")
+
+
+def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
+    import torch
+
+    from decef.compression.loaders import TestBatches, TrainingBatches
+    from decef.models.released import Card
+    from decef.models.weights import load_weights
+    from decef.training.build import dense_network
+    from decef.training.config import DatasetConfig, ModelConfig, group
+    from decef.training.run import find_device
+
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    budget = _budget(settings["budget"])
+    dataset_config = group("dataset", DatasetConfig, settings["dataset"]).resolved()
+    model_config = group("model", ModelConfig, settings["model"]).resolved()
+    if not model_config.weights:
+        raise ValueError("say model.weights=FILE: a network that is not trained has nothing to keep")
+    data = dataset_config.dataset()
+    model = load_weights(dense_network(model_config, data), Path(model_config.weights))
+    device = find_device(settings["device"])
+    train, test = data.load(
+        dataset_config.folder,
+        crop_padding=dataset_config.crop_padding or 0,
+        flip=dataset_config.flip,
+        workers=dataset_config.workers,
+    )
+    own = ":" in model_config.name
+    card = Card(
+        name=Path(settings["out"]).name,
+        model="" if own else model_config.name,
+        options=dict(model_config.options),
+        input_size=data.input_size,
+        num_classes=data.num_classes,
+        mean=data.mean,
+        std=data.std,
+        dataset=dataset_config.name,
+    )
+    return kind(
+        model.to(device),
+        TrainingBatches(train, settings["finetune"]["batch_size"]),
+        budget=budget,
+        layer=settings["layer"]["name"],
+        finetune=settings["finetune"]["epochs"],
+        lr=settings["finetune"]["lr"],
+        test=TestBatches(test),
+        images=settings["images"],
+        batch_size=settings["batch_size"],
+        include=settings["include"],
+        exclude=settings["exclude"],
+        engine=settings["engine"],
+        seed=settings["seed"],
+        out=settings["out"],
+        card=card,
+        progress=True,
+    )
+
+
+def _budget(given: dict[str, Any]) -> Any:
+    from decef.compression import Memory, Milliseconds, Size
+    from decef.ranks import Budget, Latency
+
+    kinds: dict[str, Callable[..., Any]] = {
+        "latency": Latency,
+        "milliseconds": Milliseconds,
+        "flops": lambda share: Budget(flops=share),
+        "params": lambda share: Budget(params=share),
+        "memory": Memory,
+        "bytes": Size,
+    }
+    chosen = {key: value for key, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(f"say one budget, such as budget.latency=0.6: there are {', '.join(kinds)}")
+    ((key, value),) = chosen.items()
+    return kinds[key](value)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = expand(sys.argv[1:])
+    check_arguments(sys.argv[1:], CONFIG)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")

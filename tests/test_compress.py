@@ -1,0 +1,311 @@
+"""From a trained network and a budget to a small network: the steps, the folder, what is refused, the command line."""
+
+import json
+
+import onnxruntime
+import pytest
+import torch
+from support import DIGITS, network, train
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import decef
+from decef.compression import Compression, Memory, Milliseconds, Size, compress
+from decef.compression.budgets import search
+from decef.inference.memory import activation_bytes, stored_bytes
+from decef.plans import Plan, PlanRow
+from decef.ranks import Budget, Latency
+from decef.ranks.latency import LayerTimes, Times
+
+SIZE = (1, 8, 8)
+
+
+def loader(part=0, count=1437, shuffle=True):
+    data = DIGITS[part]
+    images = TensorDataset(data.normalize(data.images[:count]), data.labels[:count])
+    return DataLoader(images, batch_size=64, shuffle=shuffle)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = network()
+    train(model, size=1437)
+    return model
+
+
+@pytest.fixture(scope="module")
+def options():
+    return {"budget": Budget(flops=0.4), "layer": "decef", "exclude": "conv1", "engine": "eager", "images": 200}
+
+
+@pytest.fixture(scope="module")
+def made(trained, options, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    given = options
+    return compress(trained, loader(), test=loader(1, shuffle=False), finetune=2, out=out, **given), out, given
+
+
+def test_it_keeps_the_budget_and_most_of_the_accuracy(trained, made):
+    done, _, _ = made
+    dense = decef.cost(trained, SIZE).attrs["macs"]
+    assert decef.cost(done.network, SIZE).attrs["macs"] <= 0.4 * dense + 1
+    top1 = done.numbers["top1"]
+    assert list(top1) == ["dense", "converted", "recalibrated", "finetuned"]
+    assert top1["finetuned"] > top1["dense"] - 5
+    assert done.numbers["costs"]["small"]["flops"] <= 0.4 * done.numbers["costs"]["dense"]["flops"] + 2
+    x = DIGITS[1].normalize(DIGITS[1].images[:1])
+    torch.testing.assert_close(done.deployed(x), done.network(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_folder_has_the_network_for_python_and_for_others(trained, made):
+    done, out, _ = made
+    x = DIGITS[1].normalize(DIGITS[1].images[:1])
+    again = decef.load(out / "network.safetensors", model=trained)
+    torch.testing.assert_close(again(x), done.network(x), rtol=1e-4, atol=1e-5)
+    assert again.card.top1 == done.numbers["top1"]["finetuned"]
+    with pytest.raises(ValueError, match="made from a network of your own: give that as model="):
+        decef.load(out / "network.safetensors")
+    with pytest.raises(ValueError, match=r"doesn't fit CifarResNet|doesn't have"):
+        decef.load(out / "network.safetensors", model=decef.models.CifarResNet(8))
+    program = torch.export.load(out / "network.pt2").module()
+    torch.testing.assert_close(program(x), done.network(x), rtol=1e-3, atol=1e-3)
+    page = (out / "report.md").read_text()
+    told = ("0.4 of the dense network's FLOPs", "fine-tuned", "`layer3.0.conv2`", "excluded by 'conv1'", "model=")
+    assert all(words in page for words in told)
+    assert json.loads((out / "report.json").read_text())["top1"] == done.numbers["top1"]
+
+
+def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
+    done, out, given = made
+    monkeypatch.setattr("decef.compression.pipeline.plan", None)
+    monkeypatch.setattr("decef.compression.pipeline.measure_top1", None)
+    again = compress(trained, loader(), test=loader(1, shuffle=False), finetune=2, out=out, **given)
+    assert again.network.state_dict().keys() == done.network.state_dict().keys()
+    assert all(torch.equal(v, done.network.state_dict()[k]) for k, v in again.network.state_dict().items())
+    with pytest.raises(ValueError, match=r"holds another compression \(finetune 2, not 3\): give another folder"):
+        compress(trained, loader(), test=loader(1, shuffle=False), finetune=3, out=out, **given)
+
+
+def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_path, monkeypatch):
+    given = {**options, "finetune": 3, "progress": False}
+    whole = compress(trained, loader(), out=tmp_path / "whole", **given)
+    real, epochs = Compression._save, []
+
+    def stop(self, network, made, training):
+        real(self, network, made, training)
+        if training is not None:
+            epochs.append(training["epoch"])
+            if epochs == [1, 2]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Compression, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(trained, loader(), out=tmp_path / "part", **given)
+    again = compress(trained, loader(), out=tmp_path / "part", **given)
+    assert epochs == [1, 2, 3]
+    for key, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[key]), key
+
+
+def test_without_fine_tuning_or_a_folder(trained, options):
+    done = decef.compress(trained, loader(), finetune=0, test=loader(1, shuffle=False), **options)
+    assert done.folder is None
+    assert list(done.numbers["top1"]) == ["dense", "converted", "recalibrated"]
+    assert done.numbers["top1"]["recalibrated"] > 50
+
+
+def test_auto_gives_every_layer_its_type(trained, options):
+    done = compress(trained, loader(), **{**options, "layer": "auto", "finetune": 0, "images": 100})
+    assert {row["layer"] for row in done.numbers["layers"] if row["action"] == "convert"} == {
+        row.layer for row in done.plan.rows if row.action == "convert"
+    }
+    assert done.plan.layer == "auto"
+
+
+def test_in_onnx_runtime_where_that_is_installed(tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten(), nn.Linear(24 * 16, 10)
+    done = compress(nn.Sequential(*layers), loader(), budget=Budget(flops=0.6), layer="decef", finetune=0, out=tmp_path)
+    assert done.deployed.engine == done.numbers["asked"]["engine"] == "onnxruntime"
+    x = DIGITS[1].normalize(DIGITS[1].images[:1])
+    (logits,) = onnxruntime.InferenceSession(str(tmp_path / "network.onnx")).run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), done.network(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_memory_is_of_what_is_alive_at_once():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten())
+    model[1].inplace = True
+    assert activation_bytes(model, (3, 1, 8, 8)) == 4 * 3 * 64 * (4 + 2)
+    model[1].inplace = False
+    assert activation_bytes(model, (3, 1, 8, 8)) == 4 * 3 * 64 * (4 + 4)
+
+
+def test_memory_and_size(trained, options):
+    dense = stored_bytes(trained)
+    given = {**options, "finetune": 0}
+    small = compress(trained, loader(), **{**given, "budget": Size(dense // 2)})
+    assert stored_bytes(small.network) == pytest.approx(dense // 2, rel=0.05)
+    assert stored_bytes(small.network) == small.numbers["bytes"]["small"]
+    small = compress(trained, loader(), **{**given, "budget": Memory(0.6)})
+    memory = small.numbers["memory"]
+    assert memory["small"] / memory["dense"] == pytest.approx(0.6, rel=0.06)
+
+
+def made_up_times(model):
+    layers = {
+        name: LayerTimes(1.0, {1: 0.1, 9: 1.0})
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    return Times(len(layers) + 1.0, layers)
+
+
+@pytest.mark.parametrize("budget", [Latency(0.6), Milliseconds(6.0)])
+def test_a_budget_of_time_is_met_as_measured(trained, options, monkeypatch, budget):
+    """The layers' times promise too much, so that the first plan is too slow; the second is corrected."""
+    module = "decef.compression.pipeline"
+    tries, dense = [], decef.cost(trained, SIZE).attrs["macs"]
+
+    def measured(self, _, small):
+        tries.append(0.15 + 0.85 * decef.cost(small, SIZE).attrs["macs"] / dense)
+        return tries[-1]
+
+    monkeypatch.setattr(f"{module}.measure_times", lambda model, *_, **__: made_up_times(model))
+    monkeypatch.setattr(f"{module}.deploy", lambda model, *_, **__: model)
+    monkeypatch.setattr(f"{module}.interleaved_times", lambda steps, **_: dict.fromkeys(steps, 0.01))
+    monkeypatch.setattr(Compression, "_time_share", measured)
+    Compression(trained, loader(), **{**options, "budget": budget}).plan()
+    assert abs(tries[0] / 0.6 - 1) > 0.05
+    assert abs(tries[-1] / 0.6 - 1) <= 0.05
+
+
+def as_plan(share):
+    return Plan("decef", [PlanRow("a", "convert", "", round(1000 * share), 1000, None, 1, 1, 1, 1)])
+
+
+def value_of(made, slope, offset):
+    return offset + slope * made.rows[0].rank / 1000
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(1.0, 0.0), (0.5, 0.4), (1.6, -0.1), (0.3, 0.45)])
+def test_the_search_ends_within_its_tolerance(slope, offset):
+    found = search(as_plan, lambda made: value_of(made, slope, offset), 0.6)
+    assert found.within()
+
+
+def test_the_search_says_what_can_be_reached():
+    with pytest.raises(ValueError, match=r"0\.3 of the dense network's can't be met: the smallest .* has 0\.5"):
+        search(as_plan, lambda made: value_of(made, 0.5, 0.5), 0.3)
+
+    def too_small(share):
+        if share < 0.7:
+            raise ValueError("not below 0.7")
+        return as_plan(share)
+
+    assert search(too_small, lambda made: value_of(made, 0.5, 0.0), 0.4).within()
+    with pytest.raises(ValueError, match=r"has 0\.\d+ \(not below 0\.7\)"):
+        search(too_small, lambda made: value_of(made, 1.0, 0.0), 0.4)
+
+
+def float_labels():
+    return [(images, labels.float()) for images, labels in loader()]
+
+
+def labels_too_large():
+    return [(images, labels + 5) for images, labels in loader(shuffle=False)]
+
+
+def colour_images():
+    return [(images.expand(-1, 3, -1, -1), labels) for images, labels in loader()]
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (list, {}, "the data yields no batch"),
+        (lambda: [torch.ones(2, 1, 8, 8)], {}, r"must yield batches \(images, labels\)"),
+        (float_labels, {}, "one class index for each image, not torch.float32"),
+        (labels_too_large, {}, "labels go from 5 to 14, but the network has 10 outputs"),
+        (colour_images, {}, r"doesn't run on images of \(\d+, 3, 8, 8\)"),
+        (loader, {"budget": 0.5}, "budget=0.5 is no budget"),
+        (loader, {"layer": "conv2d"}, "would change nothing"),
+        (loader, {"layer": "tucker"}, "unknown layer type 'tucker'"),
+        (loader, {"finetune": -1}, "finetune=-1 must be a whole number, at least 0"),
+        (loader, {"lr": 0}, "train.lr=0 must be"),
+        (loader, {"engine": "tensorrt"}, "there is no engine 'tensorrt'"),
+        (loader, {"budget": Budget(flops=0.01)}, r"0\.01 of the dense network's FLOPs can't be met"),
+        (loader, {"budget": Size(10**9)}, "no less than what the dense network takes"),
+        (loader, {"budget": Latency(0.5, made_up_times(network()))}, "say Latency.share. without times"),
+    ],
+)
+def test_bad_input_is_said_in_a_sentence(trained, options, data, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Compression(trained, data(), **{**options, **changes}).plan()
+
+
+def test_labels_that_only_later_don_t_fit_stop_the_fine_tuning(trained, options, tmp_path):
+    bad = [*loader(shuffle=False), *labels_too_large()]
+    with pytest.raises(ValueError, match="but the network has 10 outputs"):
+        compress(trained, bad, out=tmp_path, **options)
+    assert (tmp_path / "plan.yaml").is_file()  # what was done is kept
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, "x"])
+def test_limits_are_positive(limit):
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        Milliseconds(limit)
+
+
+OWN = """
+from decef.models import CifarResNet
+def make(): return CifarResNet(8, in_channels=1)
+"""
+
+
+def test_the_command_line(call, trained, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "mynets.py").write_text(OWN)
+    given = ["model=mynets:make", "model.weights=weights.pt", "dataset=digits", "layer=decef", "exclude=conv1"]
+    given += ["budget.flops=0.5", "finetune.epochs=1", "finetune.batch_size=64", "engine=eager", "images=200"]
+    dry = call("compress.py", *given, "dry_run=true", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "layer3.0.conv2" in dry.stdout
+    assert "fine-tuning would take 0." in dry.stdout
+    assert not (tmp_path / "small" / "checkpoint.pt").exists()
+    done = call("compress.py", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the FLOPs, and takes" in done.stdout
+    assert "wrote small/: network.pt2, network.safetensors, plan.yaml, report.md" in done.stdout
+    assert decef.load(tmp_path / "small" / "network.safetensors", model=network()).card.dataset == "digits"
+    assert "model=YOUR_DENSE_NETWORK" in (tmp_path / "small" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["budget.flops=0.5"], "say model.weights=FILE"),
+        (["budget.flops=0.5", "budget.latency=0.5", "model.weights=w.pt"], "say one budget"),
+        (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
+        (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),
+        (["model=nowhere:make", "model.weights=w.pt", "budget.flops=0.5"], "importable from here: No module named"),
+    ],
+)
+def test_what_the_command_line_refuses(call, trained, tmp_path, arguments, message):
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    said = call("compress.py", "dataset=digits", *arguments, cwd=tmp_path)
+    assert (said.returncode, message in said.stderr) == (2, True), said.stderr
+    assert said.stderr.count("\n") == 1
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(trained, options, tmp_path, monkeypatch):
+    Compression(trained, loader(), out=tmp_path, **options).plan()
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("decef.training.checkpoint.replace_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        compress(trained, loader(), out=tmp_path, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
