@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from decef.atcd import ATCD
-from decef.conversion import convert, fold
+from decef.conversion import convert, fold, recalibrate
 from decef.costs import cost
 from decef.inference.deploy import deploy
 from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, CPACConv2d, DeCEFConv2d, Rank1Conv2d
@@ -54,4 +54,5 @@ __all__ = [
     "fold",
     "load",
     "plan",
+    "recalibrate",
 ]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from decef.layers import FactorizedConv2d
 from decef.moments import moments_on
 from decef.plans import Plan, layer_type, plan
 from decef.progress import bar
 from decef.sites import count_parameters, shared_weights
+
+RECALIBRATION = 50  # batches
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -87,6 +91,24 @@ def convert(
         layer.bias = conv.bias  # type: ignore[assignment]
         replaced[id(conv)] = _take_over(layer, conv)
     return replace_modules(model, replaced)
+
+
+def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATION) -> nn.Module:
+    """Measure the statistics of a converted network's batch norms again, in place; no labels, no training.
+
+    Decomposed layers give other means and variances than the ones they replace. The images must be augmented as in
+    training: on images that are not, even a dense network's new statistics are worse than its own.
+
+    Args:
+        model: the network, on the device of the data.
+        data: training batches, or tuples that begin with one, as a DataLoader yields them.
+        count: how many of them to use.
+
+    Returns:
+        `model`, in evaluation mode.
+    """
+    update_bn(islice(data, count), model)
+    return model.eval()
 
 
 def fold(model: nn.Module) -> nn.Module:

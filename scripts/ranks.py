@@ -1,7 +1,7 @@
 """Measure the effective ranks of any network by depth.
 
 python scripts/ranks.py results/runs/<run id>                       # a run: its last checkpoint, or all it kept
-                                                                    # (train with keep_checkpoints=true)
+                                                                    # (train with keep_checkpoints=6)
 python scripts/ranks.py resnet20 --weights resnet20.th --out results/ranks/resnet20
 python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretrained]
 """

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
     )
-    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1"])
+    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
     what = "per channel, as the network expects; default: those of the run, else ImageNet's"
     parser.add_argument("--mean", type=float, nargs=3, help=what)
     parser.add_argument("--std", type=float, nargs=3, help=what)
@@ -48,7 +48,7 @@ def main() -> None:
             mean, std = trained_on.dataset().mean, trained_on.dataset().std
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
         expected = dataset("cifar10", mean=arguments.mean or mean, std=arguments.std or std)
-        train, test = expected.load(arguments.data)
+        train, test = expected.load(arguments.data, crop_padding=4, flip=True)
         rows = []
         for row in without_finetuning(
             model,
@@ -58,6 +58,7 @@ def main() -> None:
             exclude=stem_name(model),
             progress=True,
             seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
+            augmented=train,
         ):
             rows.append(row)
             words = " ".join(f"{row[key]:9}" for key in ("layer", "budget", "spread", "nearest"))

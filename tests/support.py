@@ -29,7 +29,7 @@ SETTINGS = {
     "device": "cpu",
     "threads": None,
     "progress": False,
-    "keep_checkpoints": False,
+    "keep_checkpoints": 0,
 }
 TRAIN = TrainConfig(name="test", epochs=4, batch_size=64, lr=0.1, warmup=0.25)
 

@@ -59,7 +59,7 @@ def test_kernels_of_a_network_in_training_are_those_of_evaluation(layer):
 
 
 def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
-    run(config(tmp_path, keep_checkpoints=True, layer={"name": "conv2d"}))
+    run(config(tmp_path, keep_checkpoints=2, layer={"name": "conv2d"}))
     (folder,) = (tmp_path / "runs").iterdir()
     out = tmp_path / "figures" / "ranks"
     done = call("ranks.py", folder, "--out", out)
@@ -114,6 +114,7 @@ def test_accuracy_without_finetuning_falls_with_the_budget(trained, tmp_path):
             shares=[0.3, 0.9],
             exclude="conv1",
             seen=seen.subset(slice(0, 256)),
+            augmented=dataclasses.replace(seen, crop_padding=1),
         )
     )
     dense, rest = rows[0], pd.DataFrame(rows[1:])
@@ -121,6 +122,9 @@ def test_accuracy_without_finetuning_falls_with_the_budget(trained, tmp_path):
     assert len(rest) == 16
     by_nearest = rest.groupby("nearest").top1.mean()
     assert by_nearest["outputs"] > by_nearest["kernels"]
+    small = rest[(rest.spread == "energy") & (rest.budget == "0.300")]
+    assert small.recalibrated.mean() > small.top1.mean() + 1
+    assert rest[rest.spread == "uniform"].recalibrated.isna().all()
     assert (rest.flops_ratio <= rest.budget.astype(float) + 1e-3).all()
     by_budget = rest.groupby("budget").agg({"top1": "mean", "mean_error": "mean"})
     assert by_budget.loc["0.900", "top1"] > by_budget.loc["0.300", "top1"]

@@ -84,13 +84,12 @@ def test_curves_are_the_metrics_mean_and_range(records):
 def test_curves_without_finetuning_are_the_csv():
     frame = pd.read_csv(ROOT / "results" / "without_finetuning" / "resnet20.csv")
     drawn = lines(plots.plot_without_finetuning(frame).axes[0])
-    for nearest, prefix in (("outputs", "{}"), ("kernels", "_{}, kernels")):
+    for nearest, column, prefix in (("outputs", "recalibrated", "{}"), ("kernels", "top1", "_{}, kernels")):
         for layer in ("decef", "basisconv", "cpac", "rank1"):
             rows = frame[(frame.layer == layer) & (frame.spread == "energy") & (frame.nearest == nearest)]
             line = drawn[prefix.format(layer)]
-            assert (
-                line.get_xydata().tolist() == rows[["flops_ratio", "top1"]].sort_values("flops_ratio").values.tolist()
-            )
+            expected = rows[["flops_ratio", column]].sort_values("flops_ratio").values
+            assert line.get_xydata().tolist() == expected.tolist()
 
 
 def test_eigenfilters_are_those_of_the_layer():
@@ -127,7 +126,7 @@ def drawn(call, tmp_path_factory):
     results = tmp_path_factory.mktemp("results")
     model = {"name": "plain", "width": 0.25, "relu": True, "dense_stem": True}
     run(config(results, model=model, layer={"name": "conv2d"}, threads=1))
-    run(config(results, model=model, layer={"name": "cpac", "flops": 0.25}, keep_checkpoints=True, threads=1))
+    run(config(results, model=model, layer={"name": "cpac", "flops": 0.25}, keep_checkpoints=9, threads=1))
     folder = next((results / "runs").glob("*cpac*"))
     networks = load_networks(str(folder))
     (results / "ranks").mkdir()

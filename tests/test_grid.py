@@ -49,7 +49,7 @@ def config(data, model, layer, results):
         data_config |= {"size": 32, "workers": 0, "num_classes": 3}
     return {
         "dataset": data_config, "model": model_config, "layer": layer_config, "train": train, "seed": 0,
-        "device": "cpu", "threads": None, "progress": False, "keep_checkpoints": False, "results": str(results),
+        "device": "cpu", "threads": None, "progress": False, "keep_checkpoints": 0, "results": str(results),
         "wandb": {"mode": "disabled", "project": "decef", "entity": None, "group": None}, "experiment": None,
     }  # fmt: skip
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from decef.training.config import TrainConfig
-from decef.training.loop import RECALIBRATION, Training
+from decef.training.loop import Training
 from decef.training.optim import lr_at
 
 Loader = Iterable[Any]
@@ -83,15 +82,6 @@ def top1(model: nn.Module, data: Loader) -> float:
             right += int((model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum())
             seen += len(labels)
     return 100 * right / seen
-
-
-def recalibrate(model: nn.Module, data: Loader, count: int = RECALIBRATION) -> bool:
-    """Measure batch norm's statistics again, on some batches; returns whether the network has any."""
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        return False
-    device = next(model.parameters()).device
-    update_bn((images.to(device) for images, _ in islice(batches(data), count)), model)
-    return True
 
 
 def finetune(

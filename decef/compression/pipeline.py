@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from decef.compression.budgets import AnyBudget, Memory, Reached, Size, search, words
-from decef.compression.finetune import Loader, batches, count_batches, finetune, head_size, recalibrate, step_seconds
+from decef.compression.finetune import Loader, batches, count_batches, finetune, head_size, step_seconds
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.report import write_report
-from decef.conversion import convert
+from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.files import replace_file
 from decef.inference.deploy import Deployed, deploy, to_convolutions
@@ -32,7 +32,6 @@ from decef.inference.latency import measure_times
 from decef.inference.memory import activation_bytes, stored_bytes
 from decef.inference.timing import inference_call, interleaved_times
 from decef.models.released import Card, save
-from decef.moments import input_moments
 from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
 from decef.ranks import Budget, Latency
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
@@ -255,14 +254,11 @@ class Compression:
 
     def _planner(self) -> Any:
         """Makes a plan from a rule, by the energies of the layers' outputs on some of the data."""
-        names = [name for name, module in self._model.named_modules() if type(module) is nn.Conv2d]
-        moments = input_moments(self._model, names, self._some_images(), progress=self._progress)
-        self._moments = moments
+        # By the kernels' energies: those of the outputs were measured to spread a budget no better.
         where: dict[str, Any] = {
             "include": self._include,
             "exclude": self._exclude,
             "input_size": self._input_size,
-            "data": moments,
         }
         if self._layer == AUTO:
             choice = TypeChoice(self._model, **where)
@@ -296,17 +292,15 @@ class Compression:
             network = convert(self._model, made, from_scratch=True)
             network.load_state_dict(saved["network"])
             return network, saved["training"]
-        moments = getattr(self, "_moments", None)
-        network = convert(
-            self._model, made, data=self._some_images() if moments is None else moments, progress=self._progress
-        )
+        network = convert(self._model, made, data=self._some_images(), progress=self._progress)
         made.save(self._folder / PLAN)  # with the errors of the layers
         if self._test is not None:
             self._note_top1("converted", network)
-        with self._seeded():
-            has_batch_norm = recalibrate(network, self._data)
-        if has_batch_norm and self._test is not None:
-            self._note_top1("recalibrated", network)
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+            with self._seeded():
+                recalibrate(network, (images.to(self._x.device) for images, _ in batches(self._data)))
+            if self._test is not None:
+                self._note_top1("recalibrated", network)
         self._save(network.eval(), made, None)
         return network, None
 

@@ -113,7 +113,8 @@ def without_finetuning(results: Path, records: Sequence[Record]) -> Iterator[Dra
         shows = (
             f"{path.stem}: test top-1 right after decomposition, without fine-tuning, against the share of the dense "
             "network's FLOPs; ranks by the energy they keep for their FLOPs. Filled, solid: nearest in the layers' "
-            "outputs on training images; open, dashed: nearest in their kernels. Grey line: the dense network."
+            "outputs on training images, batch norm's statistics measured again; open, dashed: nearest in their kernels. "
+            "Grey line: the dense network."
         )
         yield Drawing(
             f"without-finetuning-{path.stem}",
@@ -189,7 +190,7 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
     ("effective ranks", "python scripts/ranks.py NETWORK --weights FILE --out results/ranks/NAME", ranks),
     (
         "effective ranks in training",
-        "python scripts/train.py keep_checkpoints=true, then python scripts/ranks.py results/runs/RUN --out "
+        "python scripts/train.py keep_checkpoints=6, then python scripts/ranks.py results/runs/RUN --out "
         "results/ranks/NAME",
         ranks_in_training,
     ),

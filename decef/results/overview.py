@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from decef.files import replace_file
-from decef.layers import LAYERS
+from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
 from decef.training.config import DEFAULT_DECAY
@@ -26,7 +26,7 @@ def overview_table(results: Path) -> str:
     """The table in Markdown. A row per layer type: trained from scratch, decomposed, and time; a dash for no data."""
     trained, decomposed, time = _trained(results), _decomposed(results), _time(results)
     rows = []
-    for layer in LAYERS:
+    for layer in layer_names():
         row = trained.get(layer)
         two_thirds, half = (decomposed.get((layer, budget)) for budget in ("0.667", "0.500"))
         rows.append(
@@ -76,7 +76,7 @@ def _decomposed(results: Path) -> dict[tuple[str, str], float]:
         return {}
     frame = pd.read_csv(path, dtype={"budget": str})
     best = frame[(frame.spread == "energy") & (frame.nearest == "outputs")]
-    found = {(row["layer"], row["budget"]): float(row["top1"]) for row in best.to_dict("records")}
+    found = {(row["layer"], row["budget"]): float(row["recalibrated"]) for row in best.to_dict("records")}
     dense = float(frame[frame.layer == "conv2d"].top1.iloc[0])
     return found | {("conv2d", budget): dense for budget in ("0.667", "0.500")}
 

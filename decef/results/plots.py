@@ -107,17 +107,17 @@ def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
     axes.plot([1], [dense.top1], label="conv2d (dense)", **{**_look("conv2d"), "linestyle": "none"})
     by_energy = frame[frame.spread == "energy"]
     named: set[str] = set()
-    for nearest, variant in (("outputs", 0), ("kernels", 1)):
+    for nearest, column, variant in (("outputs", "recalibrated", 0), ("kernels", "top1", 1)):
         for layer, rows in by_energy[by_energy.nearest == nearest].groupby("layer", sort=False):
             rows = rows.sort_values("flops_ratio")
             label = f"_{layer}, {nearest}" if str(layer) in named else str(layer)
             named.add(str(layer))
-            axes.plot(rows.flops_ratio, rows.top1, label=label, **_look(str(layer), variant))
+            axes.plot(rows.flops_ratio, rows[column], label=label, **_look(str(layer), variant))
     axes.set_xlabel("FLOPs, share of dense")
     axes.set_ylabel("test top-1 / %, no fine-tuning")
     axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
-    for label, variant in (("nearest in outputs", 0), ("nearest in kernels", 1)):
+    for label, variant in (("nearest in outputs, batch norm measured again", 0), ("nearest in kernels", 1)):
         handles.append(Line2D([], [], **{**_look("conv2d", variant), "color": "0.5", "marker": "o"}))
         labels.append(label)
     _legend_below(figure, handles, labels)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from torch import Tensor, nn
 
-from decef.conversion import convert
+from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.data import Data
 from decef.files import replace_file
 from decef.moments import input_moments
-from decef.plans import plan
+from decef.plans import AUTO, plan
 from decef.ranks import Budget
 from decef.results.pages import provenance, render
 from decef.training.loop import EVAL_BATCH, evaluate
 from decef.training.record import Summary
+
+ENERGY, UNIFORM = "energy", "uniform"
 
 
 def without_finetuning(
@@ -28,6 +32,7 @@ def without_finetuning(
     shares: Sequence[float],
     exclude: str | None,
     seen: Data | None = None,
+    augmented: Data | None = None,
     progress: bool = False,
 ) -> Iterator[dict[str, object]]:
     """Top-1 of a trained network right after decomposition, without any fine-tuning, at shares of its FLOPs.
@@ -39,13 +44,15 @@ def without_finetuning(
         shares: of the dense network's FLOPs.
         exclude: pattern of the names that stay dense.
         seen: training images. With them, factors are also fitted to the layers' outputs on them; labels are ignored.
+        augmented: training images as they were augmented in training. With them, where the budget is spread by energy,
+            batch norm's statistics are measured again.
         progress: show progress bars.
 
     Yields:
         Rows: the dense network first, then a row for every share, layer type, `spread` and `nearest`. `spread` is how
         the budget is spread over the layers: by "energy" (see `Budget`) or "uniform", the same share of every layer's
         cost. `nearest` is what the factors are fitted to: the "kernels" or the layers' "outputs". `mean_error` is the
-        mean relative error of these over the layers.
+        mean relative error of these over the layers. `recalibrated` is the top-1 after batch norm was measured again.
     """
     input_size = next(test.views(1))[0].shape[1:]
     dense = total_cost(model, input_size)
@@ -57,9 +64,14 @@ def without_finetuning(
     def row(network: nn.Module, layer: str, budget: str, spread: str, nearest: str, error: float) -> dict[str, object]:
         loss, top1 = evaluate(network, test)
         cost = total_cost(network, input_size)
+        recalibrated = None
+        if augmented is not None and spread != UNIFORM:
+            batches = augmented.batches(EVAL_BATCH // 4, torch.Generator().manual_seed(0))
+            again = recalibrate(copy.deepcopy(network), (augmented.normalize(images) for images, _ in batches))
+            _, recalibrated = evaluate(again, test)
         return {
             "layer": layer, "budget": budget, "spread": spread, "nearest": nearest,
-            "top1": top1, "loss": loss, "mean_error": error,
+            "top1": top1, "recalibrated": recalibrated, "loss": loss, "mean_error": error,
             "params": cost["params"], "params_ratio": cost["params"] / dense["params"],
             "flops": cost["flops"], "flops_ratio": cost["flops"] / dense["flops"],
         }  # fmt: skip
@@ -67,8 +79,8 @@ def without_finetuning(
     yield row(model, "conv2d", "dense", "", "", 0.0)
     for share in shares:
         for layer in layers:
-            for spread in ("energy", "uniform"):
-                rule = Budget(flops=share, uniform=spread == "uniform")
+            for spread in (ENERGY,) if layer == AUTO else (ENERGY, UNIFORM):
+                rule = Budget(flops=share, uniform=spread == UNIFORM)
                 the_plan = plan(
                     model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
                 )
@@ -90,9 +102,10 @@ def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: S
         made: where, when and with which code.
     """
     frame = pd.DataFrame(rows)
-    shown = frame.pivot_table(index=["layer", "spread", "nearest"], columns="budget", values="top1", sort=False).round(
-        2
-    )
+    plain = frame.assign(statistics="")
+    again = frame.assign(statistics="measured again", top1=frame.recalibrated).dropna(subset="top1")
+    index = ["layer", "spread", "nearest", "statistics"]
+    shown = pd.concat([plain, again]).pivot_table(index=index, columns="budget", values="top1", sort=False).round(2)
     table = shown.reset_index().astype(object).fillna("").to_markdown(index=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())

@@ -306,10 +306,10 @@ class RunConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     experiment: str | None = None
     progress: bool = False
-    keep_checkpoints: bool = False
+    keep_checkpoints: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("seed", "threads"):
+        for key in ("seed", "threads", "keep_checkpoints"):
             _check_whole(key, getattr(self, key))
 
     @classmethod

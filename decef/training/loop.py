@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from decef.atcd import ATCD
+from decef.conversion import RECALIBRATION
 from decef.data import Data
 from decef.training.config import TrainConfig
 from decef.training.distributed import Processes
@@ -26,7 +27,6 @@ from decef.training.record import Metrics
 
 EVAL_BATCH = 500
 CHECK_EVERY = 50  # steps between checks that the loss is finite
-RECALIBRATION = 50  # batches from which batch norm's statistics are measured again
 ALONE = Processes()
 
 

@@ -115,9 +115,10 @@ class Recorder:
         return checkpoint
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Save an epoch's state with the config. With `keep_checkpoints`, also keep its weights in their own file."""
+        """Save an epoch's state with the config. Those of `keep_checkpoints` also get a file of their own."""
         state = {**state, "config": self._recorded}
-        if self._config.keep_checkpoints:
+        epochs, kept = self._config.train.epochs, self._config.keep_checkpoints or 0
+        if state["epoch"] in {round(epochs * (i + 1) / kept) for i in range(kept)}:
             weights = {key: value for key, value in state.items() if key not in ("optimizer", "scaler")}
             save_checkpoint(self.path / f"checkpoint-{state['epoch']:04d}.pt", weights)
         save_checkpoint(self.checkpoint, state)
