@@ -91,8 +91,8 @@ def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_p
     whole = compress(trained, loader(), out=tmp_path / "whole", **given)
     real, epochs = Compression._save, []
 
-    def stop(self, network, made, training):
-        real(self, network, made, training)
+    def stop(self, network, training):
+        real(self, network, training)
         if training is not None:
             epochs.append(training["epoch"])
             if epochs == [1, 2]:

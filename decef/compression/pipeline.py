@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from decef.inference.memory import activation_bytes, stored_bytes
 from decef.inference.timing import inference_call, interleaved_times
 from decef.models.released import Card, save
 from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
-from decef.ranks import Budget, Latency
+from decef.ranks import Budget, Latency, Rule
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import TrainConfig
 from decef.training.recorder import environment
@@ -197,7 +197,7 @@ class Compression:
             classes=self._classes,
             seed=self._seed,
             saved=saved if self._epochs else {"epoch": 1},
-            save=lambda training: self._save(network, made, training),
+            save=lambda training: self._save(network, training),
             progress=self._progress,
         )
         network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
@@ -252,9 +252,8 @@ class Compression:
 
         return search(lambda share: make(Latency(share, known)), measure_time, asked)
 
-    def _planner(self) -> Any:
-        """Makes a plan from a rule, by the energies of the layers' outputs on some of the data."""
-        # By the kernels' energies: those of the outputs were measured to spread a budget no better.
+    def _planner(self) -> Callable[[Rule], Plan]:
+        """Makes a plan by a rule, from the kernels' energies: those of the outputs spread a budget no better."""
         where: dict[str, Any] = {
             "include": self._include,
             "exclude": self._exclude,
@@ -301,10 +300,10 @@ class Compression:
                 recalibrate(network, (images.to(self._x.device) for images, _ in batches(self._data)))
             if self._test is not None:
                 self._note_top1("recalibrated", network)
-        self._save(network.eval(), made, None)
+        self._save(network.eval(), None)
         return network, None
 
-    def _save(self, network: nn.Module, made: Plan, training: dict[str, Any] | None) -> None:
+    def _save(self, network: nn.Module, training: dict[str, Any] | None) -> None:
         save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})
 
     def _write_files(self, network: nn.Module, made: Plan, deployed: Deployed) -> None:
