@@ -59,13 +59,13 @@ def test_kernels_of_a_network_in_training_are_those_of_evaluation(layer):
 
 
 def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
-    run(config(tmp_path, keep_checkpoints=2, layer={"name": "conv2d"}))
+    run(config(tmp_path, keep_checkpoints=2, train__epochs=4, layer={"name": "conv2d"}))
     (folder,) = (tmp_path / "runs").iterdir()
     out = tmp_path / "figures" / "ranks"
     done = call("ranks.py", folder, "--out", out)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(out.with_suffix(".csv"))
-    assert table.network.unique().tolist() == ["epoch 1", "epoch 2"]
+    assert table.network.unique().tolist() == ["epoch 2", "epoch 4"]
     assert len(table) == 2 * 19
     for ending in (".png", ".svg"):
         assert out.with_suffix(ending).stat().st_size > 1000
