@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "status"])
     parser.add_argument("--hours", type=float, default=2.5, help="time limit")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one CPU thread")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu; or cuda, with schedule paper in place of standard")
     parser.add_argument("--only", nargs="+", help="names of entries; default: all")
     parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="file with the entries")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
@@ -32,6 +32,8 @@ def main() -> None:
         fail("--hours must be above 0 and --processes at least 1")
 
     from decef.training.evidence import (
+        for_gpu,
+        gpu_hours,
         interruptible,
         list_jobs,
         load_entries,
@@ -46,6 +48,7 @@ def main() -> None:
         unknown = set(arguments.only or ()) - {entry.name for entry in entries}
         if unknown:
             fail(f"no entry {', '.join(sorted(unknown))}; there are {', '.join(entry.name for entry in entries)}")
+        entries = for_gpu(entries) if arguments.device.startswith("cuda") else entries
         chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
         jobs, blocked = list_jobs(chosen, lambda given: run_config(given).resolved())
     except (ValueError, FileNotFoundError) as error:
@@ -54,6 +57,11 @@ def main() -> None:
         print(f"{name} can't start here: {reason}")
     if arguments.what == "status":
         print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
+        on_gpu, _ = list_jobs(for_gpu(chosen), lambda given: run_config(given).resolved())
+        hours = gpu_hours(missing(on_gpu, arguments.results))
+        print(
+            f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured)."
+        )
         return
     interruptible()
     one_thread_each()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from support import ROOT, config
 
-from decef.training.evidence import Entry, Job, interruptible, list_jobs, load_entries, run_jobs
+from decef.training.evidence import Entry, Job, for_gpu, gpu_hours, interruptible, list_jobs, load_entries, run_jobs
 
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
@@ -39,7 +39,7 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
 def test_time_is_up(tmp_path):
     """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""
     entry = Entry("e", "", "", 3, 1.0)
-    jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}") for seed in range(3)]
+    jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}", config("results", seed=seed)) for seed in range(3)]
     code = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w')"
     said, began = [], time.monotonic()
     command = lambda job: [sys.executable, "-c", code, str(tmp_path / job.run_id)]  # noqa: E731
@@ -99,3 +99,17 @@ def test_every_entry_of_the_list_can_start():
     jobs, blocked = list_jobs(entries, lambda given: run_config(given).resolved())
     assert all("file of weights" in reason for reason in blocked.values())
     assert len(jobs) > 100
+
+
+def test_on_a_gpu_the_same_entries_have_its_schedule():
+    entries = [
+        Entry("a", "", f"{TINY} train=standard layer=conv2d", 1, 1.0),
+        Entry("b", "", "train=standard dataset=cifar10 layer=conv2d", 2, 1.0),
+    ]
+    given = []
+    jobs, _ = list_jobs(for_gpu(entries), lambda arguments: named(arguments, given))
+    assert [arguments[-2:] for arguments in given] == [
+        ("train=paper", "layer=conv2d"),
+        ("dataset=cifar10", "layer=conv2d"),
+    ]
+    assert gpu_hours(jobs) == 0  # digits are too few to count

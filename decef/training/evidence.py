@@ -18,8 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import yaml
 
+from decef.costs import total_cost
+from decef.training.build import dense_network
 from decef.training.config import RunConfig
 from decef.training.record import SUMMARY, run_id
 
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GRACE = 60  # seconds that a run gets to write its record when time is up
+CPU_SCHEDULE, GPU_SCHEDULE = "standard", "paper"  # the same entry on a CPU and on a GPU
+#: Assumed, not measured: FLOP/s of one H100 that trains ten small networks at once, a fiftieth of its peak in bf16.
+H100 = 989e12 / 50
+CIFAR_IMAGES = 50_000
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Job:
     entry: Entry
     arguments: tuple[str, ...]
     run_id: str
+    config: RunConfig
 
 
 def load_entries(path: Path) -> list[Entry]:
@@ -74,6 +82,12 @@ def load_entries(path: Path) -> list[Entry]:
             raise ValueError(f"{path}: entry {entry.name} stands there twice")
         entries[entry.name] = entry
     return list(entries.values())
+
+
+def for_gpu(entries: Sequence[Entry]) -> list[Entry]:
+    """The same entries with the schedule for a GPU."""
+    old, new = f"train={CPU_SCHEDULE}", f"train={GPU_SCHEDULE}"
+    return [replace(entry, overrides=entry.overrides.replace(old, new)) for entry in entries]
 
 
 def list_jobs(
@@ -99,15 +113,17 @@ def list_jobs(
             continue
         for seed in range(entry.seeds):
             for arguments, config in configs.items():
-                name = run_id(replace(config, seed=seed))
-                jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name))
+                seeded = replace(config, seed=seed)
+                name = run_id(seeded)
+                jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name, seeded))
     return list(jobs.values()), blocked
 
 
 def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataFrame:
     """A row per entry: runs done, wanted and begun, what they decide, and the hours left with `processes` at a time.
 
-    Hours are based on the mean wall time of the entry's finished runs, else on the list's estimate, marked by ~.
+    Hours are based on the mean wall time of the entry's finished runs, else on the list's estimate, marked by ~. The
+    last row is the sum.
     """
     import pandas as pd
 
@@ -129,7 +145,30 @@ def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataF
                 "decides": wanted[0].entry.decides,
             }
         )
+    finished = sum(is_done(results, job) for job in jobs)
+    rows.append(
+        {
+            "experiment": "all",
+            "done": f"{finished}/{len(jobs)}",
+            "begun": sum(row["begun"] for row in rows),
+            "minutes a run": "",
+            "hours left": round(sum(row["hours left"] for row in rows), 1),
+            "decides": "",
+        }
+    )
     return pd.DataFrame(rows)
+
+
+def gpu_hours(jobs: Sequence[Job]) -> float:
+    """Hours that the runs on CIFAR-10 would take on one H100, by their arithmetic; the others are too small to count.
+
+    Forward and backward of the dense network, on images of full size, at the speed `H100`.
+    """
+    flops = 0.0
+    for job in jobs:
+        if job.config.dataset.name == "cifar10":
+            flops += 3 * _dense_flops(job.config) * CIFAR_IMAGES * job.config.train.epochs
+    return flops / H100 / 3600
 
 
 def is_done(results: Path, job: Job) -> bool:
@@ -226,6 +265,18 @@ def one_thread_each() -> None:
     """Let the processes started from here use one thread each, at low priority."""
     os.nice(10)
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+
+def _dense_flops(config: RunConfig) -> int:
+    key = config.model.name, tuple(config.model.options.items())
+    if key not in _FLOPS:
+        data = config.dataset.dataset()
+        with torch.device("meta"):
+            _FLOPS[key] = total_cost(dense_network(config.model, data), data.input_size)["flops"]
+    return _FLOPS[key]
+
+
+_FLOPS: dict[tuple[Any, ...], int] = {}
 
 
 def _summary(results: Path, job: Job) -> dict[str, Any]:
