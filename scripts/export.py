@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="input size; default: the network's")
     parser.add_argument("--batch", type=int, default=1, help="batch size to optimise for (default 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free in an ONNX file")
-    parser.add_argument("--form", default="fastest", help="of layers: fastest, reconstructed, factorized or branches")
+    parser.add_argument(
+        "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches or wide"
+    )
     arguments = parser.parse_args()
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")

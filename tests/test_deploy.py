@@ -89,7 +89,7 @@ def test_plain_by_layer_and_unknown_forms():
     assert len(network.conv1.chains[0]) == 1
     assert len(network.conv3.chains[0]) == 4
     assert isinstance(network.conv2, decef.CPACConv2d)
-    with pytest.raises(ValueError, match="there are reconstructed, factorized, branches"):
+    with pytest.raises(ValueError, match="there are reconstructed, factorized, branches, wide"):
         to_convolutions(model, "chains")
 
 
@@ -178,7 +178,20 @@ def test_forms_of_a_layer_have_what_they_say():
         "reconstructed": 1,
         "factorized": 1,
         "branches": 3,
+        "wide": 1,
     }
+    assert forms["wide"].chains[0][1].in_channels == 12
+    assert "wide" not in forms_of(decef.Rank1Conv2d(4, 8, 3, groups=2, rank=3))
+
+
+def test_a_batch_norm_is_folded_into_one_of_two_layers_that_share_factors():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 3))
+    model[3].weight = model[0].weight
+    model = trained(decef.convert(model, "decef", rank=2)).eval()
+    assert model[0].coefficients is model[3].coefficients
+    x = torch.randn(2, 3, 9, 9)
+    assert_close(to_convolutions(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_onnx_with_a_free_batch():

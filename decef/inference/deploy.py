@@ -19,7 +19,7 @@ from decef.progress import bar
 
 log = logging.getLogger(__name__)
 
-FORMS = ("reconstructed", "factorized", "branches")
+FORMS = ("reconstructed", "factorized", "branches", "wide")
 
 
 class Deployed(nn.Module):
@@ -57,9 +57,9 @@ def deploy(
     """The fastest of several networks that compute what `model` does in evaluation mode, by measurement.
 
     Batch norms are folded into the convolutions before them. Each factorised layer is then timed as one dense
-    convolution, as its chain and in branches (`FactorizedConv2d.as_convolutions`), on the input that it gets when the
-    example runs through the network. Finally whole networks are timed: all layers dense, all in another form, and each
-    in its fastest form. The dense network is among them, so apart from noise the result is never slower than that.
+    convolution and in the arrangements that it has (`FactorizedConv2d.as_convolutions`), on the input that it gets when
+    the example runs through the network. Finally whole networks are timed: all layers dense, all in another form, and
+    each in its fastest form. The dense network is among them, so apart from noise the result is never slower than that.
 
     All of this is done for every engine, except that "compile" reuses the layer times of "eager" and only tries two
     networks: all layers dense, and each in its fastest form.
@@ -80,7 +80,7 @@ def deploy(
     expected = model(example_input)
     if not isinstance(expected, Tensor):
         raise ValueError(f"the network must give one tensor to be deployed, not a {type(expected).__name__}")
-    layers = _with_batch_norm(model)
+    layers = _fold_batch_norms(model)
     seen = layer_inputs(model, example_input, layers)
     measured: dict[str, dict[str, str]] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
@@ -111,14 +111,14 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 
     Args:
         model: any network.
-        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. Layer types without
-            "branches" run "factorized" instead.
+        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. A layer type that does
+            not have the form runs "factorized" instead.
 
     Raises:
         ValueError: an unknown form.
     """
     model = copy.deepcopy(model).eval()
-    layers = _with_batch_norm(model)
+    layers = _fold_batch_norms(model)
     forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
     wrong = set(forms.values()) - set(FORMS)
     if wrong:
@@ -126,20 +126,17 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
     return _arranged(model, layers, forms)
 
 
-def forms_of(layer: FactorizedConv2d, batch_norm: nn.BatchNorm2d | None = None) -> dict[str, nn.Module]:
-    """The layer as plain convolutions in every form that it has, by name, with the batch norm after it folded in."""
+def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
+    """The layer as plain convolutions in every form that it has, by name."""
     arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
-    return {name: _Sum(chains, batch_norm) for name, chains in arrangements.items()}
+    return {name: _Sum(chains) for name, chains in arrangements.items()}
 
 
 class _Sum(nn.Module):
-    """The sum of several chains of convolutions, in evaluation mode, with the batch norm after them folded in."""
+    """The sum of several chains of convolutions, in evaluation mode."""
 
-    def __init__(self, chains: Sequence[nn.Sequential], batch_norm: nn.BatchNorm2d | None = None) -> None:
+    def __init__(self, chains: Sequence[nn.Sequential]) -> None:
         super().__init__()
-        if batch_norm is not None:
-            for i, chain in enumerate(chains):
-                _fold_into(chain[-1], batch_norm, shift=i == 0)
         self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,37 +146,27 @@ class _Sum(nn.Module):
         return y
 
 
-def _fold_into(conv: nn.Module, norm: nn.BatchNorm2d, *, shift: bool = True) -> None:
-    """Fold the batch norm after `conv` into it; without `shift` only its scale."""
-    assert isinstance(conv, nn.Conv2d)
+def _fold_into(conv: nn.Conv2d | FactorizedConv2d, norm: nn.BatchNorm2d) -> None:
+    """Fold the batch norm after `conv` into it; factors and weights that it shares stay as they are for the others."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    mean = norm.running_mean if shift else torch.zeros_like(norm.running_mean)
-    bias = norm.bias if shift else None
-    conv.weight, folded = fuse_conv_bn_weights(
-        conv.weight, conv.bias, mean, norm.running_var, norm.eps, norm.weight, bias
+    name = conv.scale_factor if isinstance(conv, FactorizedConv2d) else "weight"  # its first dimension is the output
+    weight, conv.bias = fuse_conv_bn_weights(
+        getattr(conv, name), conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    conv.bias = folded if shift else None
+    setattr(conv, name, weight)
 
 
-def _with_batch_norm(model: nn.Module) -> dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]]:
-    """Fold batch norms into plain convolutions, in place; return factorised layers with the batch norms after them.
-
-    Every batch norm that is folded or returned becomes an identity in `model`.
-    """
+def _fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
+    """Fold batch norms into the convolutions before them, in place; return the factorised layers by name."""
     modules = dict(model.named_modules())
-    layers: dict[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]] = {
-        name: (module, None) for name, module in modules.items() if isinstance(module, FactorizedConv2d)
-    }
     for name, norm_name in _convolutions_before_norms(model):
         conv, norm = modules[name], modules[norm_name]
+        assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
         assert isinstance(norm, nn.BatchNorm2d)
-        if isinstance(conv, FactorizedConv2d):
-            layers[name] = conv, norm
-        else:
-            _fold_into(conv, norm)
+        _fold_into(conv, norm)
         replace_modules(model, {id(norm): nn.Identity()})
-    return layers
+    return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
 
 
 class _Tracer(fx.Tracer):
@@ -237,13 +224,13 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
 
 
 def _candidates(
-    engine: str, layers: Mapping[str, tuple[FactorizedConv2d, Any]], measured: Mapping[str, str]
+    engine: str, layers: Mapping[str, FactorizedConv2d], measured: Mapping[str, str]
 ) -> dict[str, Mapping[str, str]]:
     """The whole networks worth timing: for each by name, the form of every layer."""
     if not layers:
         return {"reconstructed": {}}
     arrangements: dict[str, Any] = {}
-    for layer, _ in layers.values():
+    for layer in layers.values():
         arrangements |= layer.as_convolutions()
     everywhere = ("reconstructed",) if engine == "compile" else ("reconstructed", *arrangements)
     return {"measured": measured, **{form: dict.fromkeys(layers, form) for form in everywhere}}
@@ -251,22 +238,20 @@ def _candidates(
 
 def _fastest_forms(
     engine: str,
-    layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]],
+    layers: Mapping[str, FactorizedConv2d],
     seen: Mapping[str, Tensor],
     progress: bool,
 ) -> dict[str, str]:
     """The form in which each layer runs fastest alone; equal layers with equal input shapes are timed once."""
     first: dict[tuple[Any, ...], str] = {}
     same: dict[str, str] = {}
-    for name, (layer, _) in layers.items():
+    for name, layer in layers.items():
         if name in seen:
             same[name] = first.setdefault((repr(layer), seen[name].shape), name)
     if not first:
         return dict.fromkeys(layers, "reconstructed")
     variants = {
-        (name, form): (module, seen[name])
-        for name in first.values()
-        for form, module in forms_of(*layers[name]).items()
+        (name, form): (module, seen[name]) for name in first.values() for form, module in forms_of(layers[name]).items()
     }
     loaded = dict(zip(variants, load_all(engine, list(variants.values())), strict=True))
     fastest = {}
@@ -279,7 +264,7 @@ def _fastest_forms(
 
 def _arranged(
     model: nn.Module,
-    layers: Mapping[str, tuple[FactorizedConv2d, nn.BatchNorm2d | None]],
+    layers: Mapping[str, FactorizedConv2d],
     forms: Mapping[str, str],
 ) -> nn.Module:
     """A copy of the network with every factorised layer in the requested form."""
@@ -287,6 +272,6 @@ def _arranged(
     modules = dict(model.named_modules())
     replaced: dict[int, nn.Module] = {}
     for name, form in forms.items():
-        there = forms_of(*layers[name])
+        there = forms_of(layers[name])
         replaced[id(modules[name])] = there.get(form, there["factorized"])
     return replace_modules(model, replaced).requires_grad_(False)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import FactorizedConv2d, conv2d_of, orthonormality_penalty
+from decef.layers.factorized import Copies, FactorizedConv2d, conv2d_of, orthonormality_penalty
 from decef.layers.metric import conditioned, fit
 
 
@@ -76,13 +76,19 @@ class DeCEFConv2d(FactorizedConv2d):
             return nn.Sequential(depthwise, conv2d_of(coefficients.flatten(1), bias, self.groups))
 
         one_by_one = [slice(j, j + 1) for j in range(self.rank)]
-        return {
+        found = {
             "factorized": [chain(self.eigenfilters, self.coefficients, self.bias)],
             "branches": [
                 chain(self.eigenfilters[:, j], self.coefficients[:, :, j], self.bias if j.start == 0 else None)
                 for j in one_by_one
             ],
         }
+        if self.groups == 1:
+            filters = self.eigenfilters.transpose(0, 1).flatten(0, 1).unsqueeze(1)  # (rank in, 1, kh, kw)
+            depthwise = conv2d_of(filters, groups=len(filters), **self._spatial())
+            mix = conv2d_of(self.coefficients.transpose(1, 2).flatten(1), self.bias)
+            found["wide"] = [nn.Sequential(Copies(self.rank), depthwise, mix)]
+        return found
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

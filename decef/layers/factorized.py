@@ -144,7 +144,8 @@ class FactorizedConv2d(nn.Module):
             For every arrangement by name, a list of chains whose outputs add up. "factorized" is the chain of
             `forward_factorized`. "branches", which not all types have, merges 1-D filters into 2-D ones (CPAC, rank-1)
             and makes one chain per rank, so that its inner channels are no more than the input's or the output's
-            (DeCEF, rank-1). Which arrangement is faster depends on the engine.
+            (DeCEF, rank-1). "wide" puts these side by side again, for one large 1x1 convolution and depthwise ones of
+            one filter per channel. Which arrangement is faster depends on the engine and the precision.
         """
         raise NotImplementedError
 
@@ -446,6 +447,31 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
     return conv
+
+
+class Copies(nn.Module):
+    """Copies of the input, one after the other in the channels."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x] * self.count, 1)
+
+
+class BlockSum(nn.Module):
+    """The sum of so many equal blocks of channels."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = x.chunk(self.count, 1)
+        for other in others:
+            first = first + other
+        return first
 
 
 def orthonormality_penalty(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_of
+from decef.layers.factorized import BlockSum, FactorizedConv2d, PaddingMode, Size, conv2d_of
 from decef.layers.metric import conditioned
 
 MOST_UNKNOWN = 1024  # largest number of unknowns in the least-squares problem of one filter
@@ -123,7 +123,15 @@ class Rank1Conv2d(FactorizedConv2d):
             )
             for j in range(self.rank)
         ]
-        return {"factorized": [chain], "branches": branches}
+        found = {"factorized": [chain], "branches": branches}
+        if self.groups == 1:
+            filters = spatial.transpose(0, 1).flatten(0, 1).unsqueeze(1)  # (rank out, 1, kh, kw)
+            bias = None if self.bias is None else F.pad(self.bias, (0, terms - self.out_channels))  # in the first block
+            first = conv2d_of(self.channel.transpose(0, 1).flatten(0, 1))
+            found["wide"] = [
+                nn.Sequential(first, conv2d_of(filters, bias, terms, **self._spatial()), BlockSum(self.rank))
+            ]
+        return found
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
