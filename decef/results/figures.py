@@ -114,7 +114,7 @@ def without_finetuning(results: Path, records: Sequence[Record]) -> Iterator[Dra
             f"{path.stem}: test top-1 right after decomposition, without fine-tuning, against the share of the dense "
             "network's FLOPs; ranks by the energy they keep for their FLOPs. Filled, solid: nearest in the layers' "
             "outputs on training images, batch norm's statistics measured again; open, dashed: nearest in their "
-            "kernels. Grey line: the dense network."
+            "kernels. Grey line: the dense network; on the right the five points below it."
         )
         yield Drawing(
             f"without-finetuning-{path.stem}",
