@@ -57,7 +57,7 @@ def expand(arguments: list[str]) -> list[str]:
 def check_arguments(arguments: list[str], config: str = "train") -> None:
     """Exit with status 2 if an override of a config names a key, or a choice of a group, that doesn't exist.
 
-    Every value of a sweep is checked, so that a typo in the last one shows before the first one runs.
+    Every choice of a sweep is checked, so that a typo in the last one shows before the first one runs.
     """
     given = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra"))]
     try:
@@ -74,7 +74,8 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
         if key in groups:
             _check_choices(key, values)
         first.append(f"{key}={values[0]}")
-        others += [(position, f"{key}={value}") for value in values[1:]]
+        if key in groups:  # which keys there are depends on the choice, but on no other value
+            others += [(position, f"{key}={value}") for value in values[1:]]
     _check_keys(first, config, groups)
     for position, text in others:
         _check_keys([*first[:position], text, *first[position + 1 :]], config, groups)

@@ -17,9 +17,10 @@ from decef.training.config import DatasetConfig, RunConfig
 from decef.training.run import run
 
 #: Other depths of a CIFAR ResNet and larger networks of torchvision and timm are the same code and take longer.
-ARCHITECTURES = ("resnet20", "vgg16_bn", "mobilenetv1", "mobilenetv2", "plain", "resnet18", "timm")
+ARCHITECTURES = ("resnet20", "vgg16_bn", "mobilenetv1", "mobilenetv2", "plain", "torchvision", "timm")
 SMALLER = {
     "timm": {"name": "timm/resnet10t"},
+    "torchvision": {"name": "torchvision/squeezenet1_1"},
     "plain": {"width": 0.1},
     **{name: {"width": 0.25} for name in ("vgg16_bn", "mobilenetv1", "mobilenetv2")},
 }
