@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +14,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from decef.conversion import replace_modules
-from decef.inference.engines import available, check_engine, check_equal, load, load_all
+from decef.files import replace_file
+from decef.inference.engines import available, check_engine, check_equal, check_precision, load, load_all
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
 
 log = logging.getLogger(__name__)
 
+CHOICE = ("engine", "arrangement", "forms", "times", "precision")  # what Deployed.save keeps
 FORMS = ("reconstructed", "factorized", "branches", "wide")
 
 
@@ -30,6 +34,8 @@ class Deployed(nn.Module):
         arrangement: how factorised layers run: all in one of `FORMS`, or "measured", each in the form in which it ran
             fastest when timed alone.
         forms: the form of every layer by name.
+        precision: in which it computes.
+        error: of its output for the example, over the norm of the original's.
         times: a dict for each candidate with `engine`, `arrangement` and `seconds`, the time of a call.
     """
 
@@ -40,19 +46,62 @@ class Deployed(nn.Module):
         arrangement: str,
         forms: Mapping[str, str],
         times: list[dict[str, Any]],
+        precision: str = "fp32",
+        error: float = 0.0,
     ) -> None:
         super().__init__()
         self.network = network
         self.engine, self.arrangement, self.forms, self.times = engine, arrangement, dict(forms), times
+        self.precision, self.error = precision, error
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
             return self.network(x)
 
+    def save(self, path: str | Path) -> None:
+        """Write what was chosen as JSON, so that `load` need not measure again. The weights are not in it."""
+        choice = {key: getattr(self, key) for key in CHOICE}
+        replace_file(Path(path), (json.dumps(choice, indent=1) + "\n").encode())
+
+    @classmethod
+    @torch.no_grad()
+    def load(
+        cls, path: str | Path, model: nn.Module, example_input: Tensor, calibration: Sequence[Tensor] | None = None
+    ) -> Deployed:
+        """Make again, without measuring, what was chosen for a network of these layers.
+
+        Args:
+            path: a file of `save`.
+            model, example_input, calibration: see `deploy`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or for another network, or its engine is not available here.
+        """
+        try:
+            choice = {key: json.loads(Path(path).read_text())[key] for key in CHOICE}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or no file of Deployed.save: {error}") from error
+        model = copy.deepcopy(model).eval()
+        expected = model(example_input)
+        layers = _fold_batch_norms(model)
+        if set(choice["forms"]) != set(layers):
+            raise ValueError(f"{path} is for a network with other low-rank layers")
+        check_engine(choice["engine"], example_input, choice["precision"])
+        arranged = _arranged(model, layers, choice["forms"])
+        network = load(choice["engine"], arranged, example_input, choice["precision"], calibration)
+        return cls(network, **choice, error=_error(network(example_input), expected))
+
 
 @torch.no_grad()
 def deploy(
-    model: nn.Module, example_input: Tensor, *, engines: Sequence[str] | None = None, progress: bool = False
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    engines: Sequence[str] | None = None,
+    precision: str = "fp32",
+    calibration: Sequence[Tensor] | None = None,
+    progress: bool = False,
 ) -> Deployed:
     """The fastest of several networks that compute what `model` does in evaluation mode, by measurement.
 
@@ -61,6 +110,10 @@ def deploy(
     the example runs through the network. Finally whole networks are timed: all layers dense, all in another form, and
     each in its fastest form. The dense network is among them, so apart from noise the result is never slower than that.
 
+    All of this is done in the precision asked for. In fp32 every candidate must give the original's output up to
+    rounding. In fewer bits it can't: how far off the result is, is its `error`; what that means must be measured by
+    accuracy. In int8, weights are quantised per channel and activations by their range on `calibration`.
+
     All of this is done for every engine, except that "compile" reuses the layer times of "eager" and only tries two
     networks: all layers dense, and each in its fastest form.
 
@@ -68,14 +121,21 @@ def deploy(
         model: any network that takes one tensor and returns one; it does not change.
         example_input: `(B, C, H, W)` with the batch size, and on the device, to optimise for. Other shapes still run if
             the engine is torch.
-        engines: some of `decef.inference.engines.ENGINES`; None means all that are available.
+        engines: some of `decef.inference.engines.ENGINES`; None means all that are available in this precision.
+        precision: one of `decef.inference.engines.PRECISIONS`.
+        calibration: for int8, inputs of the example's shape, such as a hundred training images; None is the example.
         progress: show progress bars.
 
     Raises:
         ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
             the original's output up to rounding.
     """
-    engines = available(example_input.device) if engines is None else [check_engine(e, example_input) for e in engines]
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
+    check_precision(precision)
+    if engines is None:
+        engines = available(example_input.device, precision)
+    engines = [check_engine(engine, example_input, precision) for engine in engines]
     model = copy.deepcopy(model).eval()
     expected = model(example_input)
     if not isinstance(expected, Tensor):
@@ -83,16 +143,20 @@ def deploy(
     layers = _fold_batch_norms(model)
     seen = layer_inputs(model, example_input, layers)
     measured: dict[str, dict[str, str]] = {}
+    errors: dict[tuple[str, str], float] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
     chosen: dict[tuple[str, str], Mapping[str, str]] = {}
     for engine in engines:
         by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
         try:
-            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen, progress)
+            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen, precision, progress)
             candidates = _candidates(engine, layers, measured[by])
             for name, forms in bar(list(candidates.items()), f"{engine}: networks", progress):
-                network = load(engine, _arranged(model, layers, forms), example_input)
-                check_equal(network(example_input), expected)
+                network = load(engine, _arranged(model, layers, forms), example_input, precision, calibration)
+                output = network(example_input)
+                if precision == "fp32":
+                    check_equal(output, expected)
+                errors[engine, name] = _error(output, expected)
                 networks[engine, name], chosen[engine, name] = network, forms
         except Exception as error:  # an engine may fail in any way, and is then left out
             log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
@@ -103,7 +167,11 @@ def deploy(
     )
     times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
     best = min(networks, key=lambda key: seconds[key])
-    return Deployed(networks[best], *best, chosen[best], times)
+    return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
+
+
+def _error(output: Tensor, expected: Tensor) -> float:
+    return ((output - expected).norm() / expected.norm()).item()
 
 
 def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorized") -> nn.Module:
@@ -240,6 +308,7 @@ def _fastest_forms(
     engine: str,
     layers: Mapping[str, FactorizedConv2d],
     seen: Mapping[str, Tensor],
+    precision: str,
     progress: bool,
 ) -> dict[str, str]:
     """The form in which each layer runs fastest alone; equal layers with equal input shapes are timed once."""
@@ -253,7 +322,7 @@ def _fastest_forms(
     variants = {
         (name, form): (module, seen[name]) for name in first.values() for form, module in forms_of(layers[name]).items()
     }
-    loaded = dict(zip(variants, load_all(engine, list(variants.values())), strict=True))
+    loaded = dict(zip(variants, load_all(engine, list(variants.values()), precision), strict=True))
     fastest = {}
     for name in bar(list(first.values()), f"{engine}: layers", progress):
         steps = {form: inference_call(module, seen[name]) for (n, form), module in loaded.items() if n == name}

@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from decef.inference.quantize import quantize
+
 if TYPE_CHECKING:
     import onnx
 
 ENGINES = ("eager", "compile", "onnxruntime")
+#: The precisions that each engine runs in.
+PRECISIONS = {"fp32": ENGINES, "bf16": ("eager", "compile"), "int8": ("onnxruntime",)}
 #: Libraries that read ONNX files. OpenVINO is not among the engines: after a `DataLoader` with workers it corrupted the
 #: memory of the process (OpenVINO 2026.4, torch 2.13; seen in our tests, gone without either).
 ONNX_READERS = ("onnxruntime", "openvino")
 
 
-def available(device: torch.device) -> list[str]:
-    """The engines that are installed and run on `device`."""
+def available(device: torch.device, precision: str = "fp32") -> list[str]:
+    """The engines that are installed and run on `device` in one of `PRECISIONS`."""
     found = ["eager", "compile"]
     if device.type == "cpu" and importlib.util.find_spec("onnxscript") is not None:
         found += [engine for engine in ENGINES if engine in onnx_readers()]
-    return found
+    return [engine for engine in found if engine in PRECISIONS[precision]]
 
 
 def onnx_readers() -> list[str]:
@@ -34,43 +38,76 @@ def onnx_readers() -> list[str]:
     return [name for name in ONNX_READERS if importlib.util.find_spec(name) is not None]
 
 
-def check_engine(engine: str, example_input: Tensor) -> str:
-    """Return `engine` if it is installed and runs on the device of the example.
+def check_engine(engine: str, example_input: Tensor, precision: str = "fp32") -> str:
+    """Return `engine` if it is installed and runs on the device of the example, in this precision.
 
     Raises:
         ValueError: it is unknown or not available.
     """
+    check_precision(precision)
     if engine not in ENGINES:
         raise ValueError(f"there is no engine '{engine}'; there are {', '.join(ENGINES)}")
     if engine not in available(example_input.device):
         raise ValueError(f"engine '{engine}' needs a CPU, and pip install 'decef[deploy]'")
+    if engine not in PRECISIONS[precision]:
+        raise ValueError(f"engine '{engine}' does not run in {precision}: {', '.join(PRECISIONS[precision])} can")
     return engine
 
 
-def load(engine: str, model: nn.Module, example_input: Tensor) -> nn.Module:
-    """`model` as a module that the engine runs, for inputs of the example's shape; see `load_all`."""
-    return load_all(engine, [(model, example_input)])[0]
+def check_precision(precision: str) -> None:
+    """Raise ValueError if there is no such precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"there is no precision '{precision}'; there are {', '.join(PRECISIONS)}")
 
 
-def load_all(engine: str, networks: Sequence[tuple[nn.Module, Tensor]]) -> list[nn.Module]:
+def load(
+    engine: str,
+    model: nn.Module,
+    example_input: Tensor,
+    precision: str = "fp32",
+    calibration: Sequence[Tensor] | None = None,
+) -> nn.Module:
+    """`model` as a module that the engine runs, for inputs of the example's shape; see `load_all`.
+
+    Args:
+        engine, model, example_input, precision: see `load_all`.
+        calibration: for int8, inputs of the example's shape; None is the example alone.
+    """
+    return load_all(engine, [(model, example_input)], precision, None if calibration is None else [calibration])[0]
+
+
+def load_all(
+    engine: str,
+    networks: Sequence[tuple[nn.Module, Tensor]],
+    precision: str = "fp32",
+    calibration: Sequence[Sequence[Tensor]] | None = None,
+) -> list[nn.Module]:
     """Each network as a module that the engine runs, for inputs of its example's shape.
 
     Args:
         engine: one of `ENGINES`.
         networks: modules in evaluation mode, each with an example input `(B, C, H, W)`.
+        precision: of the computation, one of `PRECISIONS`; inputs and outputs stay in fp32.
+        calibration: for int8, inputs for each network; None is each example alone.
 
     Raises:
         ValueError: the engine is unknown, not installed or doesn't run on the input's device, or a network cannot be
             exported to ONNX for it.
     """
     device = networks[0][1].device
-    check_engine(engine, networks[0][1])
+    check_engine(engine, networks[0][1], precision)
+    dtype = torch.bfloat16 if precision == "bf16" else None
     if engine == "eager":
-        return [_ChannelsLast(model) for model, _ in networks]
+        return [_ChannelsLast(model, dtype) for model, _ in networks]
     if engine == "compile":
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-        return [_ChannelsLast(model, lambda m: torch.compile(m, mode=mode, dynamic=False)) for model, _ in networks]
-    return [onnx_runner(engine, proto, x) for proto, (_, x) in zip(_to_onnx_all(networks), networks, strict=True)]
+        compiled = lambda m: torch.compile(m, mode=mode, dynamic=False)  # noqa: E731
+        return [_ChannelsLast(model, dtype, compiled) for model, _ in networks]
+    protos = _to_onnx_all(networks)
+    if precision == "int8":
+        batches = calibration or [[x] for _, x in networks]
+        protos = (quantize(proto, of_one) for proto, of_one in zip(protos, batches, strict=True))
+    return [onnx_runner(engine, proto, x) for proto, (_, x) in zip(protos, networks, strict=True)]
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
@@ -107,13 +144,20 @@ def check_equal(output: Tensor, expected: Tensor) -> None:
 class _ChannelsLast(nn.Module):
     """A torch network with its input and weights in channels-last layout, in which convolutions run fastest."""
 
-    def __init__(self, model: nn.Module, compiled: Callable[[nn.Module], Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        compiled: Callable[[nn.Module], Any] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = dtype
+        self.model = model.to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
         self._run = [compiled(self.model) if compiled else self.model]  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run[0](x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+        y = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        return self._run[0](y if self.dtype is None else y.to(self.dtype)).to(x.dtype)
 
 
 class _Fixed(nn.Module):

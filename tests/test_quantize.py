@@ -1,0 +1,80 @@
+"""Networks in fewer bits: near the original, by how much is said, and what is quantised is counted."""
+
+import pytest
+import torch
+from test_deploy import small
+
+import decef
+from decef.inference.deploy import Deployed, to_convolutions
+from decef.inference.engines import load, to_onnx
+from decef.inference.quantize import quantize, quantized_share
+
+X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layer", ["conv2d", "decef"])
+def test_eight_bits_are_near_the_network(layer):
+    model = small(layer).eval()
+    deployed = decef.deploy(model, X, engines=["onnxruntime"], precision="int8", calibration=[X])
+    expected = model(X).detach()
+    error = (deployed(X) - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.2
+    assert deployed.error == pytest.approx(error.item(), rel=1e-3)
+    assert deployed.precision == "int8"
+    assert set(deployed.forms) == (set() if layer == "conv2d" else {"conv1", "conv2", "conv3"})
+
+
+def test_the_range_is_that_of_the_calibration():
+    network = to_convolutions(small("conv2d"))
+    near, far = (load("onnxruntime", network, X, "int8", [scale * X]) for scale in (1.0, 30.0))
+    expected = network(X)
+    assert (near(X) - expected).norm() < 0.3 * (far(X) - expected).norm()
+
+
+def test_what_is_quantised_is_counted():
+    proto = to_onnx(to_convolutions(small("conv2d")), X)
+    assert quantized_share(proto) == {"Conv": (0, 3), "Add": (0, 1), "Gemm": (0, 1)}
+    share = quantized_share(quantize(proto, [X]))
+    assert share["Conv"] == (3, 3)
+    assert share["Gemm"] == (1, 1)
+    with pytest.raises(ValueError, match="a batch to calibrate on"):
+        quantize(proto, [])
+
+
+def test_sixteen_bits_in_torch():
+    model = small("cpac").eval()
+    deployed = decef.deploy(model, X, engines=["eager"], precision="bf16")
+    assert deployed(X).dtype == torch.float32
+    assert 1e-4 < deployed.error < 0.1
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypatch, precision):
+    model = small("decef")
+    deployed = decef.deploy(model, X, engines=["onnxruntime"], precision=precision)
+    deployed.save(tmp_path / "choice.json")
+    monkeypatch.setattr("decef.inference.deploy.interleaved_times", None)
+    again = Deployed.load(tmp_path / "choice.json", model, X)
+    assert (again.forms, again.arrangement, again.times) == (deployed.forms, deployed.arrangement, deployed.times)
+    assert torch.equal(again(X), deployed(X))
+    assert again.error == deployed.error
+    with pytest.raises(ValueError, match="for a network with other low-rank layers"):
+        Deployed.load(tmp_path / "choice.json", small("conv2d"), X)
+    (tmp_path / "choice.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is damaged or no file of Deployed\.save"):
+        Deployed.load(tmp_path / "choice.json", model, X)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int4"}, "there is no precision 'int4'; there are fp32, bf16, int8"),
+        ({"precision": "int8", "engines": ["eager"]}, "engine 'eager' does not run in int8: onnxruntime can"),
+        ({"precision": "bf16", "engines": ["onnxruntime"]}, "does not run in bf16: eager, compile can"),
+        ({"calibration": [X]}, "calibration would do nothing in fp32"),
+    ],
+)
+def test_what_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        decef.deploy(small("decef"), X, **options)
