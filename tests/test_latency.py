@@ -45,6 +45,7 @@ def test_a_plan_keeps_within_its_time_and_uses_it(share):
     spent = seconds_of(ranks, times)
     assert spent <= share * times.total + 1e-6
     assert spent > share * times.total - max(layer.dense for layer in times.layers.values())
+    assert repr(Latency(share, times)) == f"Latency(share={share})"  # a plan's reasons name the rule
 
 
 def test_nothing_is_converted_where_all_the_time_is_there():

@@ -72,7 +72,7 @@ class Latency:
     """
 
     share: float
-    times: Times | Mapping[str, Times] | None = None
+    times: Times | Mapping[str, Times] | None = field(default=None, repr=False)
 
     ranks_are_final: ClassVar[bool] = True
 
