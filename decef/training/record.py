@@ -237,13 +237,17 @@ def run_id(config: RunConfig) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def _read_yaml(path: Path) -> Any:
+    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml's is the fast one
+
+
 def load_records(results: Path) -> list[Record]:
     """All finished runs in a results folder, sorted by id. Unreadable and unfinished ones are logged and left out."""
     records = []
     for folder in sorted((results / "runs").glob("*")):
         try:
             summary = json.loads((folder / SUMMARY).read_text())
-            config = yaml.safe_load((folder / CONFIG).read_text())
+            config = _read_yaml(folder / CONFIG)
         except (OSError, ValueError, yaml.YAMLError) as error:
             log.warning("left out: %s cannot be read (%s)", folder, error)
             continue
@@ -286,7 +290,7 @@ def load_config(folder: Path) -> RunConfig:
     """
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} is no folder of a run, it has no {CONFIG}")
-    return RunConfig.from_dict(yaml.safe_load((folder / CONFIG).read_text()))
+    return RunConfig.from_dict(_read_yaml(folder / CONFIG))
 
 
 def replay(folder: Path) -> tuple[RunConfig, str]:
@@ -303,7 +307,7 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
     for name in (CONFIG, SUMMARY):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run's record: it has no {name}")
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = _read_yaml(folder / CONFIG)
     summary: Summary = json.loads((folder / SUMMARY).read_text())
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {config.get('format', 1)}, not {FORMAT}: it can't be done again exactly")
