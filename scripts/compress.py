@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from decef.compression import Compression
 
 CONFIG = "compress"
+# Settings of the config groups that are for training alone
+IDLE = ("layer.", "model.dense_stem", "model.min_kernel_size", "model.factorize_classifier", "model.decompose_on")
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name=CONFIG)
@@ -53,6 +55,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     import torch
 
     from decef.compression.loaders import TestBatches, TrainingBatches
+    from decef.data.search import stratified_subset
     from decef.models.released import Card
     from decef.models.weights import load_weights
     from decef.training.build import dense_network
@@ -75,6 +78,8 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
         flip=dataset_config.flip,
         workers=dataset_config.workers,
     )
+    if dataset_config.train_size:
+        train = stratified_subset(train, dataset_config.train_size)
     own = ":" in model_config.name
     card = Card(
         name=Path(settings["out"]).name,
@@ -96,8 +101,8 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
         test=TestBatches(test),
         images=settings["images"],
         batch_size=settings["batch_size"],
-        include=settings["include"],
-        exclude=settings["exclude"],
+        include=model_config.include,
+        exclude=model_config.exclude,
         engine=settings["engine"],
         seed=settings["seed"],
         out=settings["out"],
@@ -128,6 +133,9 @@ def _budget(given: dict[str, Any]) -> Any:
 if __name__ == "__main__":
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:], CONFIG)
+    for argument in sys.argv[1:]:
+        if argument.startswith(IDLE):
+            fail(f"{argument} would do nothing here: ranks follow from the budget; model.exclude= leaves layers dense")
     try:
         main()
     except KeyboardInterrupt:

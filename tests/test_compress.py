@@ -265,7 +265,7 @@ def make(): return CifarResNet(8, in_channels=1)
 def test_the_command_line(call, trained, tmp_path):
     torch.save(trained.state_dict(), tmp_path / "weights.pt")
     (tmp_path / "mynets.py").write_text(OWN)
-    given = ["model=mynets:make", "model.weights=weights.pt", "dataset=digits", "layer=decef", "exclude=conv1"]
+    given = ["model=mynets:make", "model.weights=weights.pt", "dataset=digits", "layer=decef", "model.exclude=conv1"]
     given += ["budget.flops=0.5", "finetune.epochs=1", "finetune.batch_size=64", "engine=eager", "images=200"]
     dry = call("compress.py", *given, "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
@@ -287,6 +287,8 @@ def test_the_command_line(call, trained, tmp_path):
         (["budget.flops=0.5", "budget.latency=0.5", "model.weights=w.pt"], "say one budget"),
         (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
         (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),
+        (["layer=decef", "layer.rank=3"], "layer.rank=3 would do nothing here"),
+        (["model.dense_stem=false"], "model.dense_stem=false would do nothing here"),
         (["model=nowhere:make", "model.weights=w.pt", "budget.flops=0.5"], "importable from here: No module named"),
     ],
 )

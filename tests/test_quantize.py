@@ -21,6 +21,8 @@ def test_eight_bits_are_near_the_network(layer):
     assert 1e-4 < error < 0.2
     assert deployed.error == pytest.approx(error.item(), rel=1e-3)
     assert deployed.precision == "int8"
+    assert deployed.quantized["Gemm"] == (1, 1)
+    assert deployed.quantized["Conv"][0] == deployed.quantized["Conv"][1] >= 3
     assert set(deployed.forms) == (set() if layer == "conv2d" else {"conv1", "conv2", "conv3"})
 
 
@@ -73,6 +75,7 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
         ({"precision": "int8", "engines": ["eager"]}, "engine 'eager' does not run in int8: onnxruntime can"),
         ({"precision": "bf16", "engines": ["onnxruntime"]}, "does not run in bf16: eager, compile can"),
         ({"calibration": [X]}, "calibration would do nothing in fp32"),
+        ({"precision": "int8", "calibration": [X[:1]]}, r"must have the example's shape, \(2, 3, 9, 9\)"),
     ],
 )
 def test_what_is_refused(options, message):

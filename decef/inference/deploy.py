@@ -36,6 +36,7 @@ class Deployed(nn.Module):
         forms: the form of every layer by name.
         precision: in which it computes.
         error: of its output for the example, over the norm of the original's.
+        quantized: in int8, how many operators of each kind run in 8 bits, and how many there are.
         times: a dict for each candidate with `engine`, `arrangement` and `seconds`, the time of a call.
     """
 
@@ -53,6 +54,7 @@ class Deployed(nn.Module):
         self.network = network
         self.engine, self.arrangement, self.forms, self.times = engine, arrangement, dict(forms), times
         self.precision, self.error = precision, error
+        self.quantized: dict[str, tuple[int, int]] = getattr(network, "quantized", {}) if precision == "int8" else {}
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -79,7 +81,8 @@ class Deployed(nn.Module):
             ValueError: the file is damaged or for another network, or its engine is not available here.
         """
         try:
-            choice = {key: json.loads(Path(path).read_text())[key] for key in CHOICE}
+            saved = json.loads(Path(path).read_text())
+            choice = {key: saved[key] for key in CHOICE}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no file of Deployed.save: {error}") from error
         model = copy.deepcopy(model).eval()
@@ -132,6 +135,8 @@ def deploy(
     """
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
+    if any(batch.shape != example_input.shape for batch in calibration or ()):
+        raise ValueError(f"every input for calibration must have the example's shape, {tuple(example_input.shape)}")
     check_precision(precision)
     if engines is None:
         engines = available(example_input.device, precision)

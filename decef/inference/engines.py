@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decef.inference.quantize import quantize
+from decef.inference.quantize import quantize, quantized_share
 
 if TYPE_CHECKING:
     import onnx
@@ -103,11 +103,14 @@ def load_all(
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
         compiled = lambda m: torch.compile(m, mode=mode, dynamic=False)  # noqa: E731
         return [_ChannelsLast(model, dtype, compiled) for model, _ in networks]
-    protos = _to_onnx_all(networks)
+    protos = list(_to_onnx_all(networks))
     if precision == "int8":
         batches = calibration or [[x] for _, x in networks]
-        protos = (quantize(proto, of_one) for proto, of_one in zip(protos, batches, strict=True))
-    return [onnx_runner(engine, proto, x) for proto, (_, x) in zip(protos, networks, strict=True)]
+        protos = [quantize(proto, of_one) for proto, of_one in zip(protos, batches, strict=True)]
+    runners = [onnx_runner(engine, proto, x) for proto, (_, x) in zip(protos, networks, strict=True)]
+    for runner, proto in zip(runners, protos, strict=True):
+        runner.quantized = quantized_share(proto)  # type: ignore[assignment]
+    return runners
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:

@@ -55,7 +55,11 @@ def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelPro
 
 
 def quantized_share(proto: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """For each kind of operator in a QDQ network: how many run in 8 bits, and how many there are."""
+    """For each kind of operator in a QDQ network: how many run in 8 bits, and how many there are.
+
+    Args:
+        proto: from `quantize`. In any other network none do.
+    """
     dequantized = {out for node in proto.graph.node if node.op_type == "DequantizeLinear" for out in node.output}
     total: Counter[str] = Counter()
     eight: Counter[str] = Counter()
@@ -74,12 +78,6 @@ class _Calibration:
 
     def get_next(self) -> dict[str, Any] | None:
         return next(self._left, None)
-
-    def __iter__(self) -> _Calibration:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        return next(self._left)
 
 
 @contextlib.contextmanager

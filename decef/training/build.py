@@ -12,7 +12,6 @@ from decef.costs import total_cost
 from decef.data import Data, Dataset
 from decef.models import create_model, stem_name
 from decef.models.weights import load_weights
-from decef.moments import input_moments
 from decef.plans import Plan, plan
 from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.training.config import LayerConfig, ModelConfig
@@ -31,7 +30,7 @@ def build(
         model, layer: what to build.
         dataset: sets the input size and the number of classes.
         seen: images on which loaded weights are decomposed, to be nearest in the layers' outputs. None: nearest in the
-            kernels.
+            kernels. The ranks are chosen by the kernels either way.
 
     Returns:
         The network, the plan by which it was converted, and the cost of its dense twin.
@@ -44,10 +43,6 @@ def build(
     dense = dense_network(model, dataset)
     if model.weights:
         load_weights(dense, Path(model.weights))
-    moments = None
-    if seen is not None:
-        names = [name for name, module in dense.named_modules() if isinstance(module, nn.Conv2d)]
-        moments = input_moments(dense, names, [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)])
     the_plan = plan(
         dense,
         layer.name,
@@ -56,7 +51,6 @@ def build(
         exclude=_excluded(model, dense),
         min_kernel_size=model.min_kernel_size or 1,
         input_size=dataset.input_size,
-        data=moments,
         **layer.options,
     )
     if layer.name != "conv2d" and not the_plan.ranks:
@@ -66,7 +60,8 @@ def build(
     if model.factorize_classifier and layer.name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={layer.name}: {reason}")
-    network = convert(dense, the_plan, from_scratch=not model.weights, data=moments)
+    data = None if seen is None else [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)]
+    network = convert(dense, the_plan, from_scratch=not model.weights, data=data)
     return network, the_plan, total_cost(dense, dataset.input_size)
 
 
