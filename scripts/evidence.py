@@ -68,15 +68,18 @@ def main() -> None:
     here = [f"results={arguments.results}", f"device={arguments.device}", "threads=1", "progress=false"]
     here += arguments.overrides
     scripts = Path(__file__).parent
-    failed = run_jobs(
-        missing(jobs, arguments.results),
-        arguments.results,
-        hours=arguments.hours,
-        processes=arguments.processes,
-        command=lambda job: [sys.executable, str(scripts / "train.py"), *job.arguments, *here],
-        after=lambda job: _measure(arguments.results, job),
-        report=lambda line: print(line, flush=True),
-    )
+    try:
+        failed = run_jobs(
+            missing(jobs, arguments.results),
+            arguments.results,
+            hours=arguments.hours,
+            processes=arguments.processes,
+            command=lambda job: [sys.executable, str(scripts / "train.py"), *job.arguments, *here],
+            after=lambda job: _measure(arguments.results, job),
+            report=lambda line: print(f"{line}\n", end="", flush=True),  # in one piece, whichever thread says it
+        )
+    except KeyboardInterrupt:
+        sys.exit("stopped: the same command goes on with these runs")
     sys.exit("\n".join(failed) or None)
 
 

@@ -1,5 +1,6 @@
 """What holds for every test, and the command lines, whose slow imports all tests share."""
 
+import functools
 import json
 import os
 import subprocess
@@ -14,11 +15,15 @@ ROOT = Path(__file__).resolve().parents[1]  # not from support, which imports to
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Every command line is a process of its own, with its own environment and folder.
+# Every command line is a process of its own, with its own environment and folder, forked off where all that is slow to
+# import is there. It ends without taking that apart again, which would cost more than most command lines do.
 DRIVER = r"""
-import json, os, runpy, sys
-import hydra, pandas, wandb
+import atexit, gc, json, os, runpy, sys, threading, traceback
+import hydra, pandas, sklearn.datasets, torch, wandb
 import decef.inference.export, decef.results.dashboard, decef.results.figures, decef.results.tables, decef.training.run
+torch.relu(torch.empty(1, device="meta"))  # imports torch._dynamo
+gc.collect()
+gc.freeze()
 for line in sys.stdin:
     command, environment, folder, out = json.loads(line)
     child = os.fork()
@@ -30,8 +35,20 @@ for line in sys.stdin:
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
-        runpy.run_path(command[0], run_name="__main__")
-        sys.exit()
+        status = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                status = print(status, file=sys.stderr) or 1
+        except BaseException:
+            status = traceback.print_exc() or 1
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -54,3 +71,13 @@ def call():
             return subprocess.CompletedProcess(command, status, *said)
 
         yield run
+
+
+@pytest.fixture(scope="session")
+def onnx_operators_once():
+    """torch makes its table of ONNX operators anew for every export, which takes half of an export's time."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield

@@ -151,9 +151,10 @@ def test_ranks_at_even_ratios():
 
 
 def test_a_run_that_starts_from_trained_weights(tmp_path):
-    first = run(config(tmp_path, layer={"name": "conv2d"}, train__epochs=1))
+    small = {"name": "plain", "width": 0.2, "dense_stem": True}
+    first = run(config(tmp_path, model=small, layer={"name": "conv2d"}, train__epochs=1, train__lr=0.01))
     weights = str(tmp_path / "runs" / first["id"] / "checkpoint.pt")
-    given = {"train__epochs": 1, "model__weights": weights, "model__decompose_on": 64}
+    given = {"train__epochs": 1, "train__lr": 0.01, "model": {**small, "weights": weights, "decompose_on": 64}}
     options = {"flops": 0.5, "implementation": "reconstructed"}
     summary = run(config(tmp_path, layer={"name": "auto", **options}, **given))
     assert summary["flops"] <= 0.5 * summary["dense"]["flops"]

@@ -112,10 +112,13 @@ def quick(monkeypatch):
 
 
 def test_whole_networks(tmp_path, quick):
-    case = Case("plain", 8, 2, ("conv2d", "basisconv2021"), ("eager",))
+    case = Case("plain", 8, 2, ("conv2d", "basisconv2021"), ("eager",), ("fp32", "bf16"))
     rows = list(bench_inference([case], 0.5, CPU))
-    dense, basis = rows
+    dense, basis, half, _ = rows
     assert (dense["layer"], dense["flops_ratio"], dense["bound"], dense["forms"]) == ("conv2d", 1, 1, {})
+    assert [row["precision"] for row in rows] == ["fp32", "fp32", "bf16", "bf16"]
+    assert half["bytes"] == pytest.approx(dense["bytes"] / 2, rel=0.01)
+    assert dense["error"] < 1e-5 < half["error"] < 0.1
     assert 0 < basis["flops_ratio"] <= 0.5
     assert sum(basis["forms"].values()) > 0
     assert basis["engine"] == "eager"

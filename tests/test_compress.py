@@ -17,6 +17,7 @@ from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
 from decef.ranks.latency import LayerTimes, Times
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 SIZE = (1, 8, 8)
 
 
@@ -88,7 +89,7 @@ def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
 
 def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_path, monkeypatch):
     given = {**options, "finetune": 3, "progress": False}
-    whole = compress(trained, loader(), out=tmp_path / "whole", **given)
+    whole = compress(trained, loader(count=400), out=tmp_path / "whole", **given)
     real, epochs = Compression._save, []
 
     def stop(self, network, training):
@@ -100,8 +101,8 @@ def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_p
 
     monkeypatch.setattr(Compression, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
-        compress(trained, loader(), out=tmp_path / "part", **given)
-    again = compress(trained, loader(), out=tmp_path / "part", **given)
+        compress(trained, loader(count=400), out=tmp_path / "part", **given)
+    again = compress(trained, loader(count=400), out=tmp_path / "part", **given)
     assert epochs == [1, 2, 3]
     for key, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[key]), key
@@ -115,7 +116,7 @@ def test_without_fine_tuning_or_a_folder(trained, options):
 
 
 def test_auto_gives_every_layer_its_type(trained, options):
-    done = compress(trained, loader(), **{**options, "layer": "auto", "finetune": 0, "images": 100})
+    done = compress(trained, loader(count=400), **{**options, "layer": "auto", "finetune": 0, "images": 100})
     assert {row["layer"] for row in done.numbers["layers"] if row["action"] == "convert"} == {
         row.layer for row in done.plan.rows if row.action == "convert"
     }
@@ -125,7 +126,8 @@ def test_auto_gives_every_layer_its_type(trained, options):
 def test_in_onnx_runtime_where_that_is_installed(tmp_path):
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten(), nn.Linear(24 * 16, 10)
-    done = compress(nn.Sequential(*layers), loader(), budget=Budget(flops=0.6), layer="decef", finetune=0, out=tmp_path)
+    given = {"budget": Budget(flops=0.6), "layer": "decef", "finetune": 0, "out": tmp_path}
+    done = compress(nn.Sequential(*layers), loader(count=400), **given)
     assert done.deployed.engine == done.numbers["asked"]["engine"] == "onnxruntime"
     x = DIGITS[1].normalize(DIGITS[1].images[:1])
     (logits,) = onnxruntime.InferenceSession(str(tmp_path / "network.onnx")).run(None, {"input": x.numpy()})
@@ -143,10 +145,10 @@ def test_memory_is_of_what_is_alive_at_once():
 def test_memory_and_size(trained, options):
     dense = stored_bytes(trained)
     given = {**options, "finetune": 0}
-    small = compress(trained, loader(), **{**given, "budget": Size(dense // 2)})
+    small = compress(trained, loader(count=400), **{**given, "budget": Size(dense // 2)})
     assert stored_bytes(small.network) == pytest.approx(dense // 2, rel=0.05)
     assert stored_bytes(small.network) == small.numbers["bytes"]["small"]
-    small = compress(trained, loader(), **{**given, "budget": Memory(0.6)})
+    small = compress(trained, loader(count=400), **{**given, "budget": Memory(0.6)})
     memory = small.numbers["memory"]
     assert memory["small"] / memory["dense"] == pytest.approx(0.6, rel=0.06)
 

@@ -1,7 +1,10 @@
 """The queue of runs: what is wanted once is run once, stops in time, goes on, and says what failed."""
 
 import json
+import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -36,22 +39,43 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
     assert (again.returncode, again.stdout) == (0, "")
 
 
-def test_time_is_up(tmp_path):
+WAITS = """
+import sys, time
+try:
+    open(sys.argv[1] + ".begun", "w")
+    time.sleep(60)
+except KeyboardInterrupt:
+    open(sys.argv[1] + ".interrupted", "w")
+"""
+
+
+@pytest.mark.parametrize(("hours", "interrupt"), [(3 / 3600, False), (1.0, True)])
+def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hours, interrupt):
     """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""
     entry = Entry("e", "", "", 3, 1.0)
     jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}", config("results", seed=seed)) for seed in range(3)]
-    code = "import sys, time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: open(sys.argv[1], 'w')"
     said, began = [], time.monotonic()
-    command = lambda job: [sys.executable, "-c", code, str(tmp_path / job.run_id)]  # noqa: E731
-    here = {"hours": 3 / 3600, "processes": 2, "command": command, "after": command, "report": said.append}
+    command = lambda job: [sys.executable, "-c", WAITS, str(tmp_path / job.run_id)]  # noqa: E731
+    here = {"hours": hours, "processes": 2, "command": command, "after": command, "report": said.append}
     interruptible()
-    assert run_jobs(jobs, tmp_path, **here) == []
+    if interrupt:
+
+        def press():
+            while len(list(tmp_path.glob("run-*.begun"))) < 2:
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press).start()
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(jobs, tmp_path, **here)
+    else:
+        assert run_jobs(jobs, tmp_path, **here) == []
     assert time.monotonic() - began < 30
     assert sorted(said) == [
         *(f"begins: run-{i}" for i in (0, 1)),
         *(f"stopped, to go on later: run-{i}" for i in (0, 1)),
     ]
-    assert sorted(path.name for path in tmp_path.glob("run-*")) == ["run-0", "run-1"]
+    assert sorted(path.name for path in tmp_path.glob("*.interrupted")) == ["run-0.interrupted", "run-1.interrupted"]
 
 
 def test_what_cannot_start_is_said(call, tmp_path):

@@ -9,6 +9,7 @@ from decef.inference.deploy import Deployed, to_convolutions
 from decef.inference.engines import load, to_onnx
 from decef.inference.quantize import quantize, quantized_share
 
+pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
@@ -51,10 +52,10 @@ def test_sixteen_bits_in_torch():
     assert next(model.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypatch, precision):
+@pytest.mark.parametrize(("engine", "precision"), [("eager", "fp32"), ("onnxruntime", "int8")])
+def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypatch, engine, precision):
     model = small("decef")
-    deployed = decef.deploy(model, X, engines=["onnxruntime"], precision=precision)
+    deployed = decef.deploy(model, X, engines=[engine], precision=precision)
     deployed.save(tmp_path / "choice.json")
     monkeypatch.setattr("decef.inference.deploy.interleaved_times", None)
     again = Deployed.load(tmp_path / "choice.json", model, X)

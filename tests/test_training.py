@@ -34,25 +34,26 @@ def test_a_batch_that_processes_cannot_share():
         check_possible(TRAIN, torch.device("cpu"), Processes(0, 3))
 
 
-def script(tmp_path, processes, *arguments):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "scripts" / "train.py"), f"results={tmp_path / str(processes)}",
-         "dataset=digits", "dataset.train_size=512", "model=plain", "model.width=0.1", "layer=decef", "layer.rank=4",
-         "train=smoke", "train.batch_size=64", "train.precision=fp32", "device=cpu",
-         "threads=1", "wandb.mode=disabled", "progress=false",
-         *arguments],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (tmp_path / str(processes) / "runs").iterdir()
+SMALL = ["dataset=digits", "dataset.train_size=512", "model=plain", "model.width=0.1", "layer=decef", "layer.rank=4"]
+SMALL += ["train=smoke", "train.batch_size=64", "train.precision=fp32", "device=cpu", "threads=1"]
+SMALL += ["wandb.mode=disabled", "progress=false"]
+
+
+def read(results):
+    (run,) = (results / "runs").iterdir()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return rows, json.loads((run / "summary.json").read_text())
 
 
-def test_two_processes_do_what_one_does(tmp_path):
-    one, _ = script(tmp_path, 1)
-    two, summary = script(tmp_path, 2)
+def test_two_processes_do_what_one_does(call, tmp_path):
+    done = call("train.py", *SMALL, f"results={tmp_path / 'one'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start = [*launcher, str(ROOT / "scripts" / "train.py"), *SMALL, f"results={tmp_path / 'two'}"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, _ = read(tmp_path / "one")
+    two, summary = read(tmp_path / "two")
     assert summary["processes"] == 2
     assert summary["status"] == "finished"
     for a, b in zip(one, two, strict=True):

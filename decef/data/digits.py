@@ -5,6 +5,7 @@ The test part of "Optical recognition of handwritten digits" (Alpaydin, Kaynak, 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -23,10 +24,14 @@ def load_digits(root: Path | None = None) -> tuple[Images, Images]:
         ImportError: scikit-learn is not installed.
     """
     need("train", "sklearn")
+    return stratified_split(_read(), TEST_IMAGES)
+
+
+@functools.cache  # the file is text, which takes longer to read than a small network to train
+def _read() -> Images:
     from sklearn.datasets import load_digits as bundled
 
     digits = bundled()
     # 17 grey levels, 0 to 16, spread over a byte
     images = torch.from_numpy(digits.images).mul(15).to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
-    return stratified_split(Images(images, labels), TEST_IMAGES)
+    return Images(images, torch.from_numpy(digits.target).long())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from decef.inference.memory import stored_bytes
 from decef.inference.quantize import quantize, quantized_share
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def load_all(
     precision: str = "fp32",
     calibration: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[nn.Module]:
-    """Each network as a module that the engine runs, for inputs of its example's shape.
+    """Each network as a module that the engine runs, for inputs of its example's shape; `bytes` is its size in a file.
 
     Args:
         engine: one of `ENGINES`.
@@ -156,6 +157,7 @@ class _ChannelsLast(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.model = model.to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
+        self.bytes = stored_bytes(self.model)
         self._run = [compiled(self.model) if compiled else self.model]  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,6 +169,7 @@ class _Fixed(nn.Module):
     """A network that runs outside torch and takes inputs of one shape only."""
 
     shape: torch.Size
+    bytes: int
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape != self.shape:
@@ -188,9 +191,9 @@ class _OnnxRuntime(_Fixed):
         options.log_severity_level = 3
         # Otherwise its threads keep spinning for milliseconds after a call, and whatever runs next lacks their cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        stored = proto.SerializeToString()
+        self.bytes = len(stored)
+        self._session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
 
     def _infer(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(None, {self._session.get_inputs()[0].name: x.numpy()})[0])
@@ -208,7 +211,9 @@ class _OpenVINO(_Fixed):
             "INFERENCE_PRECISION_HINT": "f32",  # no silent bf16, which would change the output
         }
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", settings)
+        stored = proto.SerializeToString()
+        self.bytes = len(stored)
+        self._compiled = core.compile_model(core.read_model(stored), "CPU", settings)
 
     def _infer(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self._compiled(x.numpy())[0].copy())

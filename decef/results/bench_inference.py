@@ -16,7 +16,7 @@ from decef.conversion import convert
 from decef.costs import total_cost
 from decef.inference.deploy import deploy
 from decef.inference.engines import available
-from decef.inference.timing import Roofline, interleaved_times, peak_memory
+from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model, stem_name
 from decef.ranks import Budget
@@ -25,13 +25,14 @@ from decef.results.pages import write_bench
 
 @dataclass(frozen=True)
 class Case:
-    """A network with an input size in pixels, a batch size, and the layer types to put into it."""
+    """A network with an input size in pixels, a batch size, the layer types to put into it, and how it is run."""
 
     network: str
     size: int
     batch: int
     layers: tuple[str, ...] = tuple(LAYERS)
-    engines: tuple[str, ...] = ("onnxruntime",)  # uncompiled torch came second everywhere, and costs a minute a case
+    engines: tuple[str, ...] = ("onnxruntime",)  # in fp32 uncompiled torch came second everywhere
+    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
 
     def dense(self) -> nn.Module:
         """The network, freshly initialised: times don't depend on the weights."""
@@ -51,7 +52,7 @@ INFERENCE = (
     Case("torchvision/resnet18", 224, 1),
     Case("torchvision/resnet50", 224, 1, ONE_BY_ONE),
     Case("torchvision/mobilenet_v2", 224, 1, ONE_BY_ONE),
-    Case("torchvision/resnet18", 224, 8, ("conv2d", "decef"), ("compile",)),
+    Case("torchvision/resnet18", 224, 8, ("conv2d", "decef"), ("compile",), ("fp32",)),
 )
 NETWORK_ROUNDS = 15  # so many that equal networks get equal times
 
@@ -69,40 +70,57 @@ def networks(case: Case, share: float) -> dict[str, nn.Module]:
 
 
 def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Inference times of every layer type's network, in torch as it is and as `deploy` makes it.
+    """Inference times of every layer type's network, in torch as it is and as `deploy` makes it in each precision.
 
     Yields:
-        A row per case and layer type: `network`, `batch`, `layer`, `flops_ratio`; `bound`, the least time of the chains
-        over that of the dense network (`Roofline.seconds`); `eager` and `deployed`, median seconds per call, all of a
-        case interleaved; `engine` and `forms` (how many layers run in which form) of the deployed network;
-        `candidates`, see `Deployed.times`; `memory`, peak bytes of the network as it is.
+        A row per case, layer type and precision: `network`, `batch`, `layer`, `precision`, `flops_ratio`; `bound`, the
+        least time of the chains in fp32 over that of the dense network (`Roofline.seconds`); `eager`, of the network as
+        it is, and `deployed`, median seconds per call, all of a case interleaved; `engine` and `forms` (how many layers
+        run in which form) of the deployed network, its size in `bytes` and its `error`; `candidates`, see
+        `Deployed.times`; `memory`, peak bytes of the network as it is.
     """
     roofline = Roofline.measure(device)
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
         found = {layer: network.to(device).eval() for layer, network in networks(case, share).items()}
-        engines = [engine for engine in case.engines if engine in available(device)] or ["eager"]
-        deployed = {layer: deploy(network, x, engines=engines, progress=True) for layer, network in found.items()}
+        deployed = {
+            (layer, precision): deploy(network, x, engines=engines, precision=precision, progress=True)
+            for precision, engines in _engines(case, device).items()
+            for layer, network in found.items()
+        }
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
-        steps |= {(layer, "deployed"): _inference(network, x) for layer, network in deployed.items()}
+        steps |= {key: inference_call(network, x) for key, network in deployed.items()}
         seconds = interleaved_times(steps, NETWORK_ROUNDS)
         bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
+        memory = {layer: peak_memory(steps[layer, "eager"], device) for layer in found}
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
-        for layer, network in found.items():
-            forms = list(deployed[layer].forms.values())
+        for (layer, precision), network in deployed.items():
+            forms = list(network.forms.values())
             yield {
                 "network": case.network,
                 "batch": case.batch,
                 "layer": layer,
-                "flops_ratio": total_cost(network, case.input_size)["flops"] / dense_flops,
+                "precision": precision,
+                "flops_ratio": total_cost(found[layer], case.input_size)["flops"] / dense_flops,
                 "bound": bounds[layer] / bounds["conv2d"],
                 "eager": seconds[layer, "eager"],
-                "deployed": seconds[layer, "deployed"],
-                "engine": deployed[layer].engine,
+                "deployed": seconds[layer, precision],
+                "engine": network.engine,
                 "forms": {form: forms.count(form) for form in sorted(set(forms))},
-                "candidates": deployed[layer].times,
-                "memory": peak_memory(steps[layer, "eager"], device),
+                "bytes": network.bytes,
+                "error": network.error,
+                "candidates": network.times,
+                "memory": memory[layer],
             }
+
+
+def _engines(case: Case, device: torch.device) -> dict[str, list[str]]:
+    """The engines to try in each precision that can be had on the device."""
+    found = {}
+    for precision in case.precisions:
+        there = available(device, precision)
+        found[precision] = [engine for engine in case.engines if engine in there] or there[:1]
+    return {precision: engines for precision, engines in found.items() if engines}
 
 
 def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, Any]) -> None:
@@ -114,22 +132,27 @@ def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str
         made: where, when and with which code.
     """
     frame = pd.DataFrame(rows)
-    dense = frame[frame.layer == "conv2d"].set_index(["network", "batch"])
-    keys = pd.MultiIndex.from_frame(frame[["network", "batch"]])
+    dense = frame[frame.layer == "conv2d"].set_index(["network", "batch", "precision"])
+    same = pd.MultiIndex.from_frame(frame[["network", "batch", "precision"]])
+    full = pd.MultiIndex.from_frame(frame[["network", "batch"]].assign(precision="fp32"))
     shown = pd.DataFrame(
         {
             "network": frame.network,
             "batch": frame.batch,
             "layer": frame.layer,
+            "precision": frame.precision,
             "FLOPs": frame.flops_ratio,
             "bound": frame.bound,
             "torch ms": frame.eager * 1e3,
-            "torch": frame.eager / dense.eager.loc[keys].to_numpy(),
+            "torch": frame.eager / dense.eager.loc[full].to_numpy(),
             "deployed ms": frame.deployed * 1e3,
-            "deployed": frame.deployed / dense.deployed.loc[keys].to_numpy(),
+            "of dense": frame.deployed / dense.deployed.loc[same].to_numpy(),
+            "of dense fp32": frame.deployed / dense.deployed.loc[full].to_numpy(),
             "engine": frame.engine,
             "forms": [", ".join(f"{count} {form}" for form, count in forms.items()) for forms in frame.forms],
-            "memory": frame.memory / dense.memory.loc[keys].to_numpy(),
+            "MB": frame.bytes / 1e6,
+            "error": frame.error,
+            "memory": frame.memory / dense.memory.loc[full].to_numpy(),
         }
     )
     write_bench("bench_inference", rows, out, made, table=shown.round(2).to_markdown(index=False))

@@ -18,7 +18,7 @@ from decef.training.record import load_records
 
 NETWORK, DATASET, ASKED = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
 SCHEDULE = "quick"
-TIMED = ("torchvision/resnet18", 1)  # network and batch size
+TIMED = ("torchvision/resnet18", 1, "fp32")  # network, batch size and precision
 NONE = "-"
 
 
@@ -86,7 +86,9 @@ def _time(results: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     rows: list[Mapping[str, Any]] = json.loads(path.read_text())["rows"]
-    seconds = {row["layer"]: row["deployed"] for row in rows if (row["network"], row["batch"]) == TIMED}
+    seconds = {
+        row["layer"]: row["deployed"] for row in rows if (row["network"], row["batch"], row["precision"]) == TIMED
+    }
     return {layer: value / seconds["conv2d"] for layer, value in seconds.items()}
 
 

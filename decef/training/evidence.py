@@ -6,14 +6,15 @@ reaches twice, is run once. Finished runs are skipped, and stopped ones are resu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,6 +197,8 @@ def run_jobs(
 ) -> list[str]:
     """Run jobs side by side, in their order, until all are done or time is up. Runs stopped by that can be resumed.
 
+    Ctrl-C stops them in the same way, and is raised again.
+
     Args:
         jobs: see `missing`.
         results: the results folder; logs go to `<results>/.evidence`.
@@ -208,8 +211,9 @@ def run_jobs(
     Returns:
         A line for every job that failed.
     """
-    deadline = time.monotonic() + 3600 * hours
     waiting, failed, lock = iter(jobs), list[str](), threading.Lock()
+    time_is_up = threading.Event()
+    timer = threading.Timer(3600 * hours, time_is_up.set)
     logs = results / ".evidence"
     logs.mkdir(parents=True, exist_ok=True)
 
@@ -217,19 +221,19 @@ def run_jobs(
         """The exit status, or None if time was up."""
         with log.open("a") as file:
             process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
+            while not time_is_up.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(1.0)
+            process.send_signal(signal.SIGINT)
             try:
-                return process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(GRACE)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(GRACE)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                return None
+                process.kill()
+                process.wait()
+            return None
 
     def work() -> None:
-        while time.monotonic() < deadline:
+        while not time_is_up.is_set():
             with lock:
                 job = next(waiting, None)
             if job is None:
@@ -248,11 +252,15 @@ def run_jobs(
             else:
                 report(f"finished: {job.run_id}, top-1 {_summary(results, job)['test_top1']:.2f} %")
 
-    workers = [threading.Thread(target=work) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    timer.start()
+    with ThreadPoolExecutor(processes) as pool:
+        workers = [pool.submit(work) for _ in range(processes)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:  # by Ctrl-C too, which stops the runs as the end of the time does
+            timer.cancel()
+            time_is_up.set()
     return failed
 
 
