@@ -1,6 +1,7 @@
 """What holds for every test, and the command lines, whose slow imports all tests share."""
 
 import functools
+import gc
 import json
 import os
 import subprocess
@@ -14,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]  # not from support, which imports to
 # Before torch is imported: several workers of pytest-xdist would else use every core each, and so would their children.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """What was imported stays; looking through it at every collection of garbage takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
+
 
 # Every command line is a process of its own, with its own environment and folder, forked off where all that is slow to
 # import is there. It ends without taking that apart again, which would cost more than most command lines do.

@@ -134,7 +134,7 @@ def test_every_engine_computes_the_network(layer, engine):
     names = {time["arrangement"] for time in deployed.times}
     if layer != "conv2d":
         forms = {"factorized"} if layer == "basisconv2021" else {"factorized", "branches", "wide"}
-        assert names == {"measured", "reconstructed"} | (set() if engine == "compile" else forms)
+        assert names - {"measured"} == {"reconstructed"} | (set() if engine == "compile" else forms)
     seconds = {time["arrangement"]: time["seconds"] for time in deployed.times}
     assert GAIN * seconds[deployed.arrangement] <= min(seconds.values())
 

@@ -1,5 +1,6 @@
 """The queue of runs: what is wanted once is run once, stops in time, goes on, and says what failed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -120,7 +121,14 @@ def test_every_entry_of_the_list_can_start():
     from cli import run_config
 
     entries = load_entries(ROOT / "configs" / "evidence.yaml")
-    jobs, blocked = list_jobs(entries, lambda given: run_config(given).resolved())
+    every_value = [
+        dataclasses.replace(
+            entry, name=f"{entry.name} {i}", sweep={key: [v[i % len(v)]] for key, v in entry.sweep.items()}
+        )
+        for entry in entries
+        for i in range(max(map(len, entry.sweep.values()), default=1))
+    ]
+    jobs, blocked = list_jobs(every_value, lambda given: run_config(given).resolved())
     assert all("file of weights" in reason for reason in blocked.values())
     assert len(jobs) > 100
 

@@ -54,7 +54,12 @@ def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path,
     given = composed(f"experiment={name}", *overrides)
     data, model = given["dataset"], given["model"]
     # The same code in less time; test_every_experiment_can_start has the networks as they are.
-    smaller = {"torchvision/resnet50": "torchvision/resnet18", "resnet110": "resnet20", "resnet56": "resnet20"}
+    smaller = {
+        "torchvision/resnet50": "torchvision/squeezenet1_1",
+        "torchvision/resnet18": "torchvision/squeezenet1_1",
+        "resnet110": "resnet20",
+        "resnet56": "resnet20",
+    }
     model["name"] = smaller.get(model["name"], model["name"])
     if model["name"] in ("vgg16_bn", "mobilenetv2"):
         model["width"] = 0.25

@@ -92,6 +92,27 @@ def test_curves_without_finetuning_are_the_csv():
             assert line.get_xydata().tolist() == expected.tolist()
 
 
+#: Time falls with the precision, and with the budget.
+FRONTIER = pd.DataFrame(
+    [("conv2d", "dense", "", precision, 91.0, 1.0 / share) for share, precision in ((1, "fp32"), (4, "int8"))]
+    + [
+        ("decef", f"{budget} of FLOPs", stage, precision, top1, budget / share)
+        for stage, top1 in (("decomposed", 88.0), ("fine-tuned", 90.0))
+        for budget in (0.5, 0.667)
+        for share, precision in ((1, "fp32"), (4, "int8"))
+    ],
+    columns=["layer", "budget", "stage", "precision", "top1", "time"],
+)
+
+
+def test_the_frontier_has_a_panel_for_each_stage_and_dense_in_all():
+    figure = plots.plot_frontier(FRONTIER)
+    assert [axes.get_title() for axes in figure.axes] == ["decomposed", "fine-tuned"]
+    for axes, top1 in zip(figure.axes, (88.0, 90.0), strict=True):
+        assert lines(axes)["decef, int8"].get_xydata().tolist() == [[0.125, top1], [0.16675, top1]]
+        assert lines(axes)["conv2d, int8"].get_xydata().tolist() == [[0.25, 91.0]]
+
+
 def test_eigenfilters_are_those_of_the_layer():
     torch.manual_seed(0)
     layer = DeCEFConv2d(8, 16, 3, rank=2)
@@ -137,6 +158,8 @@ def drawn(call, tmp_path_factory):
     (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
     (results / "without_finetuning").mkdir()
     shutil.copy(ROOT / "results" / "without_finetuning" / "resnet20.csv", results / "without_finetuning")
+    (results / "frontier").mkdir()
+    FRONTIER.to_csv(results / "frontier" / "net.csv", index=False)
     done = call("figures.py", "--results", results, "--network", folder)
     assert done.returncode == 0, done.stderr
     return results, done, tables
@@ -152,6 +175,7 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
         "training-",
         "costs-",
         "without-finetuning-",
+        "frontier-",
         "ranks-training",
         "ranks-by-epoch-",
         "eigenfilters-",

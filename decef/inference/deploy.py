@@ -306,11 +306,12 @@ def _candidates(
     """The whole networks worth timing: for each by name, the form of every layer."""
     if not layers:
         return {"reconstructed": {}}
-    arrangements: dict[str, Any] = {}
+    arrangements: dict[str, list[nn.Sequential]] = {}
     for layer in layers.values():
         arrangements |= layer.as_convolutions()
     everywhere = ("reconstructed",) if engine == "compile" else ("reconstructed", *arrangements)
-    return {"measured": measured, **{form: dict.fromkeys(layers, form) for form in everywhere}}
+    found: dict[str, Mapping[str, str]] = {form: dict.fromkeys(layers, form) for form in everywhere}
+    return found if measured in found.values() else {"measured": measured, **found}
 
 
 def _fastest_forms(

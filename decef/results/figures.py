@@ -124,6 +124,18 @@ def without_finetuning(results: Path, records: Sequence[Record]) -> Iterator[Dra
         )
 
 
+def frontier(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Accuracy against measured time."""
+    for path in sorted((results / "frontier").glob("*.csv")):
+        shows = (
+            f"{path.stem}: test top-1 against the time of a call, over the dense network's in fp32, each network "
+            "deployed in fp32, bf16 or int8; a line joins the budgets of a layer type. Networks that lost much are "
+            "below the figure."
+        )
+        figure = plots.plot_frontier(pd.read_csv(path, keep_default_na=False))
+        yield Drawing(f"frontier-{path.stem}", figure, shows, [f"frontier/{path.name}"])
+
+
 def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """Effective rank against depth."""
     for name, tables, threshold in _rank_tables(results):
@@ -180,6 +192,11 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
         "accuracy without fine-tuning",
         "python scripts/without_finetuning.py NETWORK --weights FILE --out results/without_finetuning/NAME",
         without_finetuning,
+    ),
+    (
+        "accuracy against time",
+        "python scripts/frontier.py NETWORK --weights FILE --out results/frontier/NAME",
+        frontier,
     ),
     ("training curves", "python scripts/train.py layer=decef", training),
     (

@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "decef",  # equal figures give equal files
 }
 WIDTH = 4.5  # inches
-NEAR = 5  # points of accuracy below the dense network's
+NEAR, FAR = 5, 10  # points of accuracy below the dense network's
 
 
 def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -125,6 +125,35 @@ def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
         handles.append(Line2D([], [], **{**_look("conv2d", variant), "color": "0.5", "marker": "o"}))
         labels.append(label)
     _legend_below(figure, handles, labels)
+    return figure
+
+
+@_styled
+def plot_frontier(frame: pd.DataFrame) -> Figure:
+    """Top-1 against measured time, a panel per stage, a line per layer type and precision; the dense network in all.
+
+    Args:
+        frame: rows of `decef.results.frontier.measure`. What is more than `FAR` points below the dense network is left
+            out.
+    """
+    stages = list(frame[frame.layer != "conv2d"].stage.unique())
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(stages), sharex=True, sharey=True))
+    dense = frame[(frame.layer == "conv2d") & (frame.budget == "dense")]
+    precisions = list(frame.precision.unique())
+    for panel, stage in zip(panels, stages, strict=True):
+        of_stage = frame[(frame.stage == stage) & (frame.layer != "conv2d")]
+        before = dense[dense.stage == stage] if stage in set(dense.stage) else dense[dense.stage != "fine-tuned"]
+        for layer, of_layer in pd.concat([before, of_stage]).groupby("layer", sort=False):
+            for precision, rows in of_layer.groupby("precision", sort=False):
+                look = _look(str(layer), precisions.index(str(precision)))
+                panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", **look)
+        panel.set_xscale("log")
+        panel.set_xlabel("time, share of dense in fp32")
+        panel.set_title(stage)
+    panels[0].set_ylabel("test top-1 / %")
+    panels[0].set_ylim(dense.top1.max() - FAR, dense.top1.max() + FAR / 10)
+    _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 
 

@@ -1,0 +1,154 @@
+"""results/frontier: accuracy against measured time, by layer type and precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from decef.conversion import convert, recalibrate
+from decef.data import Data
+from decef.files import replace_file
+from decef.inference.deploy import Deployed, deploy
+from decef.inference.engines import available
+from decef.inference.timing import inference_call, interleaved_times
+from decef.plans import Plan, plan
+from decef.ranks import Budget
+from decef.results.pages import provenance, render
+from decef.training.record import Summary
+
+ROUNDS = 15
+CALIBRATION = 256  # images
+BATCH = 128  # in which they are decomposed
+DENSE = "conv2d"
+DECOMPOSED, FINETUNED = "decomposed", "fine-tuned"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network to be measured: its layer type, its budget in words, what was done to it, and itself."""
+
+    layer: str
+    budget: str
+    stage: str
+    network: nn.Module
+
+
+def decomposed(
+    model: nn.Module,
+    layers: Sequence[str],
+    shares: Sequence[float],
+    *,
+    exclude: str | None,
+    seen: Data,
+    augmented: Data,
+) -> Iterator[Point]:
+    """A trained network decomposed to shares of its FLOPs, fitted to its layers' outputs, batch norm measured again.
+
+    Args:
+        model: the network; it stays as it is.
+        layers: layer types.
+        shares: of the dense network's FLOPs.
+        exclude: pattern of the names that stay dense.
+        seen: training images to fit to.
+        augmented: training images as they were augmented in training, for batch norm.
+    """
+    input_size = next(seen.views(1))[0].shape[1:]
+    data = [seen.normalize(images) for images, _ in seen.views(BATCH)]
+    for share in shares:
+        for layer in layers:
+            made: Plan = plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size)
+            batches = augmented.batches(BATCH, torch.Generator().manual_seed(0))
+            network = recalibrate(convert(model, made, data=data), (augmented.normalize(x) for x, _ in batches))
+            yield Point(layer, f"{share:g} of FLOPs", DECOMPOSED, network)
+
+
+def measure(
+    dense: nn.Module,
+    points: Iterable[Point],
+    test: Data,
+    seen: Data,
+    *,
+    batch: int,
+    precisions: Sequence[str],
+    progress: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Accuracy and time of networks in several precisions, each deployed, in the engine that is fastest for it.
+
+    Args:
+        dense: the dense network, which comes first.
+        points: the others.
+        test: images to measure accuracy on.
+        seen: training images; the first ones are timed, and calibrate what runs in 8 bits.
+        batch: images in the call that is timed.
+        precisions: some of `decef.inference.engines.PRECISIONS`.
+        progress: show progress bars.
+
+    Yields:
+        A row per network and precision: `layer`, `budget`, `stage`, `precision`, `top1` in percent, `seconds` of a
+        call, `time`, that over the dense network's in fp32 as both ran in turn, `engine`, `forms`, `bytes` of its file.
+    """
+    seen = seen.subset(slice(0, max(1, CALIBRATION // batch) * batch))
+    calibration = [seen.normalize(images) for images, _ in seen.views(batch)]
+    x = calibration[0]
+
+    def deployed(network: nn.Module, precision: str) -> Deployed:
+        engines = [engine for engine in available(x.device, precision) if engine != "compile"]  # it takes minutes
+        given = calibration if precision == "int8" else None
+        return deploy(network, x, engines=engines, precision=precision, calibration=given, progress=progress)
+
+    reference = deployed(dense, "fp32")
+    for point in chain([Point("conv2d", "dense", "", dense)], points):
+        for precision in precisions:
+            network = deployed(point.network, precision)
+            seconds = interleaved_times(
+                {"dense": inference_call(reference, x), "this": inference_call(network, x)}, ROUNDS
+            )
+            forms = list(network.forms.values())
+            yield {
+                "layer": point.layer,
+                "budget": point.budget,
+                "stage": point.stage,
+                "precision": precision,
+                "top1": top1(network, test, batch),
+                "seconds": seconds["this"],
+                "time": seconds["this"] / seconds["dense"],
+                "engine": network.engine,
+                "forms": " ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms))),
+                "bytes": network.bytes,
+            }
+
+
+def top1(network: nn.Module, test: Data, batch: int) -> float:
+    """Accuracy in percent of a network that may take batches of one size only."""
+    right = total = 0
+    for images, labels in test.views(batch):
+        missing = batch - len(images)
+        x: Tensor = torch.cat([images, images[:1].expand(missing, *images.shape[1:])]) if missing else images
+        right += int((network(test.normalize(x))[: len(labels)].argmax(1) == labels).sum())
+        total += len(labels)
+    return 100 * right / total
+
+
+def write_frontier(rows: Sequence[dict[str, Any]], out: Path, about: str, made: Summary) -> None:
+    """Write rows of `measure` as <out>.csv and <out>.md.
+
+    Args:
+        rows: what was measured.
+        out: path without ending.
+        about: what they were made from, in words.
+        made: where, when and with which code.
+    """
+    frame = pd.DataFrame(rows)
+    shown = frame.assign(ms=1e3 * frame.seconds, MB=frame.bytes / 1e6).drop(columns=["seconds", "bytes"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g").encode())
+    table = shown.round({"top1": 2, "ms": 3, "time": 3, "MB": 2}).to_markdown(index=False)
+    text = render("frontier", table=table, about=about, provenance=provenance(made))
+    replace_file(out.with_suffix(".md"), text.encode())

@@ -1,0 +1,79 @@
+"""Accuracy against measured time: a trained CIFAR-10 network, low-rank in every type, in fp32, 16 and 8 bits.
+
+python scripts/frontier.py resnet20 --weights resnet20-12fca82f.th --out results/frontier/resnet20
+
+Runs of seed 0 that began with these weights, and still have their checkpoint, are measured too.
+"""
+
+import argparse
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from cli import fail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="a model of configs/model")
+    parser.add_argument("--weights", required=True, help="file with its trained weights")
+    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs")
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--batch", type=int, default=32, help="images in the call that is timed (default 32)")
+    parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on (default 512)")
+    parser.add_argument("--mean", type=float, nargs=3, help="per channel, as the network expects; default: ImageNet's")
+    parser.add_argument("--std", type=float, nargs=3, help="likewise")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
+    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
+    from decef.inference.engines import check_precision
+    from decef.models import stem_name
+    from decef.models.weights import describe_file, find_weights, md5_of
+    from decef.results.frontier import FINETUNED, Point, decomposed, measure, write_frontier
+    from decef.training.networks import load_networks
+    from decef.training.record import CHECKPOINT, load_records
+    from decef.training.recorder import environment
+
+    def finetuned() -> Iterator[Point]:
+        digest = md5_of(weights)
+        for record in load_records(arguments.results):
+            config, folder = record.config, arguments.results / "runs" / record.id
+            began_so = (config.model.name, config.model.weights_md5, config.seed) == (arguments.network, digest, 0)
+            if began_so and (folder / CHECKPOINT).is_file():
+                yield Point(record.layer, record.rank_setting, FINETUNED, load_networks(str(folder))[-1][1])
+
+    try:
+        for precision in arguments.precisions:
+            check_precision(precision)
+        weights = find_weights(arguments.weights)
+        ((_, model),) = load_networks(arguments.network, weights=weights)
+        mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
+        train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
+        seen = train.subset(slice(0, arguments.images))
+        made = environment("cpu", torch.get_num_threads())
+        points = chain(
+            decomposed(model, arguments.layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),
+            finetuned(),
+        )
+        rows = []
+        about = f"{arguments.network} on CIFAR-10, weights: {describe_file(weights)}, batches of {arguments.batch}"
+        for row in measure(
+            model, points, test, seen, batch=arguments.batch, precisions=arguments.precisions, progress=True
+        ):
+            rows.append(row)
+            words = " ".join(f"{row[key]:10}" for key in ("layer", "budget", "stage", "precision"))
+            print(f"{words} top-1 {row['top1']:.2f}, time {row['time']:.3f}", flush=True)
+            write_frontier(rows, arguments.out, about, made)  # after every row, so that nothing measured is lost
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+    print(f"wrote {arguments.out}.csv and .md")
+
+
+if __name__ == "__main__":
+    main()

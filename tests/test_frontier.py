@@ -1,0 +1,58 @@
+"""Accuracy against measured time: a row for every network and precision, and what is measured is the network."""
+
+import pytest
+import torch
+from support import DIGITS, network, train
+
+from decef.results.frontier import DECOMPOSED, FINETUNED, Point, decomposed, measure, top1, write_frontier
+from decef.training.loop import evaluate
+from decef.training.recorder import environment
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = network()
+    train(model, size=1437)
+    return model
+
+
+def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+    images, test = DIGITS
+    points = decomposed(
+        trained, ["decef", "auto"], [0.6], exclude="conv1", seen=images.subset(slice(0, 200)), augmented=images
+    )
+    points = [*points, Point("conv2d", "dense", FINETUNED, trained)]
+    rows = list(measure(trained, points, test, images, batch=50, precisions=["fp32", "bf16"]))
+    assert [(row["layer"], row["stage"], row["precision"]) for row in rows] == [
+        (layer, stage, precision)
+        for layer, stage in (("conv2d", ""), ("decef", DECOMPOSED), ("auto", DECOMPOSED), ("conv2d", FINETUNED))
+        for precision in ("fp32", "bf16")
+    ]
+    _, expected = evaluate(trained, test)
+    assert rows[0]["top1"] == pytest.approx(expected, abs=0.3)
+    assert all(abs(a["top1"] - b["top1"]) < 3 for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert rows[2]["top1"] == pytest.approx(evaluate(points[0].network, test)[1], abs=0.3)
+    assert rows[2]["top1"] > 50
+    assert rows[1]["bytes"] < 0.6 * rows[0]["bytes"]
+    assert min(row["time"] for row in rows) > 0
+    write_frontier(rows, tmp_path / "made" / "net", "a test", environment("cpu", 1))
+    assert "| 0.6 of FLOPs | decomposed |" in (tmp_path / "made" / "net.md").read_text()
+
+
+def test_accuracy_of_what_takes_batches_of_one_size():
+    _, test = DIGITS
+    right = test.labels.clone()
+    right[-7:] += 1  # in the last, smaller batch
+    seen = []
+
+    def network(x):
+        seen.append(len(x))
+        labels = (right[sum(seen[:-1]) :] % 10)[: len(x)]
+        logits = torch.zeros(len(x), 10)
+        logits[range(len(labels)), labels] = 1
+        return logits
+
+    assert top1(network, test, 50) == pytest.approx(100 * (1 - 7 / 360))
+    assert set(seen) == {50}
