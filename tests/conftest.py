@@ -1,6 +1,5 @@
 """What holds for every test, and the command lines, whose slow imports all tests share."""
 
-import functools
 import gc
 import json
 import os
@@ -79,13 +78,3 @@ def call():
             return subprocess.CompletedProcess(command, status, *said)
 
         yield run
-
-
-@pytest.fixture(scope="session")
-def onnx_operators_once():
-    """torch makes its table of ONNX operators anew for every export, which takes half of an export's time."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
-        yield

@@ -17,7 +17,6 @@ from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
 from decef.ranks.latency import LayerTimes, Times
 
-pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 SIZE = (1, 8, 8)
 
 

@@ -17,7 +17,6 @@ from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model
 from decef.ranks import Budget
 
-pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 CPU = torch.device("cpu")
 
@@ -134,7 +133,7 @@ def test_every_engine_computes_the_network(layer, engine):
     names = {time["arrangement"] for time in deployed.times}
     if layer != "conv2d":
         forms = {"factorized"} if layer == "basisconv2021" else {"factorized", "branches", "wide"}
-        assert names - {"measured"} == {"reconstructed"} | (set() if engine == "compile" else forms)
+        assert {"reconstructed"} <= names <= {"measured", "reconstructed"} | (set() if engine == "compile" else forms)
     seconds = {time["arrangement"]: time["seconds"] for time in deployed.times}
     assert GAIN * seconds[deployed.arrangement] <= min(seconds.values())
 
@@ -162,6 +161,17 @@ def test_what_is_faster_than_dense_by_noise_alone_is_not_taken(monkeypatch, shar
     assert (deployed.arrangement, set(deployed.forms.values())) == (taken, {taken})
 
 
+def test_forms_that_are_far_slower_alone_are_not_tried_in_the_network(monkeypatch):
+    def pretend(steps, **how):
+        seconds = {"reconstructed": 1.0, "branches": 0.5, "factorized": 0.7, "wide": 5.0, "measured": 0.4}
+        return {key: seconds[key[1] if isinstance(key, tuple) else key] for key in steps}
+
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved_times", pretend)
+    deployed = decef.deploy(small("decef"), torch.randn(1, 3, 9, 9), engines=["eager"])
+    assert [time["arrangement"] for time in deployed.times] == ["reconstructed", "factorized", "branches"]
+    assert deployed.arrangement == "branches"
+
+
 def test_close_ones_are_timed_again_for_longer(monkeypatch):
     asked = []
 
@@ -172,7 +182,7 @@ def test_close_ones_are_timed_again_for_longer(monkeypatch):
 
     monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved_times", pretend)
     best, seconds = _fastest(dict.fromkeys(("a", "b", "dense")), dense=["dense"])
-    assert asked == [(["a", "b", "dense"], 3), (["a", "b"], 9)]
+    assert asked == [(["a", "b", "dense"], 3), (["a", "b"], 6)]
     assert (best, seconds) == ("b", {"a": 1.0, "b": 0.9, "dense": 2.0})
 
 
@@ -216,6 +226,15 @@ def test_a_batch_norm_is_folded_into_one_of_two_layers_that_share_factors():
     assert model[0].coefficients is model[3].coefficients
     x = torch.randn(2, 3, 9, 9)
     assert_close(to_convolutions(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_export_leaves_torch_as_it_was():
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    before = ONNXRegistry.__dict__["from_torchlib"]
+    one, other = (to_onnx(small("conv2d"), torch.randn(1, 3, 9, 9)) for _ in range(2))
+    assert one.SerializeToString() == other.SerializeToString()
+    assert ONNXRegistry.__dict__["from_torchlib"] is before
 
 
 def test_onnx_with_a_free_batch():

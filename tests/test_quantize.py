@@ -9,7 +9,6 @@ from decef.inference.deploy import Deployed, to_convolutions
 from decef.inference.engines import load, to_onnx
 from decef.inference.quantize import quantize, quantized_share
 
-pytestmark = pytest.mark.usefixtures("onnx_operators_once")
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 

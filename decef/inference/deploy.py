@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from decef.progress import bar
 log = logging.getLogger(__name__)
 
 CLOSE = 1.15  # what takes up to this times as long as the fastest is timed again, for longer
+HOPELESS = 1.5  # a form in which the layers, timed alone, take this times as long in all is not tried in the network
 GAIN = 0.98  # a low-rank form is chosen if it takes at most this share of the dense one's time: less is noise
 CHOICE = ("engine", "arrangement", "forms", "times", "precision")  # what Deployed.save keeps
 FORMS = ("reconstructed", "factorized", "branches", "wide")
@@ -115,9 +117,10 @@ def deploy(
 
     Batch norms are folded into the convolutions before them. Each factorised layer is then timed as one dense
     convolution and in the arrangements that it has (`FactorizedConv2d.as_convolutions`), on the input that it gets when
-    the example runs through the network. Finally whole networks are timed: all layers dense, all in another form, and
-    each in its fastest form. What is nearly as fast as the fastest is timed again, for longer, and nothing is taken
-    that is not faster than dense by more than noise: the result is never slower than the dense network.
+    the example runs through the network. Finally whole networks are timed: all layers dense, all in another form that
+    was not far slower alone, and each in its fastest form. What is nearly as fast as the fastest is timed again, for
+    longer, and nothing is taken that is not faster than dense by more than noise: the result is never slower than the
+    dense network.
 
     All of this is done in the precision asked for. In fp32 every candidate must give the original's output up to
     rounding. In fewer bits it can't: how far off the result is, is its `error`; what that means must be measured by
@@ -153,15 +156,15 @@ def deploy(
         raise ValueError(f"the network must give one tensor to be deployed, not a {type(expected).__name__}")
     layers = _fold_batch_norms(model)
     seen = layer_inputs(model, example_input, layers)
-    measured: dict[str, dict[str, str]] = {}
+    alone: dict[str, _Alone] = {}
     errors: dict[tuple[str, str], float] = {}
     networks: dict[tuple[str, str], nn.Module] = {}
     chosen: dict[tuple[str, str], Mapping[str, str]] = {}
     for engine in engines:
         by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
         try:
-            measured[by] = measured.get(by) or _fastest_forms(by, layers, seen, precision, progress)
-            candidates = _candidates(engine, layers, measured[by])
+            alone[by] = alone.get(by) or _time_alone(by, layers, seen, precision, progress)
+            candidates = _candidates(engine, layers, alone[by])
             for name, forms in bar(list(candidates.items()), f"{engine}: networks", progress):
                 network = load(engine, _arranged(model, layers, forms), example_input, precision, calibration)
                 output = network(example_input)
@@ -300,44 +303,53 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
     return seen
 
 
-def _candidates(
-    engine: str, layers: Mapping[str, FactorizedConv2d], measured: Mapping[str, str]
-) -> dict[str, Mapping[str, str]]:
+def _candidates(engine: str, layers: Mapping[str, FactorizedConv2d], alone: _Alone) -> dict[str, Mapping[str, str]]:
     """The whole networks worth timing: for each by name, the form of every layer."""
     if not layers:
         return {"reconstructed": {}}
-    arrangements: dict[str, list[nn.Sequential]] = {}
-    for layer in layers.values():
-        arrangements |= layer.as_convolutions()
-    everywhere = ("reconstructed",) if engine == "compile" else ("reconstructed", *arrangements)
-    found: dict[str, Mapping[str, str]] = {form: dict.fromkeys(layers, form) for form in everywhere}
-    return found if measured in found.values() else {"measured": measured, **found}
+    fastest = min(alone.totals.values(), default=0.0)
+    forms = [form for form, total in alone.totals.items() if total <= HOPELESS * fastest and engine != "compile"]
+    found: dict[str, Mapping[str, str]] = {
+        form: dict.fromkeys(layers, form) for form in dict.fromkeys(["reconstructed", *forms])
+    }
+    return found if alone.forms in found.values() else {"measured": alone.forms, **found}
 
 
-def _fastest_forms(
+@dataclass(frozen=True)
+class _Alone:
+    """Layers timed alone: the fastest form of each, and for every form the seconds of all layers in it."""
+
+    forms: dict[str, str]
+    totals: dict[str, float]
+
+
+def _time_alone(
     engine: str,
     layers: Mapping[str, FactorizedConv2d],
     seen: Mapping[str, Tensor],
     precision: str,
     progress: bool,
-) -> dict[str, str]:
-    """The form in which each layer runs fastest alone; equal layers with equal input shapes are timed once."""
+) -> _Alone:
+    """Time each layer in each of its forms; equal layers with equal input shapes are timed once."""
     first: dict[tuple[Any, ...], str] = {}
     same: dict[str, str] = {}
     for name, layer in layers.items():
         if name in seen:
             same[name] = first.setdefault((repr(layer), seen[name].shape), name)
     if not first:
-        return dict.fromkeys(layers, "reconstructed")
+        return _Alone(dict.fromkeys(layers, "reconstructed"), {})
     variants = {
         (name, form): (module, seen[name]) for name in first.values() for form, module in forms_of(layers[name]).items()
     }
     loaded = dict(zip(variants, load_all(engine, list(variants.values()), precision), strict=True))
-    fastest = {}
+    fastest: dict[str, str] = {}
+    seconds: dict[str, dict[str, float]] = {}
     for name in bar(list(first.values()), f"{engine}: layers", progress):
         steps = {form: inference_call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
-        fastest[name], _ = _fastest(steps, dense=["reconstructed"])
-    return {name: fastest[same[name]] if name in same else "reconstructed" for name in layers}
+        fastest[name], seconds[name] = _fastest(steps, dense=["reconstructed"])
+    forms = dict.fromkeys(form for _, form in variants)
+    totals = {form: sum(seconds[one].get(form, seconds[one]["factorized"]) for one in same.values()) for form in forms}
+    return _Alone({name: fastest[same[name]] if name in same else "reconstructed" for name in layers}, totals)
 
 
 def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tuple[K, dict[K, float]]:
@@ -345,7 +357,7 @@ def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tup
     seconds = interleaved_times(steps, rounds=3, reduce=min)
     close = {key: step for key, step in steps.items() if seconds[key] <= CLOSE * min(seconds.values())}
     if len(close) > 1:
-        seconds |= interleaved_times(close, rounds=9, reduce=min)
+        seconds |= interleaved_times(close, rounds=6, reduce=min)
     best = min(steps, key=lambda key: seconds[key])
     best_dense = min(dense, key=lambda key: seconds[key], default=best)
     return best if seconds[best] <= GAIN * seconds[best_dense] else best_dense, seconds

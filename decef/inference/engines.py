@@ -8,6 +8,7 @@ import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def _to_onnx_all(networks: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[onnx.
 def _export(
     model: nn.Module, inputs: tuple[Tensor, ...], input_names: list[str], output_names: list[str], free: Any = None
 ) -> onnx.ModelProto:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _operators_listed_once():
         try:
             program = torch.onnx.export(
                 model.eval(),
@@ -262,6 +263,29 @@ def _export(
             raise ValueError(f"the network cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
     assert program is not None
     return program.model_proto
+
+
+_operators: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def _operators_listed_once() -> Iterator[None]:
+    """torch lists ONNX's operators anew for every export, which takes half of its time; here it does so once."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # it is private and may move: exports then take longer
+        yield
+        return
+    list_them = ONNXRegistry.from_torchlib
+
+    def listed(*args: Any, **options: Any) -> Any:
+        key = args, tuple(options.items())
+        if key not in _operators:
+            _operators[key] = list_them(*args, **options)
+        return _operators[key]
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(listed)):
+        yield
 
 
 @contextlib.contextmanager

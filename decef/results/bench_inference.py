@@ -48,11 +48,10 @@ ONE_BY_ONE = ("conv2d", "basisconv", "cpac")  # for networks of mostly 1x1 kerne
 INFERENCE = (
     Case("resnet20", 32, 1),
     Case("resnet20", 32, 32),
-    Case("vgg16_bn", 32, 1),
+    Case("vgg16_bn", 32, 1, precisions=("fp32", "int8")),
     Case("torchvision/resnet18", 224, 1),
-    Case("torchvision/resnet50", 224, 1, ONE_BY_ONE),
-    Case("torchvision/mobilenet_v2", 224, 1, ONE_BY_ONE),
-    Case("torchvision/resnet18", 224, 8, ("conv2d", "decef"), ("compile",), ("fp32",)),
+    Case("torchvision/resnet50", 224, 1, ONE_BY_ONE, precisions=("fp32", "int8")),
+    Case("torchvision/mobilenet_v2", 224, 1, ONE_BY_ONE, precisions=("fp32",)),
 )
 NETWORK_ROUNDS = 15  # so many that equal networks get equal times
 
