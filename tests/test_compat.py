@@ -1,12 +1,13 @@
 """The layers under what torch offers: copies, checkpoints, transforms, export, compilation, several processes."""
 
 import copy
+import os
 import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from support import ROOT
 from test_layers import used
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -302,12 +303,24 @@ def work(rank, folder, state, x, y):
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+TWO_PROCESSES = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+import torch.multiprocessing as mp
+from test_compat import work
+given = torch.load("given.pt", weights_only=True)
+mp.start_processes(work, (".", *given), nprocs=2, start_method="fork")
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(call, tmp_path):
     model = network().double().eval()
     x, y = images(6).double(), torch.tensor([0, 1, 2, 2, 0, 1])
-    mp.spawn(work, (str(tmp_path), model.state_dict(), x, y), nprocs=2)
+    torch.save([model.state_dict(), x, y], tmp_path / "given.pt")
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    done = call(tmp_path / "two.py", cwd=tmp_path, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr
     expected = gradients_of(model, x, y)
     frozen = {k for k, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"{2 * FACTORIZED.index('basisconv')}.basis"}

@@ -20,6 +20,10 @@ FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 ONE_EACH = (1, 1, 1, 1)
 NARROW = (16, 32, 48, 64)
 BYOB = [timm.models.ByoBlockCfg(type="rep", d=d, c=c, s=2, gs=0) for d, c in ((1, 16), (2, 32), (2, 48))]
+ONE = [
+    timm.models.ByoBlockCfg(type="one", d=1, c=c, s=2, gs=gs, block_kwargs={"num_conv_branches": 2})
+    for c, gs in ((16, 0), (32, 1))
+]
 XCEPTION = [
     {"in_chs": 64, "out_chs": 32, "stride": 2},
     {"in_chs": 32, "out_chs": 32, "stride": 1},
@@ -61,7 +65,7 @@ NETWORKS = {
     "resnetv2": ("resnetv2_50d", 64, {"layers": ONE_EACH, "channels": NARROW}),
     "xception": ("xception41", 64, {"block_cfg": XCEPTION}),
     "repvgg": ("repvgg_a0", 64, {"blocks": BYOB}),
-    "mobileone": ("mobileone_s0", 64, {}),
+    "mobileone": ("mobileone_s0", 64, {"blocks": ONE}),
     "cspdarknet": ("cs3darknet_s", 64, {}),
     "dpn": ("dpn48b", 64, {"k_sec": ONE_EACH}),
     "rexnet": ("rexnet_100", 64, {"width_mult": 0.3}),

@@ -54,8 +54,8 @@ def test_small_and_grey_images(name):
 
 @pytest.mark.parametrize("name", ["mobilenetv1", "mobilenetv2"])
 def test_a_separable_pair_is_a_decef_of_rank_1(name):
-    pairs = create_model(name, num_classes=10)
-    dense = create_model(name, num_classes=10, dense_pairs=True)
+    pairs = create_model(name, num_classes=10, width=0.25)
+    dense = create_model(name, num_classes=10, width=0.25, dense_pairs=True)
     made = plan(dense, "decef", rank=1, min_kernel_size=2, exclude="stem.0", input_size=(3, 32, 32))
     assert len(made.ranks) == sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in pairs.modules())
 
