@@ -123,6 +123,7 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
             break
         corrected = share / (1 + found[-1].off) if found else 0.0
         share = corrected if low < corrected < high else 1.0 if low < corrected and high == 1 else (low + high) / 2
+        share = round(share, 4)  # it stands in the plan, to be read
     if not found:
         raise ValueError(reason)
     best = min(found, key=lambda made: abs(made.off))
