@@ -1,14 +1,18 @@
 """Command lines that no other test runs, in this process, on something small."""
 
+import dataclasses
 import importlib
 import json
 import sys
 
 import pandas as pd
 import pytest
+import torch
 from support import ROOT, config
 
+from decef.data import DATASETS, Images
 from decef.layers import LAYERS
+from decef.models import create_model
 from decef.training.run import run
 
 
@@ -25,7 +29,14 @@ def main_of(monkeypatch):
         script.main()
 
     yield run_main
-    for name in ("significance", "costs", "report", "train"):  # names that a package of ours has too, or might
+    for name in (
+        "significance",
+        "costs",
+        "report",
+        "train",
+        "without_finetuning",
+        "frontier",
+    ):  # names that a package of ours has too, or might
         sys.modules.pop(name, None)
 
 
@@ -64,6 +75,47 @@ def test_costs_and_their_place_in_a_page(main_of, tmp_path):
     assert "old" not in table
     assert table in (tmp_path / "costs.md").read_text()
     assert len(pd.read_csv(tmp_path / "costs.csv")) == 6
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """A file of weights for ResNet-20, and a few random images in CIFAR-10's place."""
+    known = DATASETS["cifar10"]
+
+    def read(root, **options):
+        pixels = torch.randint(0, 256, (136, *known.input_size), generator=torch.Generator().manual_seed(0))
+        images = Images(pixels.to(torch.uint8), torch.arange(136) % 10)
+        return images.subset(slice(0, 128)), images.subset(slice(128, None))
+
+    monkeypatch.setitem(DATASETS, "cifar10", dataclasses.replace(known, read=read))
+    torch.save(create_model("resnet20", num_classes=10).state_dict(), tmp_path / "weights.pt")
+    return ["resnet20", "--weights", tmp_path / "weights.pt", "--layers", "decef", "--shares", "0.5", "--images", "16"]
+
+
+def test_without_finetuning(main_of, trained, tmp_path):
+    main_of("without_finetuning", *trained, "--out", tmp_path / "made" / "resnet20")
+    frame = pd.read_csv(tmp_path / "made" / "resnet20.csv")
+    assert frame.layer.tolist() == ["conv2d", *["decef"] * 4]
+    assert "weights.pt (MD5" in (tmp_path / "made" / "resnet20.md").read_text()
+
+
+def test_frontier(main_of, trained, tmp_path, monkeypatch):
+    """With a run that began with these weights, which is measured too, and one that did not."""
+    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+    small = {"dataset__name": "cifar10", "dataset__train_size": 64, "train__epochs": 1, "train__lr": 1e-3}
+    began_so = {"name": "resnet20", "dense_stem": True, "weights": str(trained[2])}
+    run(config(tmp_path / "results", model=began_so, layer={"name": "decef", "flops": 0.5}, **small))
+    run(config(tmp_path / "results", layer={"name": "conv2d"}, **small))
+    given = ["--precisions", "fp32", "--batch", "4", "--results", tmp_path / "results", "--out", tmp_path / "resnet20"]
+    main_of("frontier", *trained, *given)
+    frame = pd.read_csv(tmp_path / "resnet20.csv", keep_default_na=False)
+    assert frame[["layer", "budget", "stage"]].values.tolist() == [
+        ["conv2d", "dense", ""],
+        ["decef", "0.5 of FLOPs", "decomposed"],
+        ["decef", "0.5 of FLOPs", "fine-tuned"],
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main_of("frontier", *trained, "--precisions", "int4", "--out", tmp_path / "resnet20")
 
 
 def test_quickstart(call, tmp_path):

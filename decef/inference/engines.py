@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -68,7 +68,7 @@ def load(
     example_input: Tensor,
     precision: str = "fp32",
     calibration: Sequence[Tensor] | None = None,
-) -> nn.Module:
+) -> Runner:
     """`model` as a module that the engine runs, for inputs of the example's shape; see `load_all`.
 
     Args:
@@ -83,8 +83,8 @@ def load_all(
     networks: Sequence[tuple[nn.Module, Tensor]],
     precision: str = "fp32",
     calibration: Sequence[Sequence[Tensor]] | None = None,
-) -> list[nn.Module]:
-    """Each network as a module that the engine runs, for inputs of its example's shape; `bytes` is its size in a file.
+) -> Sequence[Runner]:
+    """Each network as a module that the engine runs, for inputs of its example's shape.
 
     Args:
         engine: one of `ENGINES`.
@@ -111,7 +111,7 @@ def load_all(
         protos = [quantize(proto, of_one) for proto, of_one in zip(protos, batches, strict=True)]
     runners = [onnx_runner(engine, proto, x) for proto, (_, x) in zip(protos, networks, strict=True)]
     for runner, proto in zip(runners, protos, strict=True):
-        runner.quantized = quantized_share(proto)  # type: ignore[assignment]
+        runner.quantized = quantized_share(proto)
     return runners
 
 
@@ -130,7 +130,7 @@ def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = Fa
     return _export(model, (example_input,), ["input"], ["output"], free)
 
 
-def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> nn.Module:
+def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
     """An ONNX network as a module that one of `ONNX_READERS` runs, for inputs of the example's shape."""
     return (_OnnxRuntime if reader == "onnxruntime" else _OpenVINO)(proto, example_input)
 
@@ -146,7 +146,23 @@ def check_equal(output: Tensor, expected: Tensor) -> None:
         raise ValueError(f"the output differs from the original's by {error:.2g}")
 
 
-class _ChannelsLast(nn.Module):
+class Runner(nn.Module):
+    """A network that an engine runs.
+
+    Attributes:
+        bytes: its size in a file of the engine.
+        quantized: see `quantized_share`; empty in torch.
+    """
+
+    bytes: int
+    quantized: Mapping[str, tuple[int, int]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.quantized = 0, {}
+
+
+class _ChannelsLast(Runner):
     """A torch network with its input and weights in channels-last layout, in which convolutions run fastest."""
 
     def __init__(
@@ -166,11 +182,10 @@ class _ChannelsLast(nn.Module):
         return self._run[0](y if self.dtype is None else y.to(self.dtype)).to(x.dtype)
 
 
-class _Fixed(nn.Module):
+class _Fixed(Runner):
     """A network that runs outside torch and takes inputs of one shape only."""
 
     shape: torch.Size
-    bytes: int
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape != self.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,27 +13,26 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from decef.conversion import convert, recalibrate
+from decef.conversion import convert
 from decef.data import Data
-from decef.files import replace_file
 from decef.inference.deploy import Deployed, deploy
 from decef.inference.engines import available
 from decef.inference.timing import inference_call, interleaved_times
-from decef.plans import Plan, plan
+from decef.plans import plan
 from decef.ranks import Budget
-from decef.results.pages import provenance, render
+from decef.results.pages import write_measured
+from decef.results.without_finetuning import recalibrated_on
+from decef.training.loop import EVAL_BATCH
 from decef.training.record import Summary
 
 ROUNDS = 15
 CALIBRATION = 256  # images
-BATCH = 128  # in which they are decomposed
-DENSE = "conv2d"
 DECOMPOSED, FINETUNED = "decomposed", "fine-tuned"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A network to be measured: its layer type, its budget in words, what was done to it, and itself."""
+    """A network to be measured: its layer type, its budget in words, `DECOMPOSED` or `FINETUNED`, and itself."""
 
     layer: str
     budget: str
@@ -60,12 +60,11 @@ def decomposed(
         augmented: training images as they were augmented in training, for batch norm.
     """
     input_size = next(seen.views(1))[0].shape[1:]
-    data = [seen.normalize(images) for images, _ in seen.views(BATCH)]
+    data = [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)]
     for share in shares:
         for layer in layers:
-            made: Plan = plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size)
-            batches = augmented.batches(BATCH, torch.Generator().manual_seed(0))
-            network = recalibrate(convert(model, made, data=data), (augmented.normalize(x) for x, _ in batches))
+            made = plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size)
+            network = recalibrated_on(augmented, convert(model, made, data=data))
             yield Point(layer, f"{share:g} of FLOPs", DECOMPOSED, network)
 
 
@@ -110,7 +109,7 @@ def measure(
             seconds = interleaved_times(
                 {"dense": inference_call(reference, x), "this": inference_call(network, x)}, ROUNDS
             )
-            forms = list(network.forms.values())
+            forms = Counter(network.forms.values())
             yield {
                 "layer": point.layer,
                 "budget": point.budget,
@@ -120,7 +119,7 @@ def measure(
                 "seconds": seconds["this"],
                 "time": seconds["this"] / seconds["dense"],
                 "engine": network.engine,
-                "forms": " ".join(f"{forms.count(form)} {form}" for form in sorted(set(forms))),
+                "forms": ", ".join(f"{count} {form}" for form, count in sorted(forms.items())),
                 "bytes": network.bytes,
             }
 
@@ -137,18 +136,9 @@ def top1(network: nn.Module, test: Data, batch: int) -> float:
 
 
 def write_frontier(rows: Sequence[dict[str, Any]], out: Path, about: str, made: Summary) -> None:
-    """Write rows of `measure` as <out>.csv and <out>.md.
-
-    Args:
-        rows: what was measured.
-        out: path without ending.
-        about: what they were made from, in words.
-        made: where, when and with which code.
-    """
+    """Write rows of `measure`; see `write_measured`."""
     frame = pd.DataFrame(rows)
     shown = frame.assign(ms=1e3 * frame.seconds, MB=frame.bytes / 1e6).drop(columns=["seconds", "bytes"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g").encode())
-    table = shown.round({"top1": 2, "ms": 3, "time": 3, "MB": 2}).to_markdown(index=False)
-    text = render("frontier", table=table, about=about, provenance=provenance(made))
-    replace_file(out.with_suffix(".md"), text.encode())
+    write_measured(
+        "frontier", frame, shown.round({"top1": 2, "ms": 3, "time": 3, "MB": 2}).fillna(""), out, about, made
+    )

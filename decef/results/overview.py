@@ -16,7 +16,7 @@ from decef.results.tables import Row, table_rows
 from decef.training.config import DEFAULT_DECAY
 from decef.training.record import load_records
 
-NETWORK, DATASET, ASKED = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
+NETWORK, DATASET, RANK_SETTINGS = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
 SCHEDULE = "quick"
 TIMED = ("torchvision/resnet18", 1, "fp32")  # network, batch size and precision
 NONE = "-"
@@ -65,7 +65,7 @@ def _trained(results: Path) -> dict[str, Row]:
     for row in rows:
         first = row.first
         usual = first.config.train.atcd is None and first.config.train.decay in (None, DEFAULT_DECAY)
-        if first.model == NETWORK and first.rank_setting in ASKED and usual:
+        if first.model == NETWORK and first.rank_setting in RANK_SETTINGS and usual:
             found.setdefault(first.layer, row)
     return found
 

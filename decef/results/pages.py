@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from decef.files import replace_file
@@ -58,4 +59,23 @@ def write_bench(
     data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
     replace_file(out.with_suffix(".json"), data.encode())
     text = render(template, provenance=provenance(made, made["dtype"]), **values)
+    replace_file(out.with_suffix(".md"), text.encode())
+
+
+def write_measured(
+    template: str, frame: pd.DataFrame, shown: pd.DataFrame, out: Path, about: str, made: Mapping[str, Any]
+) -> None:
+    """Write measured rows as <out>.csv, and the template's page with a table of them as <out>.md.
+
+    Args:
+        template: see `render`.
+        frame: what was measured.
+        shown: the table of the page.
+        out: path without ending.
+        about: what the rows were made from, in words.
+        made: where, when and with which code, see `environment`.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
+    text = render(template, table=shown.to_markdown(index=False), about=about, provenance=provenance(made))
     replace_file(out.with_suffix(".md"), text.encode())

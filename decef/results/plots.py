@@ -136,23 +136,21 @@ def plot_frontier(frame: pd.DataFrame) -> Figure:
         frame: rows of `decef.results.frontier.measure`. What is more than `FAR` points below the dense network is left
             out.
     """
-    stages = list(frame[frame.layer != "conv2d"].stage.unique())
+    stages = [stage for stage in frame.stage.unique() if stage]  # the dense network has none
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(stages), sharex=True, sharey=True))
-    dense = frame[(frame.layer == "conv2d") & (frame.budget == "dense")]
     precisions = list(frame.precision.unique())
     for panel, stage in zip(panels, stages, strict=True):
-        of_stage = frame[(frame.stage == stage) & (frame.layer != "conv2d")]
-        before = dense[dense.stage == stage] if stage in set(dense.stage) else dense[dense.stage != "fine-tuned"]
-        for layer, of_layer in pd.concat([before, of_stage]).groupby("layer", sort=False):
-            for precision, rows in of_layer.groupby("precision", sort=False):
-                look = _look(str(layer), precisions.index(str(precision)))
-                panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", **look)
+        shown = frame[frame.stage.isin(["", stage])].sort_values("time")
+        for (layer, precision), rows in shown.groupby(["layer", "precision"], sort=False):
+            look = _look(str(layer), precisions.index(precision))
+            panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", **look)
         panel.set_xscale("log")
         panel.set_xlabel("time, share of dense in fp32")
         panel.set_title(stage)
     panels[0].set_ylabel("test top-1 / %")
-    panels[0].set_ylim(dense.top1.max() - FAR, dense.top1.max() + FAR / 10)
+    top = frame[frame.layer == "conv2d"].top1.max()
+    panels[0].set_ylim(top - FAR, top + FAR / 10)
     _legend_below(figure, *panels[0].get_legend_handles_labels())
     return figure
 

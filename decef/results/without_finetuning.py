@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.data import Data
-from decef.files import replace_file
 from decef.moments import input_moments
 from decef.plans import AUTO, plan
 from decef.ranks import Budget
-from decef.results.pages import provenance, render
+from decef.results.pages import write_measured
 from decef.training.loop import EVAL_BATCH, evaluate
 from decef.training.record import Summary
 
@@ -66,9 +65,7 @@ def without_finetuning(
         cost = total_cost(network, input_size)
         recalibrated = None
         if augmented is not None and spread != UNIFORM:
-            batches = augmented.batches(EVAL_BATCH // 4, torch.Generator().manual_seed(0))
-            again = recalibrate(copy.deepcopy(network), (augmented.normalize(images) for images, _ in batches))
-            _, recalibrated = evaluate(again, test)
+            _, recalibrated = evaluate(recalibrated_on(augmented, copy.deepcopy(network)), test)
         return {
             "layer": layer, "budget": budget, "spread": spread, "nearest": nearest,
             "top1": top1, "recalibrated": recalibrated, "loss": loss, "mean_error": error,
@@ -92,22 +89,17 @@ def without_finetuning(
                     yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
 
 
-def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: Summary) -> None:
-    """Write rows of `without_finetuning` as <out>.csv and <out>.md.
+def recalibrated_on(augmented: Data, network: nn.Module) -> nn.Module:
+    """`network` with batch norm's statistics measured again, in place, on training images as they were augmented."""
+    batches = augmented.batches(EVAL_BATCH // 4, torch.Generator().manual_seed(0))
+    return recalibrate(network, (augmented.normalize(images) for images, _ in batches))
 
-    Args:
-        rows: what was measured.
-        out: path without ending.
-        about: what they were made from, in words.
-        made: where, when and with which code.
-    """
+
+def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: Summary) -> None:
+    """Write rows of `without_finetuning`; see `write_measured`."""
     frame = pd.DataFrame(rows)
     plain = frame.assign(statistics="")
     again = frame.assign(statistics="measured again", top1=frame.recalibrated).dropna(subset="top1")
     index = ["layer", "spread", "nearest", "statistics"]
     shown = pd.concat([plain, again]).pivot_table(index=index, columns="budget", values="top1", sort=False).round(2)
-    table = shown.reset_index().astype(object).fillna("").to_markdown(index=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
-    text = render("without_finetuning", table=table, about=about, provenance=provenance(made))
-    replace_file(out.with_suffix(".md"), text.encode())
+    write_measured("without_finetuning", frame, shown.reset_index().astype(object).fillna(""), out, about, made)
