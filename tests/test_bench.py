@@ -3,9 +3,13 @@ import json
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
+from decef.inference.profiling import time_by_kernel
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
-from decef.results.bench_inference import Case, bench_inference, write_inference
+from decef.plans import plan
+from decef.ranks import Budget
+from decef.results.bench_inference import Case, at_dense_speed, bench_inference, write_inference
 from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
 from decef.results.bench_training import bench_loops, bench_steps, write_training
 
@@ -105,6 +109,33 @@ def test_peak_memory_is_what_is_alive_at_once():
     assert peak_memory(three_in_turn, CPU) == pytest.approx(2 * 4 * 2**20, rel=0.01)
 
 
+def test_roofline_of_a_training_step_counts_both_passes():
+    x, weight = torch.randn(2, 4, 8, 8), torch.randn(8, 4, 3, 3, requires_grad=True)
+    roofline = Roofline(flops=1.0, bandwidth=1e9)
+    forward = roofline.seconds(lambda: torch.conv2d(x, weight))
+    assert roofline.seconds(lambda: torch.conv2d(x, weight).sum().backward()) == pytest.approx(2 * forward)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_time_by_kernel(precision):
+    """Each convolution is found again in what the engine makes of it: fused, with padded channels, in 8 bits."""
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 40, 1), nn.Conv2d(40, 40, 3, groups=40), nn.Sigmoid()
+    )
+    times = time_by_kernel(model, torch.randn(1, 3, 32, 32), precision)
+    assert set(times) == {(24, 3, 3, 3), (40, 24, 1, 1), (40, 1, 3, 3)}
+    assert 0.2 < sum(times.values()) < 1
+
+
+def test_bound_at_the_speed_of_the_dense_layers():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3))
+    made = plan(model, "decef", rank=Budget(flops=0.7, uniform=True), exclude="0", input_size=(4, 8, 8))
+    (one, other) = ((row.macs_after / row.macs_before) for row in made.rows[1:])
+    bound = at_dense_speed(made, model, {(8, 4, 3, 3): 0.3, (8, 8, 3, 3): 0.4, (16, 8, 3, 3): 0.2})
+    assert bound == pytest.approx(0.4 + 0.4 * one + 0.2 * other)
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
@@ -129,6 +160,8 @@ def test_whole_networks(tmp_path, quick):
     rows = list(bench_steps([case], 0.5, CPU))
     assert [row["layer"] for row in rows] == ["conv2d", "basisconv2021"]
     assert all(row["seconds"] > 0 and row["memory"] > 0 for row in rows)
+    dense, basis = (row["bound"] for row in rows)
+    assert 0 < basis < dense  # a frozen basis has no gradient
     loops = bench_loops(CPU, batch=4, steps=1, rounds=1)
     assert set(loops) == {"usual", "decef", "0.75", "0.5"}
     assert all(rate > 0 for rate in loops.values())

@@ -3,6 +3,7 @@
 import json
 
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
 from support import DIGITS, network, train
@@ -16,6 +17,7 @@ from decef.inference.memory import activation_bytes, stored_bytes
 from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
 from decef.ranks.latency import LayerTimes, Times
+from decef.results.compressions import write_compressions
 
 SIZE = (1, 8, 8)
 
@@ -73,6 +75,24 @@ def test_the_folder_has_the_network_for_python_and_for_others(trained, made):
     told = ("0.4 of the dense network's FLOPs", "fine-tuned", "`layer3.0.conv2`", "excluded by 'conv1'", "model=")
     assert all(words in page for words in told)
     assert json.loads((out / "report.json").read_text())["top1"] == done.numbers["top1"]
+
+
+def test_compressions_side_by_side(made, tmp_path):
+    done, out, _ = made
+    write_compressions([out], tmp_path / "made" / "digits", "a small network on digits")
+    frame = pd.read_csv(tmp_path / "made" / "digits.csv")
+    assert frame.finetuned.tolist() == pytest.approx([done.numbers["top1"]["finetuned"]])
+    assert (frame.flops <= 0.41).all()
+    assert frame.layers[0] == "5 decef, 2 dense"
+    assert "a small network on digits" in (tmp_path / "made" / "digits.md").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    asked = {**done.numbers["asked"], "batch_size": 7}
+    (other / "report.json").write_text(json.dumps({**done.numbers, "asked": asked}))
+    with pytest.raises(ValueError, match=r"can't be compared: they have batch_size 1 and 7"):
+        write_compressions([out, other], tmp_path / "digits", "")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*report.json: scripts/compress.py writes it"):
+        write_compressions([tmp_path], tmp_path / "digits", "")
 
 
 def test_what_is_done_is_not_done_again(trained, made, monkeypatch):

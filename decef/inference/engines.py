@@ -18,6 +18,7 @@ from decef.inference.quantize import quantize, quantized_share
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 ENGINES = ("eager", "compile", "onnxruntime")
 #: The precisions that each engine runs in.
@@ -202,17 +203,24 @@ class _OnnxRuntime(_Fixed):
 
         super().__init__()
         self.shape = example.shape
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        # Otherwise its threads keep spinning for milliseconds after a call, and whatever runs next lacks their cores.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         stored = proto.SerializeToString()
         self.bytes = len(stored)
-        self._session = onnxruntime.InferenceSession(stored, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
 
     def _infer(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self._session.run(None, {self._session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """How ONNX Runtime runs here: with torch's number of threads, and silent."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    # Otherwise its threads keep spinning for milliseconds after a call, and whatever runs next lacks their cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 class _OpenVINO(_Fixed):

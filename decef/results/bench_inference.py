@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from decef.conversion import convert
 from decef.costs import total_cost
 from decef.inference.deploy import deploy
 from decef.inference.engines import available
+from decef.inference.profiling import time_by_kernel
 from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model, stem_name
+from decef.plans import Plan, plan
 from decef.ranks import Budget
 from decef.results.pages import write_bench
 
@@ -53,19 +56,24 @@ INFERENCE = (
     Case("torchvision/resnet50", 224, 1, ONE_BY_ONE, precisions=("fp32", "int8")),
     Case("torchvision/mobilenet_v2", 224, 1, ONE_BY_ONE, precisions=("fp32",)),
 )
-NETWORK_ROUNDS = 15  # so many that equal networks get equal times
+NETWORK_ROUNDS = 15  # so many, and the least time, that equal networks get equal times
+
+
+def plans(case: Case, dense: nn.Module, share: float) -> dict[str, Plan]:
+    """Plans within a share of the dense network's FLOPs, by layer type."""
+    rule = Budget(flops=share, uniform=True)
+    return {
+        layer: plan(dense, layer, rank=rule, exclude=stem_name(dense), input_size=case.input_size)
+        for layer in case.layers
+        if layer != "conv2d"
+    }
 
 
 def networks(case: Case, share: float) -> dict[str, nn.Module]:
     """The network by layer type: dense for "conv2d", else factorised within a share of the dense FLOPs."""
     dense = case.dense()
-    rule = Budget(flops=share, uniform=True)
-    return {
-        layer: dense
-        if layer == "conv2d"
-        else convert(dense, layer, rank=rule, exclude=stem_name(dense), input_size=case.input_size, from_scratch=True)
-        for layer in case.layers
-    }
+    made = plans(case, dense, share)
+    return {"conv2d": dense} | {layer: convert(dense, one, from_scratch=True) for layer, one in made.items()}
 
 
 def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -73,14 +81,17 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
 
     Yields:
         A row per case, layer type and precision: `network`, `batch`, `layer`, `precision`, `flops_ratio`; `bound`, the
-        least time of the chains in fp32 over that of the dense network (`Roofline.seconds`); `eager`, of the network as
-        it is, and `deployed`, median seconds per call, all of a case interleaved; `engine` and `forms` (how many layers
-        run in which form) of the deployed network, its size in `bytes` and its `error`; `candidates`, see
-        `Deployed.times`; `memory`, peak bytes of the network as it is.
+        least time of the chains in fp32 over that of the dense network (`Roofline.seconds`); `at_dense_speed`, the time
+        over the dense network's, deployed, if what was factorised took time in proportion to its FLOPs, as in the dense
+        network, and all else what it takes there (None without ONNX Runtime); `eager`, of the network as it is, and
+        `deployed`, least seconds per call, all of a case interleaved; `engine` and `forms` (how many layers run in
+        which form) of the deployed network, its size in `bytes` and its `error`; `candidates`, see `Deployed.times`;
+        `memory`, peak bytes of the network as it is.
     """
     roofline = Roofline.measure(device)
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
+        made = plans(case, case.dense(), share)
         found = {layer: network.to(device).eval() for layer, network in networks(case, share).items()}
         deployed = {
             (layer, precision): deploy(network, x, engines=engines, precision=precision, progress=True)
@@ -89,12 +100,17 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         }
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {key: inference_call(network, x) for key, network in deployed.items()}
-        seconds = interleaved_times(steps, NETWORK_ROUNDS)
+        seconds = interleaved_times(steps, NETWORK_ROUNDS, min)
         bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
         memory = {layer: peak_memory(steps[layer, "eager"], device) for layer in found}
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
+        kernels = {
+            precision: time_by_kernel(found["conv2d"], x, precision)
+            for layer, precision in deployed
+            if layer == "conv2d" and deployed[layer, precision].engine == "onnxruntime"
+        }
         for (layer, precision), network in deployed.items():
-            forms = list(network.forms.values())
+            forms = Counter(network.forms.values())
             yield {
                 "network": case.network,
                 "batch": case.batch,
@@ -102,15 +118,37 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
                 "precision": precision,
                 "flops_ratio": total_cost(found[layer], case.input_size)["flops"] / dense_flops,
                 "bound": bounds[layer] / bounds["conv2d"],
+                "at_dense_speed": at_dense_speed(made[layer], found["conv2d"], kernels[precision])
+                if layer in made and precision in kernels
+                else None,
                 "eager": seconds[layer, "eager"],
                 "deployed": seconds[layer, precision],
                 "engine": network.engine,
-                "forms": {form: forms.count(form) for form in sorted(set(forms))},
+                "forms": dict(sorted(forms.items())),
                 "bytes": network.bytes,
                 "error": network.error,
                 "candidates": network.times,
                 "memory": memory[layer],
             }
+
+
+def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[tuple[int, ...], float]) -> float:
+    """Time of a converted network over the dense one's, if its layers ran at the speed of those that they replace.
+
+    Args:
+        made: which layers are converted.
+        dense: the network.
+        times: share of its time by shape of kernel, see `time_by_kernel`.
+    """
+    before: Counter[tuple[int, ...]] = Counter()
+    after: Counter[tuple[int, ...]] = Counter()
+    for row in made.rows:
+        if row.macs_before is None or row.macs_after is None:  # it doesn't run
+            continue
+        shape = tuple(dense.get_submodule(row.name).weight.shape)  # type: ignore[arg-type]
+        before[shape] += row.macs_before
+        after[shape] += row.macs_after
+    return 1 - sum(share * (1 - after[shape] / before[shape]) for shape, share in times.items() if before[shape])
 
 
 def _engines(case: Case, device: torch.device) -> dict[str, list[str]]:
@@ -142,6 +180,7 @@ def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str
             "precision": frame.precision,
             "FLOPs": frame.flops_ratio,
             "bound": frame.bound,
+            "at dense speed": frame.at_dense_speed.astype(float),
             "torch ms": frame.eager * 1e3,
             "torch": frame.eager / dense.eager.loc[full].to_numpy(),
             "deployed ms": frame.deployed * 1e3,
@@ -154,7 +193,9 @@ def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str
             "memory": frame.memory / dense.memory.loc[full].to_numpy(),
         }
     )
-    write_bench("bench_inference", rows, out, made, table=shown.round(2).to_markdown(index=False))
+    write_bench(
+        "bench_inference", rows, out, made, table=shown.round(2).astype(object).fillna("").to_markdown(index=False)
+    )
 
 
 def _inference(network: nn.Module, x: Tensor) -> Callable[[], object]:

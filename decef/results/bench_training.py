@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from decef.costs import total_cost
 from decef.data import DATASETS, Images
 from decef.data.torchvision_cpu import import_torchvision
-from decef.inference.timing import interleaved_times, peak_memory
+from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.models import create_model
 from decef.results.bench_inference import Case, networks
 from decef.results.pages import write_bench
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
+from decef.training.precision import resolve_precision
 
 TRAINING = (Case("resnet20", 32, 128), Case("vgg16_bn", 32, 128), Case("torchvision/resnet18", 64, 32))
 CIFAR10 = DATASETS["cifar10"]
@@ -34,8 +35,11 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
 
     Yields:
         A row per case and layer type: `network`, `batch`, `layer`, `flops_ratio`, `seconds` (median, all of a case
-        interleaved), `memory` (peak bytes).
+        interleaved), `bound` (the least seconds that its arithmetic and memory traffic allow, see `Roofline.seconds`),
+        `memory` (peak bytes).
     """
+    dtype = torch.bfloat16 if resolve_precision(device, STEP.precision) == "bf16" else torch.float32
+    roofline = Roofline.measure(device, dtype)
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
         labels = torch.randint(0, 10, (case.batch,), device=device)
@@ -50,6 +54,7 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
                 "layer": layer,
                 "flops_ratio": total_cost(network, case.input_size)["flops"] / dense_flops,
                 "seconds": seconds[layer],
+                "bound": roofline.seconds(steps[layer]),
                 "memory": peak_memory(steps[layer], device),
             }
 
@@ -97,6 +102,8 @@ def write_training(
             "FLOPs": frame.flops_ratio,
             "images/s": frame.batch / frame.seconds,
             "step": frame.seconds / dense.seconds.loc[frame.network].to_numpy(),
+            "bound": frame.bound / dense.bound.loc[frame.network].to_numpy(),
+            "of the roofline": frame.bound / frame.seconds,
             "memory": frame.memory / dense.memory.loc[frame.network].to_numpy(),
         }
     )
