@@ -62,6 +62,24 @@ def test_a_kernel_of_this_rank_is_found_again(rank):
     assert relative_error(kernel, found) < 1.02 * tensorly_error(kernel[0], rank, starts=4) + 0.05
 
 
+def test_components_do_not_cancel_each_other(monkeypatch):
+    """Without the penalty they are many times as large as the kernel, for no smaller an error."""
+    torch.manual_seed(0)
+    falls = torch.tensor([1, 0.4, 0.2], dtype=torch.float64)  # as trained kernels do
+    kernel = torch.randn(1, 16, 16, 3, 3, dtype=torch.float64) * falls[:, None] * falls
+
+    def fitted():
+        factors = cp_als(kernel, 25)
+        components = torch.stack([factor.norm(dim=1) for factor in factors]).prod(0)
+        return relative_error(kernel, cp_compose(factors)), (components.norm() / kernel.norm()).item()
+
+    error, size = fitted()
+    monkeypatch.setattr("decef.layers.cp.PENALTY", 0.0)
+    free_error, free_size = fitted()
+    assert error < 1.02 * free_error
+    assert size < 2 < 5 < free_size
+
+
 @pytest.mark.parametrize("arguments", [{}, {"stride": 2}, {"dilation": 2}, {"kernel_size": (3, 5)}])
 def test_tensorly_torchs_convolution_with_these_factors_gives_the_same_output(arguments):
     tltorch = pytest.importorskip("tltorch")

@@ -18,6 +18,7 @@ SWEEPS, POLISH, WARM_SWEEPS = 60, 6, 5  # the last POLISH of the SWEEPS run in d
 TOLERANCE = 1e-7  # stop after a sweep that lowers the squared error by less than this share of the squared norm
 PROXIMAL = 1e-8  # weight of the pull towards the last factors: keeps steps solvable and the error from rising
 SINGLE = 10  # TOLERANCE and PROXIMAL are larger by this factor in single precision
+PENALTY = 3e-3  # weight of the components' squared norms, against large components that nearly cancel each other
 
 
 def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> list[Tensor]:
@@ -27,23 +28,32 @@ def cp_als(tensors: Tensor, rank: int, start: list[Tensor] | None = None) -> lis
     the result is at least as good as the truncated HOSVD. Each sweep starts from an extrapolation of the last two
     (Nesterov momentum: Mitchell, Ye, De Sterck, "Nesterov acceleration of alternating least squares for canonical
     tensor decomposition", 2020). If that raises the error, the momentum restarts. The columns of all factors but the
-    first have norm 1. If the rank suffices to represent every tensor, the result is instead exact and not iterated,
-    and its columns are not normalised.
+    first have norm 1.
+
+    What is minimised is the squared error plus `PENALTY` times the squared norms of all components. The nearest tensor
+    of a given rank alone has components many times as large as itself, which nearly cancel each other: training breaks
+    that (Phan et al., "Stable low-rank tensor decomposition for compression of convolutional neural network", 2020). In
+    the end every result is scaled to be nearest to its tensor.
+
+    If the rank suffices to represent every tensor, the result is instead exact and not iterated, and its columns are
+    not normalised.
 
     Args:
         tensors: `(batch, d_1, d_2, d_3)` or `(batch, d_1, d_2, d_3, d_4)`, in float64; the last two dimensions are the
             small, spatial ones.
         rank: number of components, at least 1.
-        start: factors near the solution to start from instead; only a few sweeps follow.
+        start: factors near the solution to start from instead; only a few sweeps follow, without the penalty, so that
+            a tensor which such factors compose to stays what it is.
     """
     dims = tensors.shape[1:]
     if rank >= math.prod(dims) // max(dims):
         return _exact(tensors, rank)
     if start is not None:
-        return _descend(tensors, start, WARM_SWEEPS, accelerated=False)
+        return _descend(tensors, start, WARM_SWEEPS, 0.0, accelerated=False)
     factors = [factor.float() for factor in _hosvd_start(tensors, rank)]
-    factors = _descend(tensors.float(), factors, SWEEPS - POLISH)
-    return _descend(tensors, [factor.to(tensors.dtype) for factor in factors], POLISH)
+    factors = _descend(tensors.float(), factors, SWEEPS - POLISH, PENALTY)
+    factors = _descend(tensors, [factor.to(tensors.dtype) for factor in factors], POLISH, PENALTY)
+    return _scaled(tensors, factors)
 
 
 def whitened(kernels: Tensor, metric: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -84,8 +94,18 @@ def cp_compose(factors: list[Tensor]) -> Tensor:
     return (factors[0] @ rest.mT).reshape(-1, *dims)
 
 
-def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: bool = True) -> list[Tensor]:
-    """Factors after at most `sweeps` sweeps; the error never rises."""
+def _scaled(tensors: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """The factors, the first one scaled so that each tensor is met as well as it can be by that."""
+    composed = cp_compose(factors)
+    dims = tuple(range(1, tensors.dim()))
+    scale = (tensors * composed).sum(dims) / composed.square().sum(dims).clamp_min(torch.finfo(tensors.dtype).tiny)
+    return [factors[0] * scale[:, None, None], *factors[1:]]
+
+
+def _descend(
+    tensors: Tensor, factors: list[Tensor], sweeps: int, penalty: float, accelerated: bool = True
+) -> list[Tensor]:
+    """Factors after at most `sweeps` sweeps; the penalised error never rises."""
     coarse = 1 if tensors.dtype == torch.float64 else SINGLE
     total = tensors.square().sum().clamp_min(torch.finfo(tensors.dtype).tiny)
     flat = tensors.flatten(-2)  # (batch, *large, d_v d_h)
@@ -93,7 +113,7 @@ def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: b
     for _ in range(sweeps):
         step = momentum / (momentum + 3) if accelerated else 0.0
         ahead = [now + step * (now - old) for now, old in zip(factors, before, strict=True)] if step else factors
-        new, kept = _sweep(flat, ahead, coarse * PROXIMAL)
+        new, kept = _sweep(flat, ahead, coarse * PROXIMAL, penalty)
         error = 1 - (kept / total).item()
         if step and error > last:
             momentum = 0
@@ -105,7 +125,7 @@ def _descend(tensors: Tensor, factors: list[Tensor], sweeps: int, accelerated: b
     return factors
 
 
-def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[list[Tensor], Tensor]:
+def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float, penalty: float) -> tuple[list[Tensor], Tensor]:
     """Solve for every factor once.
 
     The tensor is contracted with each large factor only once; the result serves the other large mode and both spatial
@@ -115,29 +135,31 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[lis
         tensors: `(batch, d_1, d_v d_h)` or `(batch, d_1, d_2, d_v d_h)`.
         factors: `(batch, d_k, rank)` each: one or two large ones, vertical, horizontal.
         proximal: see PROXIMAL.
+        penalty: see PENALTY.
 
     Returns:
-        The new factors, and how much of the squared norm of all tensors they keep.
+        The new factors, and how much of the squared norm of all tensors they keep, less the penalty.
     """
     *large, vertical, horizontal = factors
     spatial = _khatri_rao(vertical, horizontal)  # (batch, d_v d_h, rank)
     if len(large) == 1:
-        large = [_least_squares(tensors @ spatial, large[0], [vertical, horizontal], proximal)]
+        large = [_least_squares(tensors @ spatial, large[0], [vertical, horizontal], proximal, penalty)]
         core = tensors.mT @ large[0]
     else:
         one, other = large
         rest = torch.einsum("bdoi,bor->bdir", tensors, other)
-        one = _least_squares((rest * spatial[:, None]).sum(2), one, [other, vertical, horizontal], proximal)
+        one = _least_squares((rest * spatial[:, None]).sum(2), one, [other, vertical, horizontal], proximal, penalty)
         rest = torch.einsum("bdoi,bdr->boir", tensors, one)
-        other = _least_squares((rest * spatial[:, None]).sum(2), other, [one, vertical, horizontal], proximal)
+        other = _least_squares((rest * spatial[:, None]).sum(2), other, [one, vertical, horizontal], proximal, penalty)
         core = (rest * other[:, :, None]).sum(1)
         large = [one, other]
     core = core.unflatten(1, (vertical.shape[1], horizontal.shape[1]))  # (batch, d_v, d_h, rank)
-    vertical = _least_squares((core * horizontal[:, None]).sum(2), vertical, [*large, horizontal], proximal)
+    vertical = _least_squares((core * horizontal[:, None]).sum(2), vertical, [*large, horizontal], proximal, penalty)
     target = (core * vertical[:, :, None]).sum(1)
-    horizontal = _least_squares(target, horizontal, [*large, vertical], proximal)
+    horizontal = _least_squares(target, horizontal, [*large, vertical], proximal, penalty)
     factors = [*large, vertical, horizontal]
-    kept = 2 * (target * horizontal).sum() - reduce(torch.mul, [f.mT @ f for f in factors]).sum()
+    gram = reduce(torch.mul, [f.mT @ f for f in factors])
+    kept = 2 * (target * horizontal).sum() - gram.sum() - penalty * gram.diagonal(dim1=1, dim2=2).sum()
     for factor in factors[1:]:  # the first factor carries the scale, so that no factor can grow while another shrinks
         norm = factor.norm(dim=1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
         factor /= norm
@@ -145,9 +167,10 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float) -> tuple[lis
     return factors, kept
 
 
-def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proximal: float) -> Tensor:
+def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proximal: float, penalty: float) -> Tensor:
     """The best factor given the others, kept near the last one; `product` is the tensor contracted with the others."""
-    gram = reduce(torch.mul, [f.mT @ f for f in others])  # (batch, rank, rank)
+    gram = reduce(torch.mul, [f.mT @ f for f in others])  # (batch, rank, rank); its diagonal has squared norms
+    gram = gram + penalty * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
     floor = torch.finfo(gram.dtype).tiny ** 0.5  # keeps the system solvable for a tensor of zeros, whose factors are 0
     weight = proximal * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(floor)[:, None, None]
     gram = gram + weight * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

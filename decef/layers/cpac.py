@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import cp_als, whitened
+from decef.layers.cp import PENALTY, cp_als, whitened
 from decef.layers.factorized import FactorizedConv2d, conv2d_of
 from decef.layers.metric import conditioned, fit
 
@@ -138,7 +138,7 @@ class CPACConv2d(FactorizedConv2d):
         g = self.groups
         parts = factors["channels"][:, :, None, None] * factors["vertical"][:, None, :, None]
         parts = (parts * factors["horizontal"][:, None, None, :]).reshape(g, self.rank, -1)
-        filters = fit(weight.reshape(g, self.out_channels // g, -1), parts, metric)
+        filters = fit(weight.reshape(g, self.out_channels // g, -1), parts, metric, PENALTY)
         return {**factors, "filters": filters.reshape(self.out_channels, self.rank)}
 
     def _init_factors(self) -> None:

@@ -22,19 +22,23 @@ def squared_norm_on(weight: Tensor, metric: Tensor | None, groups: int) -> Tenso
     return ((rows @ metric) * rows).sum()
 
 
-def fit(rows: Tensor, basis: Tensor, metric: Tensor) -> Tensor:
+def fit(rows: Tensor, basis: Tensor, metric: Tensor, penalty: float = 0.0) -> Tensor:
     """Least squares in a metric: the coefficients A that minimise `||rows - A basis||` in it.
 
     Args:
         rows: `(groups, n, d)`.
         basis: `(groups, m, d)`; if its vectors are linearly dependent, A is the least-norm solution.
         metric: `(groups, d, d)`.
+        penalty: weight of the squared norms of all `A[n, m] basis[m]`, in the mean of the metric's diagonal.
 
     Returns:
         `(groups, n, m)`.
     """
     seen = basis @ metric  # (groups, m, d)
     gram, target = seen @ basis.mT, seen @ rows.mT
+    if penalty:
+        mean = metric.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+        gram = gram + penalty * torch.diag_embed(mean * basis.square().sum(2))
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
         return (torch.linalg.pinv(gram, hermitian=True) @ target).mT

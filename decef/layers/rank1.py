@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import cp_als, whitened
+from decef.layers.cp import PENALTY, cp_als, whitened
 from decef.layers.factorized import BlockSum, FactorizedConv2d, PaddingMode, Size, conv2d_of
 from decef.layers.metric import conditioned
 
@@ -176,7 +176,7 @@ class Rank1Conv2d(FactorizedConv2d):
             seen = torch.einsum("mi,cidj->mcdj", terms, own)
             gram = torch.einsum("mcdj,kj->mckd", seen, terms).reshape(unknown, unknown)
             target = torch.einsum("mcdj,dj->mc", seen, weight[n].flatten(1)).flatten()
-            gram.diagonal().add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
+            gram.diagonal().mul_(1 + PENALTY).add_(1e-9 * gram.diagonal().mean().clamp_min(1e-300))
             channel.append(torch.linalg.solve(gram, target).reshape(self.rank, per_group))
         return {**factors, "channel": torch.stack(channel)}
 
