@@ -185,19 +185,42 @@ def made_up_times(model):
 def test_a_budget_of_time_is_met_as_measured(trained, options, monkeypatch, budget):
     """The layers' times promise too much, so that the first plan is too slow; the second is corrected."""
     module = "decef.compression.pipeline"
-    tries, dense = [], decef.cost(trained, SIZE).attrs["macs"]
+    tries, kept, dense = [], [], decef.cost(trained, SIZE).attrs["macs"]
 
     def measured(self, _, small):
         tries.append(0.15 + 0.85 * decef.cost(small, SIZE).attrs["macs"] / dense)
         return tries[-1]
 
+    def deployed(model, *_, **__):
+        number = len(tries)
+        model.save = lambda path: kept.append(number)
+        return model
+
     monkeypatch.setattr(f"{module}.measure_times", lambda model, *_, **__: made_up_times(model))
-    monkeypatch.setattr(f"{module}.deploy", lambda model, *_, **__: model)
+    monkeypatch.setattr(f"{module}.deploy", deployed)
     monkeypatch.setattr(f"{module}.interleaved_times", lambda steps, **_: dict.fromkeys(steps, 0.01))
     monkeypatch.setattr(Compression, "_time_share", measured)
     Compression(trained, loader(), **{**options, "budget": budget}).plan()
     assert abs(tries[0] / 0.6 - 1) > 0.05
     assert abs(tries[-1] / 0.6 - 1) <= 0.05
+    assert kept == [len(tries) - 1]  # the forms in which it was met
+
+
+@pytest.mark.parametrize("faster", [0, 1])
+def test_the_network_runs_in_the_forms_that_met_the_budget_unless_others_are_faster(
+    trained, options, tmp_path, monkeypatch, faster
+):
+    job = Compression(trained, loader(), finetune=0, out=tmp_path, **options)
+    network = decef.convert(trained, job.plan(), from_scratch=True)
+    kept = decef.deploy(network, loader().dataset[:1][0], engines=["eager"])
+    kept.forms = dict.fromkeys(kept.forms, "branches")
+    kept.save(tmp_path / "forms.json")
+    times = "decef.compression.pipeline.interleaved_times"
+    monkeypatch.setattr(times, lambda steps, **_: {step: 1 + (step != faster) for step in steps})
+    monkeypatch.setattr("decef.compression.pipeline.deploy", lambda *_, **__: "deployed anew")
+    monkeypatch.setattr("decef.compression.pipeline.inference_call", lambda *_: None)
+    chosen = job._deployed(network)
+    assert chosen == "deployed anew" if faster == 0 else chosen.forms == kept.forms
 
 
 def as_plan(share):
