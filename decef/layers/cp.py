@@ -192,7 +192,10 @@ def _hosvd_start(tensors: Tensor, rank: int) -> list[Tensor]:
     for mode in range(1, tensors.dim()):
         unfolded = tensors.movedim(mode, 1).flatten(2)
         # The left singular vectors, by descending singular value
-        vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[..., :rank]
+        if unfolded.shape[1] > unfolded.shape[2]:
+            vectors = torch.linalg.svd(unfolded, full_matrices=False).U[..., :rank]
+        else:  # faster, if the matrix is wide
+            vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[..., :rank]
         missing = rank - vectors.shape[-1]
         if missing:  # more components than dimensions of this mode: fill up with random vectors
             extra = torch.randn(*vectors.shape[:2], missing, generator=generator, dtype=tensors.dtype)

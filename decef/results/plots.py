@@ -141,11 +141,13 @@ def plot_frontier(frame: pd.DataFrame) -> Figure:
     panels = np.atleast_1d(figure.subplots(1, len(stages), sharex=True, sharey=True))
     precisions = list(frame.precision.unique())
     for panel, stage in zip(panels, stages, strict=True):
-        shown = frame[frame.stage.isin(["", stage])].sort_values("time")
+        shown = frame[frame.stage.isin(["", stage])]
         for (layer, precision), rows in shown.groupby(["layer", "precision"], sort=False):
             look = _look(str(layer), precisions.index(precision))
             panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", **look)
         panel.set_xscale("log")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("{x:.1g}")
         panel.set_xlabel("time, share of dense in fp32")
         panel.set_title(stage)
     panels[0].set_ylabel("test top-1 / %")
