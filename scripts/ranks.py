@@ -51,7 +51,8 @@ def main() -> None:
         source = (
             describe_file(arguments.weights) if arguments.weights else "downloaded" if arguments.pretrained else None
         )
-        made = {"network": arguments.network, "weights": source, "threshold": arguments.threshold}
+        network = Path(arguments.network).name if Path(arguments.network).is_dir() else arguments.network
+        made = {"network": network, "weights": source, "threshold": arguments.threshold}
         made |= environment("cpu", torch.get_num_threads())
         Path(f"{arguments.out}.json").write_text(json.dumps(made, indent=2) + "\n")
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")

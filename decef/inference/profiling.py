@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decef.extras import need
 from decef.inference.deploy import to_convolutions
-from decef.inference.engines import session_options, to_onnx
+from decef.inference.engines import check_engine, session_options, to_onnx
 from decef.inference.quantize import quantize
 
 CALLS = 10
@@ -36,10 +35,10 @@ def time_by_kernel(model: nn.Module, example_input: Tensor, precision: str = "fp
         Shares by shape `(out_channels, in_channels // groups, kh, kw)`.
 
     Raises:
-        ImportError: ONNX Runtime is not installed.
-        ValueError: the network cannot be exported to ONNX.
+        ValueError: ONNX Runtime is not installed, doesn't compute in this precision or on this device, or the network
+            cannot be exported to it.
     """
-    need("deploy", "onnxruntime")
+    check_engine("onnxruntime", example_input, precision)
     import onnxruntime
 
     proto = to_onnx(to_convolutions(model), example_input)

@@ -69,10 +69,8 @@ def plans(case: Case, dense: nn.Module, share: float) -> dict[str, Plan]:
     }
 
 
-def networks(case: Case, share: float) -> dict[str, nn.Module]:
-    """The network by layer type: dense for "conv2d", else factorised within a share of the dense FLOPs."""
-    dense = case.dense()
-    made = plans(case, dense, share)
+def networks(dense: nn.Module, made: Mapping[str, Plan]) -> dict[str, nn.Module]:
+    """The network by layer type: dense for "conv2d", else factorised by its plan."""
     return {"conv2d": dense} | {layer: convert(dense, one, from_scratch=True) for layer, one in made.items()}
 
 
@@ -91,11 +89,13 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
     roofline = Roofline.measure(device)
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
-        made = plans(case, case.dense(), share)
-        found = {layer: network.to(device).eval() for layer, network in networks(case, share).items()}
+        dense = case.dense().to(device).eval()
+        made = plans(case, dense, share)
+        found = networks(dense, made)
+        engines = _engines(case, device)
         deployed = {
-            (layer, precision): deploy(network, x, engines=engines, precision=precision, progress=True)
-            for precision, engines in _engines(case, device).items()
+            (layer, precision): deploy(network, x, engines=names, precision=precision, progress=True)
+            for precision, names in engines.items()
             for layer, network in found.items()
         }
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
@@ -103,12 +103,12 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         seconds = interleaved_times(steps, NETWORK_ROUNDS, min)
         bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
         memory = {layer: peak_memory(steps[layer, "eager"], device) for layer in found}
-        dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
-        kernels = {
-            precision: time_by_kernel(found["conv2d"], x, precision)
-            for layer, precision in deployed
-            if layer == "conv2d" and deployed[layer, precision].engine == "onnxruntime"
-        }
+        dense_flops = total_cost(dense, case.input_size)["flops"]
+        even: dict[tuple[str, str], float] = {}
+        for precision in engines:
+            if deployed["conv2d", precision].engine == "onnxruntime":
+                shares = time_by_kernel(dense, x, precision)
+                even |= {(layer, precision): at_dense_speed(one, dense, shares) for layer, one in made.items()}
         for (layer, precision), network in deployed.items():
             forms = Counter(network.forms.values())
             yield {
@@ -118,9 +118,7 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
                 "precision": precision,
                 "flops_ratio": total_cost(found[layer], case.input_size)["flops"] / dense_flops,
                 "bound": bounds[layer] / bounds["conv2d"],
-                "at_dense_speed": at_dense_speed(made[layer], found["conv2d"], kernels[precision])
-                if layer in made and precision in kernels
-                else None,
+                "at_dense_speed": even.get((layer, precision)),
                 "eager": seconds[layer, "eager"],
                 "deployed": seconds[layer, precision],
                 "engine": network.engine,

@@ -19,7 +19,7 @@ from decef.data import DATASETS, Images
 from decef.data.torchvision_cpu import import_torchvision
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.models import create_model
-from decef.results.bench_inference import Case, networks
+from decef.results.bench_inference import Case, networks, plans
 from decef.results.pages import write_bench
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
@@ -43,9 +43,10 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
     for case in cases:
         x = torch.randn(case.batch, *case.input_size, device=device)
         labels = torch.randint(0, 10, (case.batch,), device=device)
-        found = networks(case, share)
+        dense = case.dense().to(device)
+        found = networks(dense, plans(case, dense, share))
         dense_flops = total_cost(found["conv2d"], case.input_size)["flops"]
-        steps = {layer: _training(network.to(device), x, labels) for layer, network in found.items()}
+        steps = {layer: _training(network, x, labels) for layer, network in found.items()}
         seconds = interleaved_times(steps)
         for layer, network in found.items():
             yield {

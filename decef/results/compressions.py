@@ -29,13 +29,13 @@ def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]
 
     Raises:
         FileNotFoundError: a folder has no report.
-        ValueError: they are of different networks, engines or batch sizes.
+        ValueError: they are of different networks, engines, batch sizes or machines.
     """
     found = {folder: _read(folder) for folder in folders}
     (first, reference), *others = found.items()
     for folder, numbers in others:
-        for key in SHARED:
-            one, other = reference["asked"][key], numbers["asked"][key]
+        for part, key in (*(("asked", key) for key in SHARED), ("made", "machine")):
+            one, other = reference[part][key], numbers[part][key]
             if one != other:
                 raise ValueError(f"{first} and {folder} can't be compared: they have {key} {one!r} and {other!r}")
     return pd.DataFrame([_row(numbers) for numbers in found.values()]), reference["made"]
