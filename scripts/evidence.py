@@ -83,11 +83,15 @@ def main() -> None:
     sys.exit("\n".join(failed) or None)
 
 
-def _measure(results: Path, job: Job) -> list[str]:
-    """The command that measures a finished run: its effective ranks, or the significance of its components."""
-    script, run = str(job.entry.after), results / "runs" / job.run_id
-    out = results / "ranks" / job.run_id if script == "ranks" else results / script
-    return [sys.executable, str(Path(__file__).with_name(f"{script}.py")), str(run), "--out", str(out)]
+def _measure(results: Path, job: Job) -> list[list[str]]:
+    """The commands for a finished run: its effective ranks, or the significance of its components; its release."""
+    run, commands = results / "runs" / job.run_id, []
+    if job.entry.after is not None:
+        out = results / "ranks" / job.run_id if job.entry.after == "ranks" else results / job.entry.after
+        commands.append([f"{job.entry.after}.py", str(run), "--out", str(out)])
+    if job.release is not None:
+        commands.append(["release.py", str(run), job.release, "--out", str(results / "networks")])
+    return [[sys.executable, str(Path(__file__).with_name(script)), *rest] for script, *rest in commands]
 
 
 if __name__ == "__main__":

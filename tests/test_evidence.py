@@ -23,7 +23,7 @@ def write(path, *entries):
 
 
 def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(call, tmp_path):
-    first = {"name": "first", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
+    first = {"name": "first", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1, "release": "tiny"}
     first["sweep"] = {"layer": ["conv2d"], "layer.flops": [0.5, 0.667]}
     second = {**first, "name": "second", "overrides": f"{TINY} train.lr=1e20", "sweep": {"layer": ["conv2d"]}}
     there = write(tmp_path / "list.yaml", first, second)
@@ -33,6 +33,7 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
     assert "the training failed: the loss is not finite any more" in done.stderr
     summaries = [json.loads(p.read_text()) for p in (tmp_path / "results" / "runs").glob("*/summary.json")]
     assert sorted(s["status"] for s in summaries) == ["failed", "finished"]
+    assert [p.stem for p in (tmp_path / "results" / "networks").iterdir()] == ["tiny-conv2d"]
     status = call("evidence.py", "status", *there).stdout
     assert "| first        | 1/1" in status
     assert "| second       | 0/1" in status
@@ -57,7 +58,7 @@ def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hou
     jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}", config("results", seed=seed)) for seed in range(3)]
     said, began = [], time.monotonic()
     command = lambda job: [sys.executable, "-c", WAITS, str(tmp_path / job.run_id)]  # noqa: E731
-    here = {"hours": hours, "processes": 2, "command": command, "after": command, "report": said.append}
+    here = {"hours": hours, "processes": 2, "command": command, "after": lambda job: [], "report": said.append}
     interruptible()
     if interrupt:
 
@@ -108,6 +109,17 @@ def test_seeds_come_after_settings():
         *("a=1 b=true c=x seed=0", "a=1 b=null c=x seed=0", "a=1 b=1 c=x seed=0"),
         *("a=1 b=true c=x seed=1", "a=1 b=null c=x seed=1", "a=1 b=1 c=x seed=1"),
     ]
+
+
+def test_the_network_of_the_first_seed_is_released_by_layer_and_budget():
+    def release(seed, prefix="net", **layer):
+        return Job(Entry("e", "", "", 1, 1.0, release=prefix), (), "", config("results", layer=layer, seed=seed)).release
+
+    assert release(0, name="decef", flops=0.5) == "net-decef-0.5"
+    assert release(0, name="cpac", rank=3) == "net-cpac-3"
+    assert release(0, name="conv2d") == "net-conv2d"
+    assert release(1, name="decef", flops=0.5) is None
+    assert release(0, None, name="decef", flops=0.5) is None
 
 
 def named(arguments, given):

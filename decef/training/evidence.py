@@ -48,6 +48,7 @@ class Entry:
     minutes: float
     sweep: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     after: str | None = None
+    release: str | None = None
 
     def settings(self) -> Iterator[tuple[str, ...]]:
         """Arguments of scripts/train.py for every combination of the sweep, without the seed."""
@@ -64,6 +65,15 @@ class Job:
     arguments: tuple[str, ...]
     run_id: str
     config: RunConfig
+
+    @property
+    def release(self) -> str | None:
+        """What the run's network is released as; None if it isn't: of every setting, that of seed 0 is."""
+        if self.entry.release is None or self.config.seed:
+            return None
+        layer = self.config.layer
+        budget = next((f"-{value:g}" for value in (layer.flops, layer.energy, layer.rank) if value is not None), "")
+        return f"{self.entry.release}-{layer.name}{budget}"
 
 
 def load_entries(path: Path) -> list[Entry]:
@@ -192,7 +202,7 @@ def run_jobs(
     hours: float,
     processes: int,
     command: Callable[[Job], Sequence[str]],
-    after: Callable[[Job], Sequence[str]],
+    after: Callable[[Job], Sequence[Sequence[str]]],
     report: Callable[[str], None],
 ) -> list[str]:
     """Run jobs side by side, in their order, until all are done or time is up. Runs stopped by that can be resumed.
@@ -205,7 +215,7 @@ def run_jobs(
         hours: the time limit.
         processes: how many jobs run at a time.
         command: gives the command line that runs a job.
-        after: gives the command line that measures a finished run, for entries that have an `after`.
+        after: gives the command lines that measure and release a finished run, as its entry asks for.
         report: called with a line of text whenever a job begins or ends.
 
     Returns:
@@ -241,8 +251,8 @@ def run_jobs(
             report(f"begins: {job.run_id}")
             log = logs / f"{job.run_id}.log"
             code = call(command(job), log)
-            if code == 0 and job.entry.after is not None:
-                code = call(after(job), log)
+            for more in after(job):
+                code = call(more, log) if code == 0 else code
             if code is None:
                 report(f"stopped, to go on later: {job.run_id}")
             elif code:
