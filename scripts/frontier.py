@@ -32,6 +32,7 @@ def main() -> None:
     import torch
 
     from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
+    from decef.data.search import stratified_subset
     from decef.inference.engines import check_precision
     from decef.models import stem_name
     from decef.models.weights import describe_file, find_weights, md5_of
@@ -55,7 +56,7 @@ def main() -> None:
         ((_, model),) = load_networks(arguments.network, weights=weights)
         mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
         train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
-        seen = train.subset(slice(0, arguments.images))
+        seen = stratified_subset(train, arguments.images)
         made = environment("cpu", torch.get_num_threads())
         points = chain(
             decomposed(model, arguments.layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),

@@ -1,9 +1,11 @@
-"""Measure a trained CIFAR-10 network right after decomposition, without fine-tuning, for each layer type and budget.
+"""Measure a trained network right after decomposition, without fine-tuning, for each layer type and budget.
 
 python scripts/without_finetuning.py resnet20 --weights resnet20-12fca82f.th --out results/without_finetuning/resnet20
+python scripts/without_finetuning.py results/runs/<run id> --data FOLDER --out results/without_finetuning/NAME
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from cli import fail
@@ -11,7 +13,7 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="a model of configs/model, or a run's folder")
+    parser.add_argument("network", help="a model of configs/model, for CIFAR-10; or a run's folder, for its data")
     parser.add_argument("--weights", type=Path, help="file with trained weights")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
@@ -21,34 +23,37 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs=3, help=what)
     parser.add_argument("--std", type=float, nargs=3, help=what)
     parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on; 0: kernels only")
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
+    parser.add_argument("--data", type=Path, help="folder with the data; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
 
     import torch
 
-    from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
+    from decef.data import IMAGENET_MEAN, IMAGENET_STD
+    from decef.data.search import stratified_subset
     from decef.models import stem_name
     from decef.models.weights import describe_file
     from decef.results.without_finetuning import without_finetuning, write_rows
+    from decef.training.config import DatasetConfig
     from decef.training.networks import load_networks
     from decef.training.record import load_config
     from decef.training.recorder import environment
 
     made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    name, run = arguments.network, Path(arguments.network)
+    trained_on = DatasetConfig("cifar10", crop_padding=4, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     try:
-        if (run := Path(arguments.network)).is_dir():
+        if run.is_dir():
             if arguments.weights is not None:
                 raise ValueError(f"the run {run} has weights of its own: leave out --weights")
-            trained_on = load_config(run).dataset
-            if trained_on.name != "cifar10":
-                raise ValueError(f"the run {run} was not trained on CIFAR-10, whose test images are measured here")
-            mean, std = trained_on.dataset().mean, trained_on.dataset().std
+            config = load_config(run)
+            name, trained_on = config.model.name, config.dataset
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
-        expected = dataset("cifar10", mean=arguments.mean or mean, std=arguments.std or std)
-        train, test = expected.load(arguments.data, crop_padding=4, flip=True)
+        given = {key: tuple(value) for key in ("mean", "std") if (value := getattr(arguments, key)) is not None}
+        trained_on = replace(trained_on, **given)
+        train, test = trained_on.dataset().load(
+            arguments.data, crop_padding=trained_on.crop_padding or 0, flip=trained_on.flip
+        )
         rows = []
         for row in without_finetuning(
             model,
@@ -57,7 +62,7 @@ def main() -> None:
             shares=arguments.shares,
             exclude=stem_name(model),
             progress=True,
-            seen=train.subset(slice(0, arguments.images)) if arguments.images else None,
+            seen=stratified_subset(train, arguments.images) if arguments.images else None,
             augmented=train,
         ):
             rows.append(row)
@@ -65,9 +70,10 @@ def main() -> None:
             print(f"{words} top-1 {row['top1']:.2f}", flush=True)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    source = arguments.network if arguments.weights is None else describe_file(arguments.weights)
+    source = f"those of {run.name}" if arguments.weights is None else describe_file(arguments.weights)
     seen = f", {arguments.images} training images" if arguments.images else ""
-    write_rows(rows, arguments.out, f"{arguments.network}, weights: {source}{seen}", made)
+    about = f"{name} on {trained_on.name}, weights: {source}{seen}"
+    write_rows(rows, arguments.out, about, made)
     print(f"wrote {arguments.out}.csv and .md")
 
 
