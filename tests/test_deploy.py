@@ -86,8 +86,8 @@ def test_plain_leaves_the_network_alone():
 def test_plain_by_layer_and_unknown_forms():
     model = small("cpac")
     network = to_convolutions(model, {"conv1": "reconstructed", "conv3": "factorized"})
-    assert len(network.conv1.chains[0]) == 1
-    assert len(network.conv3.chains[0]) == 4
+    assert isinstance(network.conv1, nn.Conv2d)
+    assert len(network.conv3) == 4
     assert isinstance(network.conv2, decef.CPACConv2d)
     with pytest.raises(ValueError, match="there are reconstructed, factorized, branches, wide"):
         to_convolutions(model, "chains")
@@ -208,13 +208,15 @@ def test_an_engine_of_one_shape_says_so():
 
 def test_forms_of_a_layer_have_what_they_say():
     forms = forms_of(decef.DeCEFConv2d(4, 8, 3, padding=1, rank=3))
-    assert {name: len(form.chains) for name, form in forms.items()} == {
+    convolutions = {name: [m for m in form.modules() if isinstance(m, torch.nn.Conv2d)] for name, form in forms.items()}
+    assert {name: len(found) for name, found in convolutions.items()} == {
         "reconstructed": 1,
-        "factorized": 1,
-        "branches": 3,
-        "wide": 1,
+        "factorized": 2,
+        "branches": 6,
+        "wide": 2,
     }
-    assert forms["wide"].chains[0][1].in_channels == 12
+    assert isinstance(forms["reconstructed"], torch.nn.Conv2d)
+    assert convolutions["wide"][0].in_channels == 12
     assert "wide" not in forms_of(decef.Rank1Conv2d(4, 8, 3, groups=2, rank=3))
 
 

@@ -208,7 +208,15 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
     """The layer as plain convolutions in every form that it has, by name."""
     arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
-    return {name: _Sum(chains) for name, chains in arrangements.items()}
+    return {name: _summed(chains) for name, chains in arrangements.items()}
+
+
+def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
+    """The sum of chains as one module, without wrappers that would only cost calls in torch."""
+    if len(chains) > 1:
+        return _Sum(chains)
+    (chain,) = chains
+    return (chain[0] if len(chain) == 1 else chain).eval().requires_grad_(False)
 
 
 class _Sum(nn.Module):
