@@ -1,7 +1,8 @@
-"""What this machine is, for records and for what was measured on it."""
+"""What this machine is, for records and for what was measured on it; how its memory is used."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import re
 from pathlib import Path
@@ -17,3 +18,19 @@ def cpu_name() -> str:
     flags = re.search(r"^flags\s*:\s*(.+)$", info, re.MULTILINE)
     known = [f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flags and f in flags.group(1).split()]
     return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, where the C library is glibc; say whether that worked.
+
+    By default glibc maps every large block anew and gives it back when it is freed, so that each of a training step's
+    intermediate results starts with page faults. Without them ResNet-20 trains about a tenth faster on a CPU.
+    """
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # the names of malloc.h, without M_
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    wanted = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 2**26}
+    done = [mallopt(what, value) for what, value in wanted.items()]
+    return all(done)

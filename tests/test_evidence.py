@@ -113,7 +113,9 @@ def test_seeds_come_after_settings():
 
 def test_the_network_of_the_first_seed_is_released_by_layer_and_budget():
     def release(seed, prefix="net", **layer):
-        return Job(Entry("e", "", "", 1, 1.0, release=prefix), (), "", config("results", layer=layer, seed=seed)).release
+        return Job(
+            Entry("e", "", "", 1, 1.0, release=prefix), (), "", config("results", layer=layer, seed=seed)
+        ).release
 
     assert release(0, name="decef", flops=0.5) == "net-decef-0.5"
     assert release(0, name="cpac", rank=3) == "net-cpac-3"

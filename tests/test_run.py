@@ -1,7 +1,9 @@
 import dataclasses
 import importlib
 import json
+import platform
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -323,3 +325,27 @@ def test_stem_and_classifier_are_factorised_when_asked(tmp_path):
             assert ("conv1" in plan.ranks, "linear" in plan.ranks) == (not stem, classifier)
             assert len(plan.ranks) == 18 + (not stem) + classifier
             assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+PAGE_FAULTS = """
+import resource, torch
+from decef.machine import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(10 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+usual, kept = faults(), keep_freed_memory() and (faults(), faults())[1]
+print(usual, kept)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True, timeout=120)
+    usual, kept = map(int, done.stdout.split())
+    assert usual > 1000  # 10 times 40 MiB; pages are mostly of 4 KiB
+    assert kept < usual / 100

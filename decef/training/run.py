@@ -15,6 +15,7 @@ from torch import nn
 from decef.costs import total_cost
 from decef.data import Data, Dataset
 from decef.data.search import stratified_subset
+from decef.machine import keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
@@ -99,6 +100,8 @@ def _prepare(config: RunConfig, precision: str | None) -> _Job:
     device = find_device(config.device)
     train = replace(config.train, precision=precision or resolve_precision(device, config.train.precision))
     check_possible(train, device, launched())
+    if device.type == "cpu":
+        keep_freed_memory()
     return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
 
 
