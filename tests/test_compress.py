@@ -235,6 +235,13 @@ def test_the_search_ends_within_its_tolerance(slope, offset):
     assert found.within()
 
 
+def test_the_search_finds_its_way_between_too_small_and_too_large():
+    """As layers whose dense kernels don't fit into the cache: a small share of low-rank ones saves most of the time."""
+    steep = lambda share: 0.4 if share < 0.94 else 0.4 + 10 * (share - 0.94)  # noqa: E731
+    found = search(as_plan, lambda made: steep(value_of(made, 1.0, 0.0)), 0.6)
+    assert found.within()
+
+
 def test_the_search_says_what_can_be_reached():
     with pytest.raises(ValueError, match=r"0\.3 of the dense network's can't be met: the smallest .* has 0\.5"):
         search(as_plan, lambda made: value_of(made, 0.5, 0.5), 0.3)

@@ -14,7 +14,7 @@ from decef.ranks import Budget, Latency
 from decef.ranks.effective import check_share
 
 TOLERANCE = 0.05  # of the budget, in what is measured
-TRIES = 6
+TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Reached:
 def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], asked: float) -> Reached:
     """The plan that is nearest to what was asked for, by what is measured of it.
 
-    Each try corrects the share that it plans for by how far the last one was off.
+    Each try corrects the share that it plans for by how far the ones before were off.
 
     Args:
         plan_at: makes a plan for a share in (0, 1]; the larger the share, the larger the network. Raises ValueError if
@@ -107,23 +107,26 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
         ValueError: it can't be reached; the message says what can.
     """
     low, high, share = 0.0, 1.0, asked
+    below: Reached | None = None  # what `low` came to, and
+    above: Reached | None = None  # what `high` came to
     found: list[Reached] = []
     reason = ""
     for _ in range(TRIES):
         try:
             made = Reached(plan := plan_at(share), measure(plan), asked)
         except ValueError as error:
-            low, reason = share, str(error)
+            low, below, reason = share, None, str(error)
         else:
             found.append(made)
-            if made.within() or (made.off < 0 and share >= 1):
+            if made.within():
                 break
-            low, high = (low, share) if made.off > 0 else (share, high)
+            if made.off > 0:
+                high, above = share, made
+            else:
+                low, below = share, made
         if high - low < 0.002:
             break
-        corrected = share / (1 + found[-1].off) if found else 0.0
-        share = corrected if low < corrected < high else 1.0 if low < corrected and high == 1 else (low + high) / 2
-        share = round(share, 4)  # it stands in the plan, to be read
+        share = round(_next_share(low, below, high, above, asked), 4)  # it stands in the plan, to be read
     if not found:
         raise ValueError(reason)
     best = min(found, key=lambda made: abs(made.off))
@@ -133,6 +136,18 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
             f"{best.value:.3g}" + (f" ({reason})" if reason else "")
         )
     return best
+
+
+def _next_share(low: float, below: Reached | None, high: float, above: Reached | None, asked: float) -> float:
+    """Where to try next: on the line through what both ends came to, or in proportion to one; else halfway."""
+    if below is not None and above is not None:
+        share = low + (asked - below.value) / (above.value - below.value) * (high - low)
+    elif above is not None:
+        share = high * asked / above.value
+    else:
+        share = low * asked / below.value if below is not None else high
+    margin = (high - low) / 10
+    return share if low + margin <= share <= high - margin else (low + high) / 2
 
 
 def _check_positive(name: str, value: float) -> None:
