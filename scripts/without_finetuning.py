@@ -49,8 +49,10 @@ def main() -> None:
             config = load_config(run)
             name, trained_on = config.model.name, config.dataset
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
-        given = {key: tuple(value) for key in ("mean", "std") if (value := getattr(arguments, key)) is not None}
-        trained_on = replace(trained_on, **given)
+        if arguments.mean is not None:
+            trained_on = replace(trained_on, mean=tuple(arguments.mean))
+        if arguments.std is not None:
+            trained_on = replace(trained_on, std=tuple(arguments.std))
         train, test = trained_on.dataset().load(
             arguments.data, crop_padding=trained_on.crop_padding or 0, flip=trained_on.flip
         )
