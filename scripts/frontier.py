@@ -2,7 +2,7 @@
 
 python scripts/frontier.py resnet20 --weights resnet20-12fca82f.th --out results/frontier/resnet20
 
-Runs of seed 0 that began with these weights, and still have their checkpoint, are measured too.
+Released networks (results/networks) of runs that began with these weights are measured too.
 """
 
 import argparse
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="file with its trained weights")
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs and networks")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
     parser.add_argument("--batch", type=int, default=32, help="images in the call that is timed (default 32)")
     parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on (default 512)")
@@ -35,19 +35,21 @@ def main() -> None:
     from decef.data.search import stratified_subset
     from decef.inference.engines import check_precision
     from decef.models import stem_name
+    from decef.models.released import load
     from decef.models.weights import describe_file, find_weights, md5_of
     from decef.results.frontier import FINETUNED, Point, decomposed, measure, write_frontier
     from decef.training.networks import load_networks
-    from decef.training.record import CHECKPOINT, load_records
+    from decef.training.record import load_records
     from decef.training.recorder import environment
 
     def finetuned() -> Iterator[Point]:
-        digest = md5_of(weights)
-        for record in load_records(arguments.results):
-            config, folder = record.config, arguments.results / "runs" / record.id
-            began_so = (config.model.name, config.model.weights_md5, config.seed) == (arguments.network, digest, 0)
-            if began_so and (folder / CHECKPOINT).is_file():
-                yield Point(record.layer, record.rank_setting, FINETUNED, load_networks(str(folder))[-1][1])
+        began_so = arguments.network, md5_of(weights)
+        records = {record.id: record for record in load_records(arguments.results)}
+        for path in sorted((arguments.results / "networks").glob("*.safetensors")):
+            network = load(path)
+            record = records.get(network.card.run)
+            if record is not None and (record.config.model.name, record.config.model.weights_md5) == began_so:
+                yield Point(record.layer, record.rank_setting, FINETUNED, network)
 
     try:
         for precision in arguments.precisions:

@@ -100,14 +100,19 @@ def test_without_finetuning(main_of, trained, tmp_path):
 
 
 def test_frontier(main_of, trained, tmp_path, monkeypatch):
-    """With a run that began with these weights, which is measured too, and one that did not."""
+    """With released networks: of a run that began with these weights, which is measured too, and of one that did not."""
     monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     small = {"dataset__name": "cifar10", "dataset__train_size": 64, "train__epochs": 1, "train__lr": 1e-3}
     began_so = {"name": "resnet20", "dense_stem": True, "weights": str(trained[2])}
-    run(config(tmp_path / "results", model=began_so, layer={"name": "decef", "flops": 0.5}, **small))
-    run(config(tmp_path / "results", layer={"name": "conv2d"}, **small))
+    runs = [
+        run(config(tmp_path / "results", model=began_so, layer={"name": "decef", "flops": 0.5}, **small)),
+        run(config(tmp_path / "results", layer={"name": "conv2d"}, **small)),
+    ]
+    for i, summary in enumerate(runs):
+        folder = tmp_path / "results" / "runs" / summary["id"]
+        main_of("release", folder, f"network-{i}", "--out", tmp_path / "results" / "networks")
     given = ["--precisions", "fp32", "--batch", "4", "--results", tmp_path / "results", "--out", tmp_path / "resnet20"]
     main_of("frontier", *trained, *given)
     frame = pd.read_csv(tmp_path / "resnet20.csv", keep_default_na=False)
