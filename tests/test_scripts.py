@@ -100,7 +100,7 @@ def test_without_finetuning(main_of, trained, tmp_path):
 
 
 def test_frontier(main_of, trained, tmp_path, monkeypatch):
-    """With released networks: of a run that began with these weights, which is measured too, and of one that did not."""
+    """With two released networks: one of a run that began with these weights, which is measured too, one not."""
     monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
