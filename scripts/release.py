@@ -35,7 +35,7 @@ def main() -> None:
     precision = json.loads((arguments.run / "summary.json").read_text())["precision"]
     _, again = evaluate(network, test, autocast=autocast_for(test.device, precision))
     assert card.top1 is not None
-    if abs(again - card.top1) > 0.1:  # another machine rounds otherwise
+    if abs(again - card.top1) > max(0.1, 150 / len(test)):  # another machine rounds otherwise: an image in a few
         fail(f"the checkpoint has {again:.2f} % where the record has {card.top1:.2f} %: it is not of this run's end")
     _, whole = evaluate(network, test)
     _, rounded = evaluate(halved(copy.deepcopy(network)), test)

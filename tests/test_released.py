@@ -31,9 +31,8 @@ def test_a_run_is_released_and_loaded_by_name(call, finished, tmp_path):
     assert decef.cost(network, network.card.input_size).attrs["macs"] == summary["macs"]
     assert (network.card.dataset, network.card.run) == ("digits", folder.name)
     _, top1 = evaluate(network, DIGITS[1])
-    assert (
-        top1 == pytest.approx(network.card.top1, abs=1e-3) == pytest.approx(summary["test_top1"], abs=1.5)
-    )  # the run was in bf16, perhaps
+    assert top1 == pytest.approx(network.card.top1, abs=0.3)  # an image of 360
+    assert top1 == pytest.approx(summary["test_top1"], abs=1.5)  # the run was in bf16, perhaps
     ((_, original),) = load_networks(str(folder))
     x = DIGITS[1].normalize(DIGITS[1].images[:4])
     torch.testing.assert_close(network(x), original.eval()(x), rtol=0.02, atol=0.02)  # half precision
