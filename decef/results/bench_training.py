@@ -18,6 +18,7 @@ from decef.costs import total_cost
 from decef.data import DATASETS, Images
 from decef.data.torchvision_cpu import import_torchvision
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
+from decef.layers import LAYERS
 from decef.models import create_model
 from decef.results.bench_inference import Case, networks, plans
 from decef.results.pages import write_bench
@@ -25,7 +26,10 @@ from decef.training.config import TrainConfig
 from decef.training.loop import Training
 from decef.training.precision import resolve_precision
 
-TRAINING = (Case("resnet20", 32, 128), Case("vgg16_bn", 32, 128), Case("torchvision/resnet18", 64, 32))
+TRAINING = tuple(
+    Case(network, size, batch, tuple(LAYERS))
+    for network, size, batch in (("resnet20", 32, 128), ("vgg16_bn", 32, 128), ("torchvision/resnet18", 64, 32))
+)
 CIFAR10 = DATASETS["cifar10"]
 STEP = TrainConfig("bench", epochs=1, batch_size=128, lr=0.01)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,36 @@ from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
 from decef.training.config import DEFAULT_DECAY
-from decef.training.record import load_records
+from decef.training.record import Record, load_records
 
-NETWORK, DATASET, RANK_SETTINGS = "resnet20", "cifar10", ("dense", "0.667 of FLOPs")
-SCHEDULE = "quick"
+NETWORK, DATASET = "resnet20", "cifar10"
+FROM_SCRATCH, FINETUNED = ("quick", "0.667 of FLOPs"), ("recover", "0.5 of FLOPs")  # schedule and budget
+DECOMPOSED = "0.500"  # budget
 TIMED = ("torchvision/resnet18", 1, "fp32")  # network, batch size and precision
 NONE = "-"
 
 
 def overview_table(results: Path) -> str:
     """The table in Markdown. A row per layer type: trained from scratch, decomposed, and time; a dash for no data."""
-    trained, decomposed, time = _trained(results), _decomposed(results), _time(results)
+    groups = comparison_groups(load_records(results))
+    trained, finetuned = _rows(groups, *FROM_SCRATCH), _rows(groups, *FINETUNED)
+    decomposed, time = _decomposed(results), _time(results)
     rows = []
     for layer in layer_names():
-        row = trained.get(layer)
-        two_thirds, half = (decomposed.get((layer, budget)) for budget in ("0.667", "0.500"))
+        row, tuned = trained.get(layer), finetuned.get(layer)
         rows.append(
             {
                 "layer": f"`{layer}`",
-                "trained, 2/3 of the FLOPs: top-1 %": f"{row.top1.mean:.2f} {row.top1.interval()}" if row else NONE,
-                "n": str(len(row.runs)) if row else NONE,
+                "trained, 2/3 of the FLOPs: top-1 %": _mean(row),
+                "n": _count(row),
                 "minus `conv2d`, paired": _difference(row),
-                "decomposed at 2/3: top-1 %": _number(two_thirds),
-                "at 1/2": _number(half),
+                "decomposed at 1/2: top-1 %": _number(decomposed.get(layer)),
+                "and fine-tuned": _mean(tuned),
+                "n ": _count(tuned),
                 "time at 1/2": _number(time.get(layer)),
             }
         )
-    align = ("left", "left", "right", "left", "right", "right", "right")
+    align = ("left", "left", "right", "left", "right", "left", "right", "right")
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
@@ -58,27 +61,27 @@ def replace_between(path: Path, name: str, text: str) -> None:
     replace_file(path, f"{before}{begin}{text}\n{end}{after}".encode())
 
 
-def _trained(results: Path) -> dict[str, Row]:
-    """The row of every layer type as its config has it by default, apart from the budget."""
-    rows = table_rows(comparison_groups(load_records(results)).get(f"{DATASET}-{SCHEDULE}", []))
+def _rows(groups: Mapping[str, Sequence[Record]], schedule: str, budget: str) -> dict[str, Row]:
+    """The row of every layer type as its config has it by default, apart from the budget; the dense one has none."""
+    rows = table_rows(groups.get(f"{DATASET}-{schedule}", []))
     found: dict[str, Row] = {}
     for row in rows:
         first = row.first
         usual = first.config.train.atcd is None and first.config.train.decay in (None, DEFAULT_DECAY)
-        if first.model == NETWORK and first.rank_setting in RANK_SETTINGS and usual:
+        if first.model == NETWORK and first.rank_setting in ("dense", budget) and usual:
             found.setdefault(first.layer, row)
     return found
 
 
-def _decomposed(results: Path) -> dict[tuple[str, str], float]:
+def _decomposed(results: Path) -> dict[str, float]:
+    """By layer type: fitted to outputs, batch norm measured again."""
     path = results / "without_finetuning" / f"{NETWORK}.csv"
     if not path.is_file():
         return {}
     frame = pd.read_csv(path, dtype={"budget": str})
-    best = frame[(frame.spread == "energy") & (frame.nearest == "outputs")]
-    found = {(row["layer"], row["budget"]): float(row["recalibrated"]) for row in best.to_dict("records")}
-    dense = float(frame[frame.layer == "conv2d"].top1.iloc[0])
-    return found | {("conv2d", budget): dense for budget in ("0.667", "0.500")}
+    best = frame[(frame.spread == "energy") & (frame.nearest == "outputs") & (frame.budget == DECOMPOSED)]
+    found = {row["layer"]: float(row["recalibrated"]) for row in best.to_dict("records")}
+    return {"conv2d": float(frame[frame.layer == "conv2d"].top1.iloc[0])} | found
 
 
 def _time(results: Path) -> dict[str, float]:
@@ -90,6 +93,14 @@ def _time(results: Path) -> dict[str, float]:
         row["layer"]: row["deployed"] for row in rows if (row["network"], row["batch"], row["precision"]) == TIMED
     }
     return {layer: value / seconds["conv2d"] for layer, value in seconds.items()}
+
+
+def _mean(row: Row | None) -> str:
+    return f"{row.top1.mean:.2f} {row.top1.interval()}".rstrip() if row else NONE
+
+
+def _count(row: Row | None) -> str:
+    return str(len(row.runs)) if row else NONE
 
 
 def _difference(row: Row | None) -> str:
