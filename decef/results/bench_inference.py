@@ -25,7 +25,6 @@ from decef.plans import Plan, plan
 from decef.ranks import Budget
 from decef.results.pages import write_bench
 
-
 #: basisconv2021 is left out: with its batch norm folded it runs as basisconv does.
 INFERENCE_LAYERS = tuple(layer for layer in LAYERS if layer != "basisconv2021")
 
