@@ -35,7 +35,7 @@ def main() -> None:
     from decef.data.search import stratified_subset
     from decef.inference.engines import check_precision
     from decef.models import stem_name
-    from decef.models.released import load
+    from decef.models.released import load, read
     from decef.models.weights import describe_file, find_weights, md5_of
     from decef.results.frontier import FINETUNED, Point, decomposed, measure, write_frontier
     from decef.training.networks import load_networks
@@ -46,10 +46,9 @@ def main() -> None:
         began_so = arguments.network, md5_of(weights)
         records = {record.id: record for record in load_records(arguments.results)}
         for path in sorted((arguments.results / "networks").glob("*.safetensors")):
-            network = load(path)
-            record = records.get(network.card.run)
+            record = records.get(read(path)[0].run)
             if record is not None and (record.config.model.name, record.config.model.weights_md5) == began_so:
-                yield Point(record.layer, record.rank_setting, FINETUNED, network)
+                yield Point(record.layer, record.rank_setting, FINETUNED, load(path))
 
     try:
         for precision in arguments.precisions:
