@@ -23,9 +23,10 @@ def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]
         folders: each with the `report.json` of a compression of the same network, for calls of the same size.
 
     Returns:
-        `layer`, `budget`, the share of the dense network's that was `asked`; over the dense network's: `time`, `flops`,
-        `params`, `bytes`; top-1 in percent `dense`, `converted`, `recalibrated`, `finetuned`, where measured, after
-        so many `epochs`; `layers`, how many became which type.
+        `layer`, `budget`, the share of the dense network's that was `asked`, and what it was `planned` to
+        come to, as measured then; over the dense network's: `time`, `flops`, `params`, `bytes`; top-1 in percent
+        `dense`, `converted`, `recalibrated`, `finetuned`, where measured, after so many `epochs`; `layers`, how many
+        became which type; the `commit` that it was made with.
 
     Raises:
         FileNotFoundError: a folder has no report.
@@ -44,7 +45,7 @@ def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]
 def write_compressions(folders: Sequence[Path], out: Path, about: str) -> None:
     """Write them as <out>.csv and <out>.md; see `compressions` and `write_measured`."""
     frame, made = compressions(folders)
-    written = ["time", "flops", "params", "bytes", "dense", *STEPS]
+    written = ["planned", "time", "flops", "params", "bytes", "dense", *STEPS]
     shown = frame.assign(**{key: frame[key].map("{:.2f}".format, na_action="ignore") for key in written}).fillna("")
     write_measured("compressions", frame, shown, out, about, made)
 
@@ -64,6 +65,7 @@ def _row(numbers: dict[str, Any]) -> dict[str, Any]:
         "layer": asked["layer"],
         "budget": asked["budget"],
         "asked": asked["reached"]["asked"],
+        "planned": asked["reached"]["value"],
         "time": numbers["seconds"]["small"] / numbers["seconds"]["dense"],
         "flops": costs["small"]["flops"] / costs["dense"]["flops"],
         "params": costs["small"]["params"] / costs["dense"]["params"],
@@ -72,4 +74,5 @@ def _row(numbers: dict[str, Any]) -> dict[str, Any]:
         **{step: numbers["top1"].get(step) for step in STEPS},
         "epochs": asked["finetune"],
         "layers": ", ".join(f"{count} {name}" for name, count in sorted(types.items())),
+        "commit": str(numbers["made"].get("git_commit"))[:10],
     }
