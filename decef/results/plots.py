@@ -45,7 +45,7 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "decef",  # equal figures give equal files
 }
 WIDTH = 4.5  # inches
-NEAR, FAR = 5, 10  # points of accuracy below the dense network's
+NEAR = 5  # points of accuracy below the dense network's
 
 
 def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -132,19 +132,25 @@ def plot_without_finetuning(frame: pd.DataFrame) -> Figure:
 def plot_frontier(frame: pd.DataFrame) -> Figure:
     """Top-1 against measured time, a panel per stage, a line per layer type and precision; the dense network in all.
 
+    A grey line joins the networks that no other is both faster and more accurate than.
+
     Args:
-        frame: rows of `decef.results.frontier.measure`. What is more than `FAR` points below the dense network is left
+        frame: rows of `decef.results.frontier.measure`. What is more than `NEAR` points below the dense network is left
             out.
     """
     stages = [stage for stage in frame.stage.unique() if stage]  # the dense network has none
-    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(stages), sharex=True, sharey=True))
     precisions = list(frame.precision.unique())
     for panel, stage in zip(panels, stages, strict=True):
         shown = frame[frame.stage.isin(["", stage])]
+        front = pareto(shown, "time")
+        panel.step(front.time, front.top1, where="post", color="0.75", linewidth=3, zorder=1)
         for (layer, precision), rows in shown.groupby(["layer", "precision"], sort=False):
             look = _look(str(layer), precisions.index(precision))
-            panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", **look)
+            if layer == "conv2d":  # fine-tuned or not: no line of budgets
+                look["linestyle"] = "none"
+            panel.plot(rows.time, rows.top1, markersize=4.5, **look)
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter("{x:.1g}")
@@ -152,8 +158,12 @@ def plot_frontier(frame: pd.DataFrame) -> Figure:
         panel.set_title(stage)
     panels[0].set_ylabel("test top-1 / %")
     top = frame[frame.layer == "conv2d"].top1.max()
-    panels[0].set_ylim(top - FAR, top + FAR / 10)
-    _legend_below(figure, *panels[0].get_legend_handles_labels())
+    panels[0].set_ylim(top - NEAR, top + NEAR / 10)
+    layers = list(dict.fromkeys(frame.layer))
+    looks = [_look(layer) | {"linestyle": "none"} for layer in layers]
+    looks += [{**_look("conv2d", variant), "color": "0.5", "marker": "o"} for variant in range(len(precisions))]
+    handles = [Line2D([], [], **look) for look in looks]
+    _legend_below(figure, handles, [*layers, *precisions])
     return figure
 
 
