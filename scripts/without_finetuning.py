@@ -56,6 +56,9 @@ def main() -> None:
         train, test = trained_on.dataset().load(
             arguments.data, crop_padding=trained_on.crop_padding or 0, flip=trained_on.flip
         )
+        source = f"those of {run.name}" if arguments.weights is None else describe_file(arguments.weights)
+        seen = f", {arguments.images} training images" if arguments.images else ""
+        about = f"{name} on {trained_on.name}, weights: {source}{seen}"
         rows = []
         for row in without_finetuning(
             model,
@@ -70,12 +73,9 @@ def main() -> None:
             rows.append(row)
             words = " ".join(f"{row[key]:9}" for key in ("layer", "budget", "spread", "nearest"))
             print(f"{words} top-1 {row['top1']:.2f}", flush=True)
+            write_rows(rows, arguments.out, about, made)  # after every row, so that nothing measured is lost
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    source = f"those of {run.name}" if arguments.weights is None else describe_file(arguments.weights)
-    seen = f", {arguments.images} training images" if arguments.images else ""
-    about = f"{name} on {trained_on.name}, weights: {source}{seen}"
-    write_rows(rows, arguments.out, about, made)
     print(f"wrote {arguments.out}.csv and .md")
 
 
