@@ -111,6 +111,10 @@ def test_the_frontier_has_a_panel_for_each_stage_and_dense_in_all():
     for axes, top1 in zip(figure.axes, (88.0, 90.0), strict=True):
         assert lines(axes)["decef, int8"].get_xydata().tolist() == [[0.125, top1], [0.16675, top1]]
         assert lines(axes)["conv2d, int8"].get_xydata().tolist() == [[0.25, 91.0]]
+        front = lines(axes)["front"].get_xydata()
+        assert [0.25, 91.0] in front.tolist()
+        assert (np.diff(front, axis=0) > 0).all()  # what is slower is there because it is more accurate
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["conv2d", "decef", "fp32", "int8"]
 
 
 def test_eigenfilters_are_those_of_the_layer():

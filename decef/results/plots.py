@@ -145,12 +145,12 @@ def plot_frontier(frame: pd.DataFrame) -> Figure:
     for panel, stage in zip(panels, stages, strict=True):
         shown = frame[frame.stage.isin(["", stage])]
         front = pareto(shown, "time")
-        panel.step(front.time, front.top1, where="post", color="0.75", linewidth=3, zorder=1)
+        panel.step(front.time, front.top1, where="post", label="front", color="0.75", linewidth=3, zorder=1)
         for (layer, precision), rows in shown.groupby(["layer", "precision"], sort=False):
             look = _look(str(layer), precisions.index(precision))
             if layer == "conv2d":  # fine-tuned or not: no line of budgets
                 look["linestyle"] = "none"
-            panel.plot(rows.time, rows.top1, markersize=4.5, **look)
+            panel.plot(rows.time, rows.top1, label=f"{layer}, {precision}", markersize=4.5, **look)
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter("{x:.1g}")
