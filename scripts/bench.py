@@ -1,6 +1,6 @@
 """Time layers, whole networks and training, each beside its dense counterpart in the same run.
 
-python scripts/bench.py layers networks training --out results/bench      (all three: make bench)
+python scripts/bench.py layers networks operators training --out results/bench      (all four: make bench)
 """
 
 import argparse
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cli import fail
 
-WHAT = ("layers", "networks", "training")
+WHAT = ("layers", "networks", "operators", "training")
 LAYERS = ("decef", "basisconv", "cpac", "rank1")
 
 
@@ -29,20 +29,24 @@ def main() -> None:
 
     import torch
 
-    from decef.results import bench_inference, bench_layers, bench_training
+    from decef.inference.engines import available, check_engine
+    from decef.results import bench_inference, bench_layers, bench_operators, bench_training
     from decef.training.recorder import environment
 
     try:
         device = torch.device(arguments.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch sees no GPU: say --device cpu")
+        if "operators" in arguments.what:
+            check_engine("onnxruntime", torch.empty(0, device=device))
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     made = environment(arguments.device, torch.get_num_threads()) | {"dtype": arguments.dtype}
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     rows: list[dict[str, object]]
-    for what in arguments.what or WHAT:
+    can_profile = "onnxruntime" in available(device)
+    for what in arguments.what or [what for what in WHAT if what != "operators" or can_profile]:
         out, rows = arguments.out / f"{what}-{suffix}", []
         if what == "layers":
             dtype = getattr(torch, arguments.dtype)
@@ -55,6 +59,11 @@ def main() -> None:
                 rows.append(row)
                 print({k: v for k, v in row.items() if k != "candidates"}, flush=True)
                 bench_inference.write_inference(rows, out, made)
+        elif what == "operators":
+            for row in bench_operators.bench_operators(bench_operators.OPERATORS, arguments.share):
+                rows.append(row)
+                print(row, flush=True)
+                bench_operators.write_operators(rows, out, made)
         else:
             loops = bench_training.bench_loops(device)
             for row in bench_training.bench_steps(bench_training.TRAINING, arguments.share, device):

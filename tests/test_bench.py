@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from decef.inference.profiling import time_by_kernel
+from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.plans import plan
 from decef.ranks import Budget
 from decef.results.bench_inference import Case, at_dense_speed, bench_inference, write_inference
 from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
+from decef.results.bench_operators import bench_operators, write_operators
 from decef.results.bench_training import bench_loops, bench_steps, write_training
 
 TINY = Shape("test", 8, 16, 3, 2, 8)
@@ -117,22 +118,46 @@ def test_roofline_of_a_training_step_counts_both_passes():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_time_by_kernel(precision):
+def test_time_by_operator(precision):
     """Each convolution is found again in what the engine makes of it: fused, with padded channels, in 8 bits."""
     pytest.importorskip("onnxruntime")
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 40, 1), nn.Conv2d(40, 40, 3, groups=40), nn.Sigmoid()
     )
-    times = time_by_kernel(model, torch.randn(1, 3, 32, 32), precision)
-    assert set(times) == {(24, 3, 3, 3), (40, 24, 1, 1), (40, 1, 3, 3)}
-    assert 0.2 < sum(times.values()) < 1
+    times = time_by_operator(model, torch.randn(1, 3, 32, 32), precision)
+    assert {key for key in times if isinstance(key, tuple)} == {(24, 3, 3, 3), (40, 24, 1, 1), (40, 1, 3, 3)}
+    assert ("QuantizeLinear" in times) == (precision == "int8")
+    assert all(0 <= seconds < 1 for seconds in times.values())
+
+
+def test_where_the_time_goes(tmp_path):
+    pytest.importorskip("onnxruntime")
+    case = Case("plain", 32, 8, ("conv2d", "decef", "basisconv"), precisions=("fp32", "int8"))
+    rows = list(bench_operators([case], 0.5))
+    made = [(row["precision"], row["layer"], row["form"]) for row in rows]
+    forms = [("conv2d", "reconstructed"), ("decef", "factorized"), ("decef", "branches"), ("decef", "wide")]
+    assert made == [(p, *one) for p in ("fp32", "int8") for one in [*forms, ("basisconv", "factorized")]]
+    dense, chain, branches, wide, basis = rows[5:]
+    assert set(dense["macs"]) == {"kxk"}
+    assert set(chain["macs"]) == {"kxk", "1x1", "depthwise"}  # the first convolution stays dense
+    assert set(basis["macs"]) == {"kxk", "1x1"}
+    assert chain["macs"] == branches["macs"] == wide["macs"]
+    assert sum(chain["macs"].values()) < sum(dense["macs"].values())
+    assert "copies and sums" not in chain["seconds"]
+    assert wide["seconds"]["copies and sums"] > 0
+    assert all(row["seconds"]["conversions"] > 0 for row in rows[5:])
+    write_operators(rows, tmp_path / "bench", MADE)
+    page = (tmp_path / "bench.md").read_text()
+    assert "| int8        | decef     | wide" in page
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
 
 
 def test_bound_at_the_speed_of_the_dense_layers():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 16, 3))
     made = plan(model, "decef", rank=Budget(flops=0.7, uniform=True), exclude="0", input_size=(4, 8, 8))
     (one, other) = ((row.macs_after / row.macs_before) for row in made.rows[1:])
-    bound = at_dense_speed(made, model, {(8, 4, 3, 3): 0.3, (8, 8, 3, 3): 0.4, (16, 8, 3, 3): 0.2})
+    times = {(8, 4, 3, 3): 0.3, (8, 8, 3, 3): 0.4, (16, 8, 3, 3): 0.2, "Add": 0.1}
+    bound = at_dense_speed(made, model, times)
     assert bound == pytest.approx(0.4 + 0.4 * one + 0.2 * other)
 
 
@@ -171,7 +196,7 @@ def test_whole_networks(tmp_path, quick):
 
 def test_what_the_command_refuses(call):
     for arguments, message in (
-        (["speed"], "there is no benchmark speed; there are layers, networks, training"),
+        (["speed"], "there is no benchmark speed; there are layers, networks, operators, training"),
         (["layers", "--share", "2"], "--share 2 must be above 0"),
         (["layers", "--device", "cuda:99"], "torch sees no GPU"),
     ):

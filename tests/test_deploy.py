@@ -74,6 +74,18 @@ def test_plain_is_the_network(layer, form):
     assert kinds.count(nn.BatchNorm2d) == 1  # bn2
 
 
+@pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "mobilenetv2", "timm/mobilenetv2_100"])
+def test_networks_people_use_keep_no_batch_norm(name):
+    """In several branches an engine can't fold them by itself. timm's have an activation in them, ReLU6 here."""
+    torch.manual_seed(0)
+    model = trained(create_model(name, num_classes=10), torch.float64).eval()
+    small = decef.convert(model, "cpac", rank=1, from_scratch=True).eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    network = to_convolutions(small, "branches")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    assert_close(network(x), small(x))
+
+
 def test_plain_leaves_the_network_alone():
     model = small("decef").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -106,6 +118,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_batch_norms(caplog):
     deployed = decef.deploy(model, x, engines=["onnxruntime", "eager"])
     assert deployed.engine == "eager"
     assert "engine onnxruntime is left out" in caplog.text  # such control flow has no ONNX
+    assert "batch norms are not folded" in caplog.text
     assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
 
 

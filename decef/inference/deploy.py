@@ -252,13 +252,20 @@ def _fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
         assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
         assert isinstance(norm, nn.BatchNorm2d)
         _fold_into(conv, norm)
-        replace_modules(model, {id(norm): nn.Identity()})
+        rest = nn.Sequential(norm.drop, norm.act) if _has_activation(norm) else nn.Identity()  # type: ignore[arg-type]
+        replace_modules(model, {id(norm): rest})
     return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, FactorizedConv2d) or super().is_leaf_module(m, module_qualified_name)
+        ours = isinstance(m, FactorizedConv2d) or _has_activation(m)
+        return ours or super().is_leaf_module(m, module_qualified_name)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether it is timm's batch norm, which goes on with dropout and an activation."""
+    return isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
 
 
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
@@ -266,7 +273,9 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
-        log.info("batch norms are not folded, the network cannot be traced: %s", error)
+        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            reason = str(error).partition("\n")[0]
+            log.warning("batch norms are not folded, so it will be slower: the network can't be traced: %s", reason)
         return []
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
@@ -280,9 +289,8 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
             continue
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
-        foldable = (
-            type(norm) is nn.BatchNorm2d and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
-        )
+        is_norm = type(norm) is nn.BatchNorm2d or _has_activation(norm)
+        foldable = is_norm and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
         if once and foldable:
             found.append((str(before.target), str(node.target)))
     return found
@@ -291,7 +299,8 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
 def _is_unhooked(module: nn.Module) -> bool:
     """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    known = isinstance(module, FactorizedConv2d) or type(module) in (nn.Conv2d, nn.BatchNorm2d)
+    ours = isinstance(module, FactorizedConv2d) or _has_activation(module)
+    known = ours or type(module) in (nn.Conv2d, nn.BatchNorm2d)
     return known and not hooks
 
 

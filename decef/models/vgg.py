@@ -7,7 +7,6 @@ network based image classification using small training sample size", 2015.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -17,7 +16,7 @@ class CifarVGG16(nn.Module):
     """Thirteen 3x3 convolutions in five stages, 2x2 max pooling after each, global average pooling, classifier.
 
     A 32x32 image ends as a 1x1 map, so the average does nothing. Smaller images get there earlier: a map of one pixel
-    is not pooled.
+    stays one, as the pooling rounds sizes up.
 
     Args:
         num_classes: number of outputs.
@@ -45,13 +44,9 @@ class CifarVGG16(nn.Module):
                 nn.init.zeros_(conv.bias)
                 layers += [conv, nn.BatchNorm2d(channels), nn.ReLU()]
                 in_channels = channels
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.ModuleList(stages)
+            stages.append(nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True)))
+        self.stages = nn.Sequential(*stages)
         self.linear = nn.Linear(in_channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            x = stage(x)
-            if min(x.shape[2:]) > 1:
-                x = F.max_pool2d(x, 2)
-        return self.linear(x.mean((2, 3)))
+        return self.linear(self.stages(x).mean((2, 3)))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from decef.conversion import convert
 from decef.costs import total_cost
-from decef.inference.deploy import deploy
+from decef.inference.deploy import deploy, to_convolutions
 from decef.inference.engines import available
-from decef.inference.profiling import time_by_kernel
+from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model, stem_name
@@ -110,8 +110,8 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         even: dict[tuple[str, str], float] = {}
         for precision in engines:
             if deployed["conv2d", precision].engine == "onnxruntime":
-                shares = time_by_kernel(dense, x, precision)
-                even |= {(layer, precision): at_dense_speed(one, dense, shares) for layer, one in made.items()}
+                times = time_by_operator(to_convolutions(dense), x, precision)
+                even |= {(layer, precision): at_dense_speed(one, dense, times) for layer, one in made.items()}
         for (layer, precision), network in deployed.items():
             forms = Counter(network.forms.values())
             yield {
@@ -133,13 +133,13 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
             }
 
 
-def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[tuple[int, ...], float]) -> float:
+def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[Any, float]) -> float:
     """Time of a converted network over the dense one's, if its layers ran at the speed of those that they replace.
 
     Args:
         made: which layers are converted.
         dense: the network.
-        times: share of its time by shape of kernel, see `time_by_kernel`.
+        times: its time by operator, see `time_by_operator`.
     """
     before: Counter[tuple[int, ...]] = Counter()
     after: Counter[tuple[int, ...]] = Counter()
@@ -149,7 +149,8 @@ def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[tuple[int, ...],
         shape = tuple(dense.get_submodule(row.name).weight.shape)  # type: ignore[arg-type]
         before[shape] += row.macs_before
         after[shape] += row.macs_after
-    return 1 - sum(share * (1 - after[shape] / before[shape]) for shape, share in times.items() if before[shape])
+    saved = sum(time * (1 - after[shape] / before[shape]) for shape, time in times.items() if before[shape])
+    return 1 - saved / sum(times.values())
 
 
 def _engines(case: Case, device: torch.device) -> dict[str, list[str]]:
