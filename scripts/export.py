@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="batch size to optimise for (default 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free in an ONNX file")
     parser.add_argument(
-        "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches or wide"
+        "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches, wide or aligned"
     )
     arguments = parser.parse_args()
     if arguments.out.suffix not in FORMATS:

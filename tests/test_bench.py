@@ -136,16 +136,18 @@ def test_where_the_time_goes(tmp_path):
     rows = list(bench_operators([case], 0.5))
     made = [(row["precision"], row["layer"], row["form"]) for row in rows]
     forms = [("conv2d", "reconstructed"), ("decef", "factorized"), ("decef", "branches"), ("decef", "wide")]
-    assert made == [(p, *one) for p in ("fp32", "int8") for one in [*forms, ("basisconv", "factorized")]]
-    dense, chain, branches, wide, basis = rows[5:]
+    forms += [("basisconv", "factorized"), ("basisconv", "aligned")]
+    assert made == [(p, *one) for p in ("fp32", "int8") for one in forms]
+    dense, chain, branches, wide, basis, aligned = rows[6:]
     assert set(dense["macs"]) == {"kxk"}
     assert set(chain["macs"]) == {"kxk", "1x1", "depthwise"}  # the first convolution stays dense
     assert set(basis["macs"]) == {"kxk", "1x1"}
+    assert aligned["macs"]["kxk"] > basis["macs"]["kxk"]  # zeros count
     assert chain["macs"] == branches["macs"] == wide["macs"]
     assert sum(chain["macs"].values()) < sum(dense["macs"].values())
     assert "copies and sums" not in chain["seconds"]
     assert wide["seconds"]["copies and sums"] > 0
-    assert all(row["seconds"]["conversions"] > 0 for row in rows[5:])
+    assert all(row["seconds"]["conversions"] > 0 for row in rows[6:])
     write_operators(rows, tmp_path / "bench", MADE)
     page = (tmp_path / "bench.md").read_text()
     assert "| int8        | decef     | wide" in page

@@ -101,7 +101,7 @@ def test_plain_by_layer_and_unknown_forms():
     assert isinstance(network.conv1, nn.Conv2d)
     assert len(network.conv3) == 4
     assert isinstance(network.conv2, decef.CPACConv2d)
-    with pytest.raises(ValueError, match="there are reconstructed, factorized, branches, wide"):
+    with pytest.raises(ValueError, match="there are reconstructed, factorized, branches, wide, aligned"):
         to_convolutions(model, "chains")
 
 
@@ -145,7 +145,7 @@ def test_every_engine_computes_the_network(layer, engine):
     assert set(deployed.forms) == (set() if layer == "conv2d" else {"conv1", "conv2", "conv3"})
     names = {time["arrangement"] for time in deployed.times}
     if layer != "conv2d":
-        forms = {"factorized"} if layer == "basisconv2021" else {"factorized", "branches", "wide"}
+        forms = {"factorized"} | ({"aligned"} if layer == "basisconv2021" else {"branches", "wide"})
         assert {"reconstructed"} <= names <= {"measured", "reconstructed"} | (set() if engine == "compile" else forms)
     seconds = {time["arrangement"]: time["seconds"] for time in deployed.times}
     assert GAIN * seconds[deployed.arrangement] <= min(seconds.values())
@@ -231,6 +231,17 @@ def test_forms_of_a_layer_have_what_they_say():
     assert isinstance(forms["reconstructed"], torch.nn.Conv2d)
     assert convolutions["wide"][0].in_channels == 12
     assert "wide" not in forms_of(decef.Rank1Conv2d(4, 8, 3, groups=2, rank=3))
+
+
+@pytest.mark.parametrize(("layer", "spatial"), [("basisconv", 0), ("basisconv2021", 0), ("cpac", 1)])
+def test_aligned_inner_channels_are_zeros_up_to_a_block(layer, spatial):
+    torch.manual_seed(0)
+    conv = used(LAYERS[layer](36, 72, 3, padding=1, groups=2, rank=17).double()).eval()
+    aligned, x = forms_of(conv)["aligned"], torch.randn(2, 36, 5, 5, dtype=torch.float64)
+    assert [m.out_channels for m in aligned[:-1]] == [2 * 32] * (spatial + 1)
+    assert_close(aligned(x), conv(x))
+    assert all(not m.weight.unflatten(0, (2, 32))[:, 17:].any() for m in aligned[:-1])
+    assert "aligned" not in forms_of(LAYERS["basisconv"](36, 72, 3, rank=16))  # its chain is
 
 
 def test_a_batch_norm_is_folded_into_one_of_two_layers_that_share_factors():

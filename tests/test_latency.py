@@ -21,6 +21,8 @@ def test_times_between_measured_ranks_are_on_lines_and_never_fall():
     assert [times.seconds(rank) for rank in (1, 2, 4, 6, 8)] == pytest.approx([2, 3, 5, 5, 5])
     assert LayerTimes(10.0, {2: 3.0, 4: 5.0}).seconds(6) == pytest.approx(7)
     assert LayerTimes(10.0, {2: 3.0}).seconds(5) == 3.0
+    in_blocks = LayerTimes(10.0, {4: 1.0, 16: 2.0, 48: 4.0}, block=16)
+    assert [in_blocks.seconds(rank) for rank in (10, 16, 17, 32, 33, 49)] == pytest.approx([1.5, 2, 3, 3, 4, 5])
 
 
 def made_up(model, overhead=4.0):
@@ -102,6 +104,23 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
     assert again.layers == times.layers
     assert measured[first:] == [latency.DENSE]  # the whole network alone
+
+
+def test_a_rank_in_mid_block_is_never_worth_less_than_the_end_of_its_block():
+    """Where engines compute whole blocks, the rest of a block costs nothing, so a plan takes it."""
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, bias=False))
+    layers = {name: LayerTimes(2.0, {1: 0.39, 16: 0.4, 32: 0.8}, block=16) for name in ("0", "1")}
+    ranks = plan(model, "basisconv", rank=Latency(0.31, Times(4.0, layers))).ranks
+    assert sorted(ranks.values()) == [16, 32]
+
+
+def test_measured_ranks_are_whole_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
+    model, x = nn.Sequential(nn.Conv2d(64, 64, 3)).eval(), torch.randn(1, 64, 8, 8)
+    layer = measure_times(model, "basisconv", x, engine="eager", cache=tmp_path / "times.json").layers["0"]
+    assert layer.block == 16
+    assert all(rank % 16 == 0 for rank in layer.at_rank if rank > 16)
+    assert max(layer.at_rank) == 48  # the last block at which it costs less than dense
 
 
 def test_real_times_of_a_small_network(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ CLOSE = 1.15  # what takes up to this times as long as the fastest is timed agai
 HOPELESS = 1.5  # a form in which the layers, timed alone, take this times as long in all is not tried in the network
 GAIN = 0.98  # a low-rank form is chosen if it takes at most this share of the dense one's time: less is noise
 CHOICE = ("engine", "arrangement", "forms", "times", "precision")  # what Deployed.save keeps
-FORMS = ("reconstructed", "factorized", "branches", "wide")
+FORMS = ("reconstructed", "factorized", "branches", "wide", "aligned")
 K = TypeVar("K")
 
 

@@ -97,6 +97,8 @@ def _layer_times(
 ) -> LayerTimes:
     layer_class = layer_type(layer)
     assert issubclass(layer_class, FactorizedConv2d)
+    block = layer_class.block
+    ranks = sorted({rank // block * block if rank > block else rank for rank in ranks})
     variants: dict[str, dict[str, nn.Module]] = {repr(conv): {DENSE: nn.Sequential(conv)}}
     names: dict[int, str] = {}
     for rank in ranks:
@@ -117,7 +119,7 @@ def _layer_times(
             known.put(name, x, min(value for (n, _), value in seconds.items() if n == name))
     found = {name: known.get(name, x) for name in variants}
     assert all(value is not None for value in found.values())
-    return LayerTimes(found[repr(conv)] or 0.0, {rank: found[name] or 0.0 for rank, name in names.items()})
+    return LayerTimes(found[repr(conv)] or 0.0, {rank: found[name] or 0.0 for rank, name in names.items()}, block)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.basis import BasisConv2d
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, conv2d_of, evaluating
+from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, evaluating
 
 
 class Basis2021Conv2d(BasisConv2d):
@@ -105,8 +105,7 @@ class Basis2021Conv2d(BasisConv2d):
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         with evaluating(self):
             scale, shift = self._scale_and_shift()
-        basis = conv2d_of(self.basis * scale[:, None, None, None], shift, self.groups, **self._spatial())
-        return {"factorized": [nn.Sequential(basis, conv2d_of(self.coefficients, self.bias, self.groups))]}
+        return self._chains(self.basis * scale[:, None, None, None], shift)
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
         # In evaluation mode the norm is then the identity, as in the authors' code. In training mode it is not.

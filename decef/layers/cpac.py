@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import PENALTY, cp_als, whitened
-from decef.layers.factorized import FactorizedConv2d, conv2d_of
+from decef.layers.factorized import BLOCK, FactorizedConv2d, conv2d_of, more_components
 from decef.layers.metric import conditioned, fit
 
 
@@ -35,6 +35,7 @@ class CPACConv2d(FactorizedConv2d):
 
     rank_meaning = "CP components (per group)"
     scale_factor = "filters"
+    block = BLOCK
 
     filters: nn.Parameter
     channels: nn.Parameter
@@ -86,13 +87,18 @@ class CPACConv2d(FactorizedConv2d):
             conv2d_of(vertical, groups=len(vertical), **self._spatial(horizontal=False)),
             conv2d_of(horizontal, groups=len(horizontal), **self._spatial(vertical=False)),
         ]
-        two_d = [conv2d_of(vertical * horizontal, groups=len(vertical), **self._spatial())]
 
-        def chain(spatial: list[nn.Conv2d]) -> nn.Sequential:
-            first = conv2d_of(self.channels, groups=self.groups)
-            return nn.Sequential(first, *spatial, conv2d_of(self.filters, self.bias, self.groups))
+        def chain(spatial: list[nn.Conv2d], more: int = 0) -> nn.Sequential:
+            first = conv2d_of(more_components(self.channels, self.groups, more), groups=self.groups)
+            last = conv2d_of(F.pad(self.filters, (0, more)), self.bias, self.groups)
+            return nn.Sequential(first, *spatial, last)
 
-        return {"factorized": [chain(one_d)], "branches": [chain(two_d)]}
+        def two_d(more: int) -> nn.Sequential:
+            filters = more_components(vertical * horizontal, self.groups, more)
+            return chain([conv2d_of(filters, groups=len(filters), **self._spatial())], more)
+
+        found = {"factorized": [chain(one_d)], "branches": [two_d(0)]}
+        return found | {"aligned": [two_d(-self.rank % self.block)]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

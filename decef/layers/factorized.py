@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from decef.layers.metric import conditioned, squared_norm_on
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
+#: Channels that engines compute at once: 16 floats in AVX-512, 16 outputs of 8-bit products. Fewer cost as much.
+BLOCK = 16
 _FACTORIZED_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_factorized` has measured
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -49,6 +51,8 @@ class FactorizedConv2d(nn.Module):
     scale_factor: ClassVar[str]
     #: Whether the layer has an equivalent dense kernel in training mode too.
     composes_in_training: ClassVar[bool] = True
+    #: Inner channels, if they are as many as the rank, are computed in blocks of so many by engines; else 1.
+    block: ClassVar[int] = 1
     bias: nn.Parameter | None
 
     def __init__(
@@ -145,7 +149,9 @@ class FactorizedConv2d(nn.Module):
             `forward_factorized`. "branches", which not all types have, merges 1-D filters into 2-D ones (CPAC, rank-1)
             and makes one chain per rank, so that its inner channels are no more than the input's or the output's
             (DeCEF, rank-1). "wide" puts these side by side again, for one large 1x1 convolution and depthwise ones of
-            one filter per channel. Which arrangement is faster depends on the engine and the precision.
+            one filter per channel. "aligned", for types whose inner channels are as many as their rank (BasisConv,
+            CPAC), has zeros for more of them, up to a multiple of `block`. Which arrangement is faster depends on the
+            engine and the precision.
         """
         raise NotImplementedError
 
@@ -447,6 +453,12 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
     return conv
+
+
+def more_components(factor: Tensor, groups: int, more: int) -> Tensor:
+    """A factor `(groups * rank, ...)` with zeros for `more` components of every group."""
+    by_group = factor.reshape(groups, -1, *factor.shape[1:])
+    return F.pad(by_group, (0, 0) * (factor.dim() - 1) + (0, more)).flatten(0, 1)
 
 
 class Copies(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,10 +20,12 @@ class LayerTimes:
     Attributes:
         dense: as a dense convolution.
         at_rank: factorised, by rank, in the fastest form of each; at least one rank.
+        block: a rank above it takes as long as the next multiple of it, see `FactorizedConv2d.block`.
     """
 
     dense: float
     at_rank: Mapping[int, float]
+    block: int = 1
 
     def seconds(self, rank: int) -> float:
         """Seconds at a rank, on straight lines between the ranks that were measured.
@@ -30,6 +33,8 @@ class LayerTimes:
         Outside of them the nearest line goes on; with one measured rank the time is that of this rank. A larger rank
         is never faster: what was measured faster is noise.
         """
+        if rank > self.block:
+            rank = math.ceil(rank / self.block) * self.block
         ranks = sorted(self.at_rank)
         times = list(_rising(self.at_rank[r] for r in ranks))
         if len(ranks) == 1:

@@ -20,9 +20,9 @@ from decef.results.pages import write_bench
 
 OPERATORS = (
     Case("resnet20", 32, 32, precisions=("fp32", "int8")),
-    Case("vgg16_bn", 32, 1, precisions=("fp32", "int8")),
+    Case("vgg16_bn", 32, 1, precisions=("int8",)),
     Case("torchvision/resnet18", 224, 1, precisions=("fp32", "int8")),
-    Case("torchvision/resnet50", 224, 1, ONE_BY_ONE, precisions=("fp32", "int8")),
+    Case("torchvision/resnet50", 224, 1, ONE_BY_ONE, precisions=("int8",)),
 )
 CONVOLUTIONS = ("kxk", "1x1", "depthwise")
 KINDS = (*CONVOLUTIONS, "copies and sums", "conversions", "rest")
