@@ -33,9 +33,9 @@ CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "ReorderInput", "ReorderOut
 def kind(operator: tuple[int, ...] | str) -> str:
     """Which of `KINDS` an operator of `time_by_operator` is."""
     if isinstance(operator, str):
-        return (
-            "copies and sums" if operator in COPIES_AND_SUMS else "conversions" if operator in CONVERSIONS else "rest"
-        )
+        if operator in COPIES_AND_SUMS:
+            return "copies and sums"
+        return "conversions" if operator in CONVERSIONS else "rest"
     _, per_group, *size = operator
     return "1x1" if size == [1, 1] else "depthwise" if per_group == 1 else "kxk"
 
