@@ -252,20 +252,21 @@ def _fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
         assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
         assert isinstance(norm, nn.BatchNorm2d)
         _fold_into(conv, norm)
-        rest = nn.Sequential(norm.drop, norm.act) if _has_activation(norm) else nn.Identity()  # type: ignore[arg-type]
+        rest = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
         replace_modules(model, {id(norm): rest})
     return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, FactorizedConv2d) or _has_activation(m)
+        ours = isinstance(m, FactorizedConv2d) or _is_batch_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
-def _has_activation(module: nn.Module) -> bool:
-    """Whether it is timm's batch norm, which goes on with dropout and an activation."""
-    return isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is torch's batch norm or timm's, which goes on with dropout (`drop`) and an activation (`act`)."""
+    timms = isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
+    return timms or type(module) is nn.BatchNorm2d
 
 
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
@@ -289,8 +290,7 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
             continue
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
-        is_norm = type(norm) is nn.BatchNorm2d or _has_activation(norm)
-        foldable = is_norm and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
+        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
         if once and foldable:
             found.append((str(before.target), str(node.target)))
     return found
@@ -299,8 +299,7 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
 def _is_unhooked(module: nn.Module) -> bool:
     """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
     hooks = module._forward_hooks or module._forward_pre_hooks
-    ours = isinstance(module, FactorizedConv2d) or _has_activation(module)
-    known = ours or type(module) in (nn.Conv2d, nn.BatchNorm2d)
+    known = isinstance(module, FactorizedConv2d) or type(module) is nn.Conv2d or _is_batch_norm(module)
     return known and not hooks
 
 

@@ -133,7 +133,7 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
             }
 
 
-def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[Any, float]) -> float:
+def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[tuple[int, ...] | str, float]) -> float:
     """Time of a converted network over the dense one's, if its layers ran at the speed of those that they replace.
 
     Args:
@@ -141,15 +141,15 @@ def at_dense_speed(made: Plan, dense: nn.Module, times: Mapping[Any, float]) -> 
         dense: the network.
         times: its time by operator, see `time_by_operator`.
     """
-    before: Counter[tuple[int, ...]] = Counter()
-    after: Counter[tuple[int, ...]] = Counter()
+    before: Counter[tuple[int, ...] | str] = Counter()
+    after: Counter[tuple[int, ...] | str] = Counter()
     for row in made.rows:
         if row.macs_before is None or row.macs_after is None:  # it doesn't run
             continue
         shape = tuple(dense.get_submodule(row.name).weight.shape)  # type: ignore[arg-type]
         before[shape] += row.macs_before
         after[shape] += row.macs_after
-    saved = sum(time * (1 - after[shape] / before[shape]) for shape, time in times.items() if before[shape])
+    saved = sum(time * (1 - after[shape] / before[shape]) for shape, time in times.items() if shape in before)
     return 1 - saved / sum(times.values())
 
 
