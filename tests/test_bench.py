@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from decef.inference.engines import Loadable
 from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.plans import plan
@@ -124,7 +125,7 @@ def test_time_by_operator(precision):
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 40, 1), nn.Conv2d(40, 40, 3, groups=40), nn.Sigmoid()
     )
-    times = time_by_operator(model, torch.randn(1, 3, 32, 32), precision)
+    times = time_by_operator(Loadable(model, torch.randn(1, 3, 32, 32)), precision)
     assert {key for key in times if isinstance(key, tuple)} == {(24, 3, 3, 3), (40, 24, 1, 1), (40, 1, 3, 3)}
     assert ("QuantizeLinear" in times) == (precision == "int8")
     assert all(0 <= seconds < 1 for seconds in times.values())

@@ -3,10 +3,13 @@
 import pytest
 import torch
 from test_deploy import small
+from torch.testing import assert_close
 
 import decef
-from decef.inference.deploy import Deployed, to_convolutions
+from decef.inference import engines
+from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import load, to_onnx
+from decef.inference.forms import to_convolutions
 from decef.inference.quantize import quantize, quantized_share
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -49,6 +52,24 @@ def test_sixteen_bits_in_torch():
     assert deployed(X).dtype == torch.float32
     assert 1e-4 < deployed.error < 0.1
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_several_precisions_share_what_is_exported(monkeypatch):
+    counted = []
+    export = engines._export
+    monkeypatch.setattr(engines, "_export", lambda *given: counted.append(given) or export(*given))
+    model = small("decef").eval()
+    deployer = Deployer(model, X)
+    deployer.deploy(["onnxruntime"])
+    eight = deployer.deploy(["onnxruntime"], "int8")
+    assert sum(len(inputs) > 1 for _, inputs, *_ in counted) == 1  # of the layers, side by side
+    exported = [tuple(network.state_dict()) for network, *_ in counted]
+    assert len(set(exported)) == len(exported)
+    assert eight.quantized["Conv"][0] > 0
+    sixteen = deployer.deploy(["eager"], "bf16")
+    full = deployer.deploy(["eager"])
+    assert sixteen.error > 1e-4 > full.error
+    assert_close(full(X), model(X), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("eager", "fp32"), ("onnxruntime", "int8")])

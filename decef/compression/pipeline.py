@@ -25,9 +25,10 @@ from decef.compression.report import write_report
 from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.files import replace_file
-from decef.inference.deploy import Deployed, deploy, to_convolutions
+from decef.inference.deploy import Deployed, deploy
 from decef.inference.engines import available, check_engine, load
 from decef.inference.export import export
+from decef.inference.forms import to_convolutions
 from decef.inference.latency import measure_times
 from decef.inference.memory import activation_bytes, stored_bytes
 from decef.inference.timing import inference_call, interleaved_times

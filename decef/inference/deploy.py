@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor, nn
 
-from decef.conversion import replace_modules
 from decef.files import replace_file
-from decef.inference.engines import Runner, available, check_engine, check_equal, check_precision, load, load_all
+from decef.inference.engines import (
+    Loadable,
+    Runner,
+    available,
+    check_engine,
+    check_equal,
+    check_precision,
+    load,
+    load_all,
+)
+from decef.inference.folding import fold_batch_norms
+from decef.inference.forms import arranged, forms_of
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
@@ -24,10 +33,9 @@ from decef.progress import bar
 log = logging.getLogger(__name__)
 
 CLOSE = 1.15  # what takes up to this times as long as the fastest is timed again, for longer
-HOPELESS = 1.5  # a form in which the layers, timed alone, take this times as long in all is not tried in the network
+HOPELESS = 1.3  # a form in which the layers, timed alone, take this times as long in all is not tried in the network
 GAIN = 0.98  # a low-rank form is chosen if it takes at most this share of the dense one's time: less is noise
 CHOICE = ("engine", "arrangement", "forms", "times", "precision")  # what Deployed.save keeps
-FORMS = ("reconstructed", "factorized", "branches", "wide", "aligned")
 K = TypeVar("K")
 
 
@@ -93,16 +101,15 @@ class Deployed(nn.Module):
             raise ValueError(f"{path} is damaged or no file of Deployed.save: {error}") from error
         model = copy.deepcopy(model).eval()
         expected = model(example_input)
-        layers = _fold_batch_norms(model)
+        layers = fold_batch_norms(model)
         if set(choice["forms"]) != set(layers):
             raise ValueError(f"{path} is for a network with other low-rank layers")
         check_engine(choice["engine"], example_input, choice["precision"])
-        arranged = _arranged(model, layers, choice["forms"])
-        network = load(choice["engine"], arranged, example_input, choice["precision"], calibration)
+        network = arranged(model, layers, choice["forms"])
+        network = load(choice["engine"], network, example_input, choice["precision"], calibration)
         return cls(network, **choice, error=_error(network(example_input), expected))
 
 
-@torch.no_grad()
 def deploy(
     model: nn.Module,
     example_input: Tensor,
@@ -141,166 +148,82 @@ def deploy(
         ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
             the original's output up to rounding.
     """
-    if calibration is not None and precision != "int8":
-        raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
-    if any(batch.shape != example_input.shape for batch in calibration or ()):
-        raise ValueError(f"every input for calibration must have the example's shape, {tuple(example_input.shape)}")
-    check_precision(precision)
-    if engines is None:
-        engines = available(example_input.device, precision)
-    engines = [check_engine(engine, example_input, precision) for engine in engines]
-    model = copy.deepcopy(model).eval()
-    expected = model(example_input)
-    if not isinstance(expected, Tensor):
-        raise ValueError(f"the network must give one tensor to be deployed, not a {type(expected).__name__}")
-    layers = _fold_batch_norms(model)
-    seen = layer_inputs(model, example_input, layers)
-    alone: dict[str, _Alone] = {}
-    errors: dict[tuple[str, str], float] = {}
-    networks: dict[tuple[str, str], Runner] = {}
-    chosen: dict[tuple[str, str], Mapping[str, str]] = {}
-    for engine in engines:
-        by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
-        try:
-            alone[by] = alone.get(by) or _time_alone(by, layers, seen, precision, progress)
-            candidates = _candidates(engine, layers, alone[by])
-            for name, forms in bar(list(candidates.items()), f"{engine}: networks", progress):
-                network = load(engine, _arranged(model, layers, forms), example_input, precision, calibration)
-                output = network(example_input)
-                if precision == "fp32":
-                    check_equal(output, expected)
-                errors[engine, name] = _error(output, expected)
-                networks[engine, name], chosen[engine, name] = network, forms
-        except Exception as error:  # an engine may fail in any way, and is then left out
-            log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
-    if not networks:
-        raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
-    steps = {key: inference_call(network, example_input) for key, network in networks.items()}
-    best, seconds = _fastest(steps, dense=[key for key in steps if key[1] == "reconstructed"])
-    times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
-    return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
+    return Deployer(model, example_input, progress=progress).deploy(engines, precision, calibration)
+
+
+class Deployer:
+    """Deploys a network in several precisions, as `deploy` does in one: to ONNX it is exported once for all of them.
+
+    Args:
+        model, example_input, progress: see `deploy`.
+
+    Raises:
+        ValueError: the network does not return one tensor.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, example_input: Tensor, *, progress: bool = False) -> None:
+        self._x, self._progress = example_input, progress
+        self._model = copy.deepcopy(model).eval()
+        self._expected = self._model(example_input)
+        if not isinstance(self._expected, Tensor):
+            got = type(self._expected).__name__
+            raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
+        self._layers = fold_batch_norms(self._model)
+        self._alone = _LayersAlone(self._layers, layer_inputs(self._model, example_input, self._layers))
+        self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
+
+    @torch.no_grad()
+    def deploy(
+        self,
+        engines: Sequence[str] | None = None,
+        precision: str = "fp32",
+        calibration: Sequence[Tensor] | None = None,
+    ) -> Deployed:
+        """See `deploy`."""
+        x = self._x
+        if calibration is not None and precision != "int8":
+            raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
+        if any(batch.shape != x.shape for batch in calibration or ()):
+            raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
+        check_precision(precision)
+        if engines is None:
+            engines = available(x.device, precision)
+        engines = [check_engine(engine, x, precision) for engine in engines]
+        alone: dict[str, _Alone] = {}
+        errors: dict[tuple[str, str], float] = {}
+        networks: dict[tuple[str, str], Runner] = {}
+        chosen: dict[tuple[str, str], Mapping[str, str]] = {}
+        for engine in engines:
+            by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
+            try:
+                alone[by] = alone.get(by) or self._alone.time(by, precision, self._progress)
+                candidates = _candidates(engine, self._layers, alone[by])
+                for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
+                    (network,) = load_all(engine, [self._arranged(forms)], precision, calibration)
+                    output = network(x)
+                    if precision == "fp32":
+                        check_equal(output, self._expected)
+                    errors[engine, name] = _error(output, self._expected)
+                    networks[engine, name], chosen[engine, name] = network, forms
+            except Exception as error:  # an engine may fail in any way, and is then left out
+                log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
+        if not networks:
+            raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
+        steps = {key: inference_call(network, x) for key, network in networks.items()}
+        best, seconds = _fastest(steps, dense=[key for key in steps if key[1] == "reconstructed"])
+        times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
+        return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
+
+    def _arranged(self, forms: Mapping[str, str]) -> Loadable:
+        key = tuple(forms.items())
+        if key not in self._networks:
+            self._networks[key] = Loadable(arranged(self._model, self._layers, forms), self._x)
+        return self._networks[key]
 
 
 def _error(output: Tensor, expected: Tensor) -> float:
     return ((output - expected).norm() / expected.norm()).item()
-
-
-def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorized") -> nn.Module:
-    """A copy of `model` for export and inference: batch norms folded, factorised layers as plain convolutions.
-
-    Args:
-        model: any network.
-        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. A layer type that does
-            not have the form runs "factorized" instead.
-
-    Raises:
-        ValueError: an unknown form.
-    """
-    model = copy.deepcopy(model).eval()
-    layers = _fold_batch_norms(model)
-    forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
-    wrong = set(forms.values()) - set(FORMS)
-    if wrong:
-        raise ValueError(f"there is no form {', '.join(map(repr, wrong))}; there are {', '.join(FORMS)}")
-    return _arranged(model, layers, forms)
-
-
-def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
-    """The layer as plain convolutions in every form that it has, by name."""
-    arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
-    return {name: _summed(chains) for name, chains in arrangements.items()}
-
-
-def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
-    """The sum of chains as one module, without wrappers that would only cost calls in torch."""
-    if len(chains) > 1:
-        return _Sum(chains)
-    (chain,) = chains
-    return (chain[0] if len(chain) == 1 else chain).eval().requires_grad_(False)
-
-
-class _Sum(nn.Module):
-    """The sum of several chains of convolutions, in evaluation mode."""
-
-    def __init__(self, chains: Sequence[nn.Sequential]) -> None:
-        super().__init__()
-        self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.chains[0](x)
-        for chain in self.chains[1:]:
-            y = y + chain(x)
-        return y
-
-
-def _fold_into(conv: nn.Conv2d | FactorizedConv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold the batch norm after `conv` into it; factors and weights that it shares stay as they are for the others."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    name = conv.scale_factor if isinstance(conv, FactorizedConv2d) else "weight"  # its first dimension is the output
-    weight, conv.bias = fuse_conv_bn_weights(
-        getattr(conv, name), conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    setattr(conv, name, weight)
-
-
-def _fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
-    """Fold batch norms into the convolutions before them, in place; return the factorised layers by name."""
-    modules = dict(model.named_modules())
-    for name, norm_name in _convolutions_before_norms(model):
-        conv, norm = modules[name], modules[norm_name]
-        assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
-        assert isinstance(norm, nn.BatchNorm2d)
-        _fold_into(conv, norm)
-        rest = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
-        replace_modules(model, {id(norm): rest})
-    return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, FactorizedConv2d) or _is_batch_norm(m)
-        return ours or super().is_leaf_module(m, module_qualified_name)
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """Whether it is torch's batch norm or timm's, which goes on with dropout (`drop`) and an activation (`act`)."""
-    timms = isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
-    return timms or type(module) is nn.BatchNorm2d
-
-
-def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and batch norms, where one feeds only the other and both are called exactly once."""
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:
-        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-            reason = str(error).partition("\n")[0]
-            log.warning("batch norms are not folded, so it will be slower: the network can't be traced: %s", reason)
-        return []
-    modules = dict(model.named_modules())
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    count: dict[int, int] = {}
-    for node in calls:
-        count[id(modules[node.target])] = count.get(id(modules[node.target]), 0) + 1
-    found = []
-    for node in calls:
-        before = node.args[0] if node.args else None
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
-            continue
-        conv, norm = modules[before.target], modules[node.target]
-        once = count[id(conv)] == count[id(norm)] == 1
-        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
-        if once and foldable:
-            found.append((str(before.target), str(node.target)))
-    return found
-
-
-def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    known = isinstance(module, FactorizedConv2d) or type(module) is nn.Conv2d or _is_batch_norm(module)
-    return known and not hooks
 
 
 def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
@@ -338,33 +261,40 @@ class _Alone:
     totals: dict[str, float]
 
 
-def _time_alone(
-    engine: str,
-    layers: Mapping[str, FactorizedConv2d],
-    seen: Mapping[str, Tensor],
-    precision: str,
-    progress: bool,
-) -> _Alone:
-    """Time each layer in each of its forms; equal layers with equal input shapes are timed once."""
-    first: dict[tuple[Any, ...], str] = {}
-    same: dict[str, str] = {}
-    for name, layer in layers.items():
-        if name in seen:
-            same[name] = first.setdefault((repr(layer), seen[name].shape), name)
-    if not first:
-        return _Alone(dict.fromkeys(layers, "reconstructed"), {})
-    variants = {
-        (name, form): (module, seen[name]) for name in first.values() for form, module in forms_of(layers[name]).items()
-    }
-    loaded = dict(zip(variants, load_all(engine, list(variants.values()), precision), strict=True))
-    fastest: dict[str, str] = {}
-    seconds: dict[str, dict[str, float]] = {}
-    for name in bar(list(first.values()), f"{engine}: layers", progress):
-        steps = {form: inference_call(module, seen[name]) for (n, form), module in loaded.items() if n == name}
-        fastest[name], seconds[name] = _fastest(steps, dense=["reconstructed"])
-    forms = dict.fromkeys(form for _, form in variants)
-    totals = {form: sum(seconds[one].get(form, seconds[one]["factorized"]) for one in same.values()) for form in forms}
-    return _Alone({name: fastest[same[name]] if name in same else "reconstructed" for name in layers}, totals)
+class _LayersAlone:
+    """The layers of a network in each of their forms; equal layers with equal input shapes are one."""
+
+    def __init__(self, layers: Mapping[str, FactorizedConv2d], seen: Mapping[str, Tensor]) -> None:
+        first: dict[tuple[Any, ...], str] = {}
+        self._names = list(layers)
+        self._same: dict[str, str] = {}
+        for name, layer in layers.items():
+            if name in seen:
+                self._same[name] = first.setdefault((repr(layer), seen[name].shape), name)
+        self._variants = {
+            (name, form): Loadable(module, seen[name])
+            for name in first.values()
+            for form, module in forms_of(layers[name]).items()
+        }
+
+    def time(self, engine: str, precision: str, progress: bool) -> _Alone:
+        if not self._variants:
+            return _Alone(dict.fromkeys(self._names, "reconstructed"), {})
+        loaded = dict(zip(self._variants, load_all(engine, list(self._variants.values()), precision), strict=True))
+        steps: dict[str, dict[str, Callable[[], object]]] = {}
+        for (name, form), runner in loaded.items():
+            steps.setdefault(name, {})[form] = inference_call(runner, self._variants[name, form].example)
+        fastest: dict[str, str] = {}
+        seconds: dict[str, dict[str, float]] = {}
+        for name in bar(list(steps), f"{engine}: layers", progress):
+            fastest[name], seconds[name] = _fastest(steps[name], dense=["reconstructed"])
+        forms = dict.fromkeys(form for _, form in self._variants)
+        totals = {
+            form: sum(seconds[one].get(form, seconds[one]["factorized"]) for one in self._same.values())
+            for form in forms
+        }
+        same = self._same
+        return _Alone({name: fastest[same[name]] if name in same else "reconstructed" for name in self._names}, totals)
 
 
 def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tuple[K, dict[K, float]]:
@@ -376,18 +306,3 @@ def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tup
     best = min(steps, key=lambda key: seconds[key])
     best_dense = min(dense, key=lambda key: seconds[key], default=best)
     return best if seconds[best] <= GAIN * seconds[best_dense] else best_dense, seconds
-
-
-def _arranged(
-    model: nn.Module,
-    layers: Mapping[str, FactorizedConv2d],
-    forms: Mapping[str, str],
-) -> nn.Module:
-    """A copy of the network with every factorised layer in the requested form."""
-    model = copy.deepcopy(model)
-    modules = dict(model.named_modules())
-    replaced: dict[int, nn.Module] = {}
-    for name, form in forms.items():
-        there = forms_of(layers[name])
-        replaced[id(modules[name])] = there.get(form, there["factorized"])
-    return replace_modules(model, replaced).requires_grad_(False)

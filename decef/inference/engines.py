@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -76,44 +78,59 @@ def load(
         engine, model, example_input, precision: see `load_all`.
         calibration: for int8, inputs of the example's shape; None is the example alone.
     """
-    return load_all(engine, [(model, example_input)], precision, None if calibration is None else [calibration])[0]
+    return load_all(engine, [Loadable(model, example_input)], precision, calibration)[0]
+
+
+@dataclass
+class Loadable:
+    """A network for engines to load, in one precision or in several: it is exported to ONNX at most once.
+
+    Attributes:
+        module: in evaluation mode; it does not change.
+        example: an input `(B, C, H, W)`.
+        proto: what it was exported as.
+    """
+
+    module: nn.Module
+    example: Tensor
+    proto: onnx.ModelProto | None = None
 
 
 def load_all(
-    engine: str,
-    networks: Sequence[tuple[nn.Module, Tensor]],
-    precision: str = "fp32",
-    calibration: Sequence[Sequence[Tensor]] | None = None,
+    engine: str, networks: Sequence[Loadable], precision: str = "fp32", calibration: Sequence[Tensor] | None = None
 ) -> Sequence[Runner]:
     """Each network as a module that the engine runs, for inputs of its example's shape.
 
     Args:
         engine: one of `ENGINES`.
-        networks: modules in evaluation mode, each with an example input `(B, C, H, W)`.
+        networks: at least one; for other precisions, load the same ones again.
         precision: of the computation, one of `PRECISIONS`; inputs and outputs stay in fp32.
-        calibration: for int8, inputs for each network; None is each example alone.
+        calibration: for int8, inputs for every network; None is for each its example alone.
 
     Raises:
         ValueError: the engine is unknown, not installed or doesn't run on the input's device, or a network cannot be
             exported to ONNX for it.
     """
-    device = networks[0][1].device
-    check_engine(engine, networks[0][1], precision)
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    if engine == "eager":
-        return [_ChannelsLast(model, dtype) for model, _ in networks]
+    example = networks[0].example
+    check_engine(engine, example, precision)
+    if engine == "onnxruntime":
+        return [_with_onnxruntime(network, precision, calibration) for network in exported(networks)]
+    compiled: Callable[[nn.Module], Any] | None = None
     if engine == "compile":
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+        mode = "reduce-overhead" if example.device.type == "cuda" else None  # CUDA graphs
         compiled = lambda m: torch.compile(m, mode=mode, dynamic=False)  # noqa: E731
-        return [_ChannelsLast(model, dtype, compiled) for model, _ in networks]
-    protos = list(_to_onnx_all(networks))
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    return [_ChannelsLast(copy.deepcopy(network.module), dtype, compiled) for network in networks]
+
+
+def _with_onnxruntime(network: Loadable, precision: str, calibration: Sequence[Tensor] | None) -> Runner:
+    assert network.proto is not None
+    proto = network.proto
     if precision == "int8":
-        batches = calibration or [[x] for _, x in networks]
-        protos = [quantize(proto, of_one) for proto, of_one in zip(protos, batches, strict=True)]
-    runners = [onnx_runner(engine, proto, x) for proto, (_, x) in zip(protos, networks, strict=True)]
-    for runner, proto in zip(runners, protos, strict=True):
-        runner.quantized = quantized_share(proto)
-    return runners
+        proto = quantize(proto, [network.example] if calibration is None else calibration)
+    runner = onnx_runner("onnxruntime", proto, network.example)
+    runner.quantized = quantized_share(proto)
+    return runner
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
@@ -129,6 +146,29 @@ def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = Fa
     """
     free = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     return _export(model, (example_input,), ["input"], ["output"], free)
+
+
+def exported(networks: Sequence[Loadable]) -> Sequence[Loadable]:
+    """The same networks, all with their `proto`; in one export, because one takes a second whatever its size.
+
+    Raises:
+        ValueError: a network cannot be exported.
+    """
+    missing = [network for network in networks if network.proto is None]
+    if len(missing) == 1:
+        (network,) = missing
+        network.proto = to_onnx(network.module, network.example)
+    elif missing:
+        from onnx.utils import Extractor
+
+        names = [(f"input{i}", f"output{i}") for i in range(len(missing))]
+        inputs, outputs = zip(*names, strict=True)
+        side_by_side = _SideBySide([network.module for network in missing])
+        distinct = tuple(network.example.clone() for network in missing)  # one tensor given twice would be one input
+        extractor = Extractor(_export(side_by_side, distinct, list(inputs), list(outputs)))
+        for network, (one, other) in zip(missing, names, strict=True):
+            network.proto = extractor.extract_model([one], [other])
+    return networks
 
 
 def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
@@ -250,22 +290,6 @@ class _SideBySide(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(model(x) for model, x in zip(self.models, inputs, strict=True))
-
-
-def _to_onnx_all(networks: Sequence[tuple[nn.Module, Tensor]]) -> Iterator[onnx.ModelProto]:
-    """Each network as ONNX, all in one export, because an export takes a second whatever its size."""
-    if len(networks) == 1:
-        yield to_onnx(*networks[0])
-        return
-    from onnx.utils import Extractor
-
-    names = [(f"input{i}", f"output{i}") for i in range(len(networks))]
-    inputs, outputs = zip(*names, strict=True)
-    side_by_side = _SideBySide([model for model, _ in networks])
-    distinct = tuple(x.clone() for _, x in networks)  # the same tensor given twice would become one input
-    extractor = Extractor(_export(side_by_side, distinct, list(inputs), list(outputs)))
-    for one, other in names:
-        yield extractor.extract_model([one], [other])
 
 
 def _export(

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from decef.inference.deploy import FORMS, deploy, to_convolutions
+from decef.inference.deploy import deploy
 from decef.inference.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
+from decef.inference.forms import FORMS, to_convolutions
 from decef.inference.timing import inference_call, interleaved_times
 
 

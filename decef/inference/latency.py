@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from decef.files import replace_file
-from decef.inference.deploy import forms_of, layer_inputs, to_convolutions
-from decef.inference.engines import available, check_engine, load, load_all
+from decef.inference.deploy import layer_inputs
+from decef.inference.engines import Loadable, available, check_engine, load, load_all
+from decef.inference.forms import forms_of, to_convolutions
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.machine import cpu_name
@@ -107,7 +108,7 @@ def _layer_times(
         names[rank] = repr(made)
         variants[names[rank]] = {form: m for form, m in forms_of(made).items() if form != "reconstructed"}
     missing = {
-        (name, form): (module, x)
+        (name, form): Loadable(module, x)
         for name, forms in variants.items()
         if known.get(name, x) is None
         for form, module in forms.items()

@@ -10,23 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from decef.inference.engines import check_engine, session_options, to_onnx
+from decef.inference.engines import Loadable, check_engine, exported, session_options
 from decef.inference.quantize import quantize
 
 CALLS = 20
 
 
 @torch.no_grad()
-def time_by_operator(
-    model: nn.Module, example_input: Tensor, precision: str = "fp32"
-) -> dict[tuple[int, ...] | str, float]:
+def time_by_operator(network: Loadable, precision: str = "fp32") -> dict[tuple[int, ...] | str, float]:
     """Seconds that ONNX Runtime spends in each kind of operator during a call; of every operator its fastest call.
 
     Args:
-        model: a network of plain convolutions, see `decef.inference.deploy.to_convolutions`; it does not change.
-        example_input: `(B, C, H, W)`, on the CPU.
+        network: one of plain convolutions, see `decef.inference.forms.to_convolutions`, on the CPU.
         precision: "fp32" or "int8".
 
     Returns:
@@ -37,21 +33,23 @@ def time_by_operator(
         ValueError: ONNX Runtime is not installed, doesn't compute in this precision or on this device, or the network
             cannot be exported to it.
     """
-    check_engine("onnxruntime", example_input, precision)
+    x = network.example
+    check_engine("onnxruntime", x, precision)
     import onnxruntime
 
-    proto = to_onnx(model, example_input)
+    proto = exported([network])[0].proto
+    assert proto is not None
     weights = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
     kernels = {node.name: weights[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"}
     if precision == "int8":
-        proto = quantize(proto, [example_input])
+        proto = quantize(proto, [x])
     options = session_options()
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
         options.profile_file_prefix = str(Path(folder, "profile"))
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         for _ in range(CALLS):
-            session.run(None, {"input": example_input.numpy()})
+            session.run(None, {proto.graph.input[0].name: x.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
     fastest: dict[str, tuple[int, dict[str, Any]]] = {}
     for event in events:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import Timer
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark import timer as clock
 from torch.utils.flop_counter import flop_registry
 
 ROUNDS = 5
@@ -38,11 +39,10 @@ def interleaved_times(
         reduce: makes one number of a step's times in all rounds: the median for reports, `min` for choosing the fastest
             on a busy machine.
     """
-    threads = torch.get_num_threads()
-    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
+    timers = {name: Timer(step, timer=clock) for name, step in steps.items()}
     numbers = {}
     for name, timer in timers.items():
-        seconds = timer.timeit(1).mean  # timeit makes two warm-up calls first
+        seconds = _warm_mean(timer, 1)
         if seconds > SLOW:
             rounds = min(rounds, 2)
         numbers[name] = max(1, round(ROUND_SECONDS / max(seconds, 1e-7)))
@@ -50,8 +50,13 @@ def interleaved_times(
     for _ in range(rounds):
         for name, timer in timers.items():
             time.sleep(SETTLE)
-            times[name].append(timer.timeit(numbers[name]).mean)
+            times[name].append(_warm_mean(timer, numbers[name]))
     return {name: reduce(values) for name, values in times.items()}
+
+
+def _warm_mean(timer: Timer, calls: int) -> float:
+    timer.timeit(1)  # what ran before has its own data in the caches
+    return timer.timeit(calls) / calls
 
 
 def inference_call(network: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from decef.conversion import convert
 from decef.costs import total_cost
-from decef.inference.deploy import deploy, to_convolutions
-from decef.inference.engines import available
+from decef.inference.deploy import Deployer
+from decef.inference.engines import Loadable, available
+from decef.inference.forms import to_convolutions
 from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
 from decef.layers import LAYERS, FactorizedConv2d
@@ -96,11 +97,13 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         made = plans(case, dense, share)
         found = networks(dense, made)
         engines = _engines(case, device)
+        deployers = {layer: Deployer(network, x, progress=True) for layer, network in found.items()}
         deployed = {
-            (layer, precision): deploy(network, x, engines=names, precision=precision, progress=True)
+            (layer, precision): deployer.deploy(names, precision)
             for precision, names in engines.items()
-            for layer, network in found.items()
+            for layer, deployer in deployers.items()
         }
+        del deployers  # with all that they exported
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {key: inference_call(network, x) for key, network in deployed.items()}
         seconds = interleaved_times(steps, NETWORK_ROUNDS, min)
@@ -108,9 +111,10 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         memory = {layer: peak_memory(steps[layer, "eager"], device) for layer in found}
         dense_flops = total_cost(dense, case.input_size)["flops"]
         even: dict[tuple[str, str], float] = {}
+        plain = Loadable(to_convolutions(dense), x)
         for precision in engines:
             if deployed["conv2d", precision].engine == "onnxruntime":
-                times = time_by_operator(to_convolutions(dense), x, precision)
+                times = time_by_operator(plain, precision)
                 even |= {(layer, precision): at_dense_speed(one, dense, times) for layer, one in made.items()}
         for (layer, precision), network in deployed.items():
             forms = Counter(network.forms.values())

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from decef.costs import cost
-from decef.inference.deploy import forms_of, to_convolutions
+from decef.inference.engines import Loadable
+from decef.inference.forms import forms_of, to_convolutions
 from decef.inference.profiling import time_by_operator
 from decef.layers import FactorizedConv2d
 from decef.results.bench_inference import ONE_BY_ONE, Case, networks, plans
@@ -50,16 +51,19 @@ def bench_operators(cases: Sequence[Case], share: float) -> Iterator[dict[str, A
     for case in cases:
         x = torch.randn(case.batch, *case.input_size)
         dense = case.dense().eval()
+        found = {
+            (layer, form): Loadable(to_convolutions(network, form), x)
+            for layer, network in networks(dense, plans(case, dense, share)).items()
+            for form in forms(network)
+        }
         for precision in case.precisions:
-            for layer, network in networks(dense, plans(case, dense, share)).items():
-                for form in forms(network):
-                    plain = to_convolutions(network, form)
-                    seconds: Counter[str] = Counter()
-                    for operator, time in time_by_operator(plain, x, precision).items():
-                        seconds[kind(operator)] += time  # type: ignore[assignment]
-                    macs = macs_by_kind(plain, case)
-                    row = {"network": case.network, "batch": case.batch, "precision": precision, "layer": layer}
-                    yield row | {"form": form, "seconds": dict(seconds), "macs": macs}
+            for (layer, form), plain in found.items():
+                seconds: Counter[str] = Counter()
+                for operator, time in time_by_operator(plain, precision).items():
+                    seconds[kind(operator)] += time  # type: ignore[assignment]
+                macs = macs_by_kind(plain.module, case)
+                row = {"network": case.network, "batch": case.batch, "precision": precision, "layer": layer}
+                yield row | {"form": form, "seconds": dict(seconds), "macs": macs}
 
 
 def forms(network: nn.Module) -> list[str]:

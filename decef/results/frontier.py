@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decef.conversion import convert
 from decef.data import Data
-from decef.inference.deploy import Deployed, deploy
+from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import available
 from decef.inference.timing import inference_call, interleaved_times
 from decef.plans import plan
@@ -97,15 +97,15 @@ def measure(
     calibration = [seen.normalize(images) for images, _ in seen.views(batch)]
     x = calibration[0]
 
-    def deployed(network: nn.Module, precision: str) -> Deployed:
+    def deployed(deployer: Deployer, precision: str) -> Deployed:
         engines = [engine for engine in available(x.device, precision) if engine != "compile"]  # it takes minutes
-        given = calibration if precision == "int8" else None
-        return deploy(network, x, engines=engines, precision=precision, calibration=given, progress=progress)
+        return deployer.deploy(engines, precision, calibration if precision == "int8" else None)
 
-    reference = deployed(dense, "fp32")
+    reference = deployed(Deployer(dense, x, progress=progress), "fp32")
     for point in chain([Point("conv2d", "dense", "", dense)], points):
+        deployer = Deployer(point.network, x, progress=progress)
         for precision in precisions:
-            network = deployed(point.network, precision)
+            network = deployed(deployer, precision)
             seconds = interleaved_times(
                 {"dense": inference_call(reference, x), "this": inference_call(network, x)}, ROUNDS, min
             )

@@ -1,0 +1,83 @@
+"""Fold batch norms into the convolutions before them."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from decef.conversion import replace_modules
+from decef.layers import FactorizedConv2d
+
+log = logging.getLogger(__name__)
+
+
+def _fold_into(conv: nn.Conv2d | FactorizedConv2d, norm: nn.BatchNorm2d) -> None:
+    """Fold the batch norm after `conv` into it; factors and weights that it shares stay as they are for the others."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    name = conv.scale_factor if isinstance(conv, FactorizedConv2d) else "weight"  # its first dimension is the output
+    weight, conv.bias = fuse_conv_bn_weights(
+        getattr(conv, name), conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    setattr(conv, name, weight)
+
+
+def fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
+    """Fold batch norms into the convolutions before them, in place; return the factorised layers by name."""
+    modules = dict(model.named_modules())
+    for name, norm_name in _convolutions_before_norms(model):
+        conv, norm = modules[name], modules[norm_name]
+        assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
+        assert isinstance(norm, nn.BatchNorm2d)
+        _fold_into(conv, norm)
+        rest = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
+        replace_modules(model, {id(norm): rest})
+    return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = isinstance(m, FactorizedConv2d) or _is_batch_norm(m)
+        return ours or super().is_leaf_module(m, module_qualified_name)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is torch's batch norm or timm's, which goes on with dropout (`drop`) and an activation (`act`)."""
+    timms = isinstance(module, nn.BatchNorm2d) and type(module).__name__ == "BatchNormAct2d"
+    return timms or type(module) is nn.BatchNorm2d
+
+
+def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of convolutions and batch norms, where one feeds only the other and both are called exactly once."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:
+        if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            reason = str(error).partition("\n")[0]
+            log.warning("batch norms are not folded, so it will be slower: the network can't be traced: %s", reason)
+        return []
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    count: dict[int, int] = {}
+    for node in calls:
+        count[id(modules[node.target])] = count.get(id(modules[node.target]), 0) + 1
+    found = []
+    for node in calls:
+        before = node.args[0] if node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        conv, norm = modules[before.target], modules[node.target]
+        once = count[id(conv)] == count[id(norm)] == 1
+        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
+        if once and foldable:
+            found.append((str(before.target), str(node.target)))
+    return found
+
+
+def _is_unhooked(module: nn.Module) -> bool:
+    """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    known = isinstance(module, FactorizedConv2d) or type(module) is nn.Conv2d or _is_batch_norm(module)
+    return known and not hooks

@@ -1,0 +1,77 @@
+"""The forms in which a trained low-rank layer can run, each as plain convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from decef.conversion import replace_modules
+from decef.inference.folding import fold_batch_norms
+from decef.layers import FactorizedConv2d
+
+FORMS = ("reconstructed", "factorized", "branches", "wide", "aligned")
+
+
+def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorized") -> nn.Module:
+    """A copy of `model` for export and inference: batch norms folded, factorised layers as plain convolutions.
+
+    Args:
+        model: any network.
+        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. A layer type that does
+            not have the form runs "factorized" instead.
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = fold_batch_norms(model)
+    forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
+    wrong = set(forms.values()) - set(FORMS)
+    if wrong:
+        raise ValueError(f"there is no form {', '.join(map(repr, wrong))}; there are {', '.join(FORMS)}")
+    return arranged(model, layers, forms)
+
+
+def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
+    """The layer as plain convolutions in every form that it has, by name."""
+    arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
+    return {name: _summed(chains) for name, chains in arrangements.items()}
+
+
+def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
+    """The sum of chains as one module, without wrappers that would only cost calls in torch."""
+    if len(chains) > 1:
+        return _Sum(chains)
+    (chain,) = chains
+    return (chain[0] if len(chain) == 1 else chain).eval().requires_grad_(False)
+
+
+class _Sum(nn.Module):
+    """The sum of several chains of convolutions, in evaluation mode."""
+
+    def __init__(self, chains: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.chains[0](x)
+        for chain in self.chains[1:]:
+            y = y + chain(x)
+        return y
+
+
+def arranged(
+    model: nn.Module,
+    layers: Mapping[str, FactorizedConv2d],
+    forms: Mapping[str, str],
+) -> nn.Module:
+    """A copy of the network with every factorised layer in the requested form."""
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    replaced: dict[int, nn.Module] = {}
+    for name, form in forms.items():
+        there = forms_of(layers[name])
+        replaced[id(modules[name])] = there.get(form, there["factorized"])
+    return replace_modules(model, replaced).requires_grad_(False)
