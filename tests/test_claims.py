@@ -55,6 +55,7 @@ def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", trai
         "decay": None,
     }
     settings = {"name": model, "shortcut": "A", "weights": None}
+    settings |= {key: options.pop(key) for key in ("weights_md5", "decompose_on") if key in options}
     if layer == "conv2d":
         flops = params = 1
     else:
@@ -135,6 +136,13 @@ def test_runs_of_other_costs_layers_and_data_are_no_evidence():
 def test_dense_twins_have_neither_what_layers_are_replaced_nor_how_those_are_trained():
     ours = runs("decef", 90.0, 91.1, 91.9, rank=4, dense_stem=False, exclude="layer1.*", decay="kernel")
     assert judge(NON_INFERIOR, [*DENSE, *ours]).verdict == HOLDS
+
+
+def test_dense_twins_of_decomposed_networks_begin_with_the_same_weights():
+    ours = runs("decef", 90.0, 91.1, 91.9, rank=4, weights_md5="a", decompose_on=512)
+    twins, others = runs("conv2d", 90.0, 91.0, 92.0, weights_md5="a"), runs("conv2d", 50.0, 51.0, 52.0, weights_md5="b")
+    assert judge(NON_INFERIOR, [*DENSE, *twins, *others, *ours]).verdict == HOLDS
+    assert judge(NON_INFERIOR, [*DENSE, *others, *ours]).verdict == NOT_TESTED
 
 
 def test_a_low_rank_control_replaces_the_same_layers():

@@ -52,7 +52,8 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
     kept = {key: value for key, value in record.experiment.items() if key != "layer"}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in free}
     if control.get("layer.name") == "conv2d":  # Conv2d replaces no layer
-        kept["model"] = {key: value for key, value in kept["model"].items() if key not in REPLACEMENT_OPTIONS}
+        without = (*REPLACEMENT_OPTIONS, "decompose_on")
+        kept["model"] = {key: value for key, value in kept["model"].items() if key not in without}
     return json.dumps(kept, sort_keys=True)
 
 
