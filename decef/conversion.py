@@ -89,7 +89,7 @@ def convert(
             raise ValueError(f"layer '{row.name}': {error}") from error
         by_weight[id(conv.weight)] = layer, row.error
         layer.bias = conv.bias  # type: ignore[assignment]
-        replaced[id(conv)] = _take_over(layer, conv)
+        replaced[id(conv)] = take_over(layer, conv)
     return replace_modules(model, replaced)
 
 
@@ -126,7 +126,7 @@ def fold(model: nn.Module) -> nn.Module:
             if not count_parameters(layer, factors=False):  # no batch norm
                 conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
                 conv.bias = layer.bias
-            replaced[id(layer)] = _take_over(conv, layer)
+            replaced[id(layer)] = take_over(conv, layer)
     return replace_modules(model, replaced)
 
 
@@ -165,7 +165,7 @@ def _share_factors(layer: FactorizedConv2d, first: FactorizedConv2d) -> None:
         setattr(layer, name, factor)
 
 
-def _take_over(new: _Module, old: nn.Module) -> _Module:
+def take_over(new: _Module, old: nn.Module) -> _Module:
     """Give `new` the hooks of `old`, which it replaces."""
     for hooks in (
         "_forward_hooks",

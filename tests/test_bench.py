@@ -167,7 +167,7 @@ def test_bound_at_the_speed_of_the_dense_layers():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
-    monkeypatch.setattr("decef.inference.timing.ROUNDS", 1)
+    monkeypatch.setattr("decef.results.bench_inference.NETWORK_ROUNDS", 1)
 
 
 def test_whole_networks(tmp_path, quick):

@@ -55,7 +55,7 @@ def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", trai
         "decay": None,
     }
     settings = {"name": model, "shortcut": "A", "weights": None}
-    settings |= {key: options.pop(key) for key in ("weights_md5", "decompose_on") if key in options}
+    settings |= {key: options.pop(key) for key in ("weights", "weights_md5", "decompose_on") if key in options}
     if layer == "conv2d":
         flops = params = 1
     else:
@@ -139,10 +139,21 @@ def test_dense_twins_have_neither_what_layers_are_replaced_nor_how_those_are_tra
 
 
 def test_dense_twins_of_decomposed_networks_begin_with_the_same_weights():
-    ours = runs("decef", 90.0, 91.1, 91.9, rank=4, weights_md5="a", decompose_on=512)
-    twins, others = runs("conv2d", 90.0, 91.0, 92.0, weights_md5="a"), runs("conv2d", 50.0, 51.0, 52.0, weights_md5="b")
+    begun, elsewhere = {"weights": "a.pt", "weights_md5": "a"}, {"weights": "b.pt", "weights_md5": "b"}
+    ours = runs("decef", 90.0, 91.1, 91.9, rank=4, decompose_on=512, **begun)
+    twins, others = runs("conv2d", 90.0, 91.0, 92.0, **begun), runs("conv2d", 50.0, 51.0, 52.0, **elsewhere)
     assert judge(NON_INFERIOR, [*DENSE, *twins, *others, *ours]).verdict == HOLDS
     assert judge(NON_INFERIOR, [*DENSE, *others, *ours]).verdict == NOT_TESTED
+
+
+def test_training_from_scratch_and_fine_tuning_are_claims_of_their_own():
+    asked = {one.id: one for one in load_claims()}
+    begun = {"weights": "a.pt", "weights_md5": "a"}
+    scratch = [*DENSE, *runs("decef", 90.0, 91.1, 91.9, flops=0.667)]
+    tuned = [*runs("conv2d", 90.0, 91.0, 92.0, **begun), *runs("decef", 90.0, 91.1, 91.9, decompose_on=512, **begun)]
+    for claim, found in (("fair-fight", scratch), ("decef-two-thirds-resnet", scratch), ("fair-fight-trained", tuned)):
+        assert judge(asked[claim], [*scratch, *tuned]) == judge(asked[claim], found)
+        assert len(judge(asked[claim], found).evidence) == 1
 
 
 def test_a_low_rank_control_replaces_the_same_layers():

@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 import decef
 from decef.inference.deploy import GAIN, _fastest
-from decef.inference.engines import ENGINES, available, load, to_onnx
+from decef.inference.engines import ENGINES, Loadable, available, load, to_onnx
 from decef.inference.export import export as write
-from decef.inference.forms import FORMS, forms_of, to_convolutions
+from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model
 from decef.ranks import Budget
@@ -118,17 +118,62 @@ def test_a_network_that_cannot_be_traced_keeps_its_batch_norms(caplog):
     assert_close(network(x), model(x), rtol=1e-4, atol=1e-5)
     deployed = decef.deploy(model, x, engines=["onnxruntime", "eager"])
     assert deployed.engine == "eager"
-    assert "engine onnxruntime is left out" in caplog.text  # such control flow has no ONNX
+    assert "engine onnxruntime (reconstructed) is left out" in caplog.text  # such control flow has no ONNX
     assert "batch norms are not folded" in caplog.text
     assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_and_computed_weights_are_not_folded_away():
-    model = small("conv2d").eval()
-    parametrizations.weight_norm(model.conv1)
+@pytest.mark.parametrize("layer", ["conv2d", "decef"])
+def test_hooks_and_computed_weights_are_not_folded_away(layer):
+    model = small(layer).eval()
+    parametrizations.spectral_norm(model.conv1, "weight" if layer == "conv2d" else "coefficients")
     model.conv3.register_forward_hook(lambda module, args, output: 2 * output)
     x = torch.randn(2, 3, 9, 9)
-    assert_close(to_convolutions(model)(x), model(x))
+    for form in ("reconstructed", "branches"):
+        assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert_close(decef.deploy(model, x, engines=["eager"])(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_output_outlives_the_next_call():
+    model, x = small("decef").cuda().eval(), torch.randn(2, 3, 9, 9, device="cuda")
+    deployed = decef.deploy(model, x, engines=["compile"])
+    first = deployed(x)
+    expected = first.clone()
+    deployed(2 * x)
+    assert torch.equal(first, expected)
+
+
+def test_a_form_that_cannot_run_is_left_out_alone(monkeypatch, caplog):
+    def refuse(model, layers, forms):
+        if set(forms.values()) == {"wide"}:
+            raise RuntimeError("too wide")
+        return arranged(model, layers, forms)
+
+    def pretend(steps, **how):
+        return {key: 1.0 if "wide" in key else 3.0 if "reconstructed" in key else 1.1 for key in steps}
+
+    module = sys.modules["decef.inference.deploy"]
+    monkeypatch.setattr(module, "arranged", refuse)
+    monkeypatch.setattr(module, "interleaved_times", pretend)
+    deployed = decef.deploy(small("decef"), torch.randn(1, 3, 9, 9), engines=["eager"])
+    assert "engine eager (wide) is left out: too wide" in caplog.text
+    assert {time["arrangement"] for time in deployed.times} == {"reconstructed", "factorized", "branches"}
+
+
+def test_layers_without_a_form_say_what_they_run_as(monkeypatch):
+    """All aligned: BasisConv at rank 3 becomes so, at rank 16 its chain already is."""
+
+    def pretend(steps, **how):
+        return {key: 1.0 if "aligned" in key or "factorized" in key else 3.0 for key in steps}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(LAYERS["basisconv"](8, 8, 3, rank=3), LAYERS["basisconv"](8, 32, 3, rank=16))
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved_times", pretend)
+    deployed = decef.deploy(model, torch.randn(1, 8, 9, 9), engines=["eager"])
+    aligned = next(time for time in deployed.times if time["arrangement"] == "aligned")
+    assert aligned["seconds"] == 1.0
+    assert deployed.forms["1"] == "factorized"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # the compiler's own
@@ -215,7 +260,7 @@ class Pair(nn.Module):
 
 def test_an_engine_of_one_shape_says_so():
     model = small("conv2d").eval()
-    network = load("onnxruntime", model, torch.randn(2, 3, 9, 9))
+    network = load("onnxruntime", Loadable(model, torch.randn(2, 3, 9, 9)))
     with pytest.raises(ValueError, match=r"deployed for inputs of \(2, 3, 9, 9\), not \(3, 3, 9, 9\)"):
         network(torch.randn(3, 3, 9, 9))
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from test_deploy import small
+from torch import nn
 from torch.testing import assert_close
 
 import decef
 from decef.inference import engines
 from decef.inference.deploy import Deployed, Deployer
-from decef.inference.engines import load, to_onnx
+from decef.inference.engines import Loadable, load, to_onnx
 from decef.inference.forms import to_convolutions
 from decef.inference.quantize import quantize, quantized_share
 
@@ -31,7 +32,7 @@ def test_eight_bits_are_near_the_network(layer):
 
 def test_the_range_is_that_of_the_calibration():
     network = to_convolutions(small("conv2d"))
-    near, far = (load("onnxruntime", network, X, "int8", [scale * X]) for scale in (1.0, 30.0))
+    near, far = (load("onnxruntime", Loadable(network, X), "int8", [scale * X]) for scale in (1.0, 30.0))
     expected = network(X)
     assert (near(X) - expected).norm() < 0.3 * (far(X) - expected).norm()
 
@@ -41,7 +42,11 @@ def test_what_is_quantised_is_counted():
     assert quantized_share(proto) == {"Conv": (0, 3), "Add": (0, 1), "Gemm": (0, 1)}
     share = quantized_share(quantize(proto, [X]))
     assert share["Conv"] == (3, 3)
-    assert share["Gemm"] == (1, 1)
+    assert share["Gemm"] == share["Add"] == (1, 1)
+    half = quantize(proto, [X])
+    (add,) = (node for node in half.graph.node if node.op_type == "Add")
+    add.input[1] = half.graph.input[0].name  # in 32 bits
+    assert quantized_share(half)["Add"] == (0, 1)
     with pytest.raises(ValueError, match="a batch to calibrate on"):
         quantize(proto, [])
 
@@ -66,6 +71,8 @@ def test_several_precisions_share_what_is_exported(monkeypatch):
     exported = [tuple(network.state_dict()) for network, *_ in counted]
     assert len(set(exported)) == len(exported)
     assert eight.quantized["Conv"][0] > 0
+    wider = deployer.deploy(["onnxruntime"], "int8", [30 * X])
+    assert wider.error > eight.error
     sixteen = deployer.deploy(["eager"], "bf16")
     full = deployer.deploy(["eager"])
     assert sixteen.error > 1e-4 > full.error
@@ -82,6 +89,8 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
     assert (again.forms, again.arrangement, again.times) == (deployed.forms, deployed.arrangement, deployed.times)
     assert torch.equal(again(X), deployed(X))
     assert again.error == deployed.error
+    with pytest.raises(ValueError, match=r"must have the example's shape|would do nothing in fp32"):
+        Deployed.load(tmp_path / "choice.json", model, X, calibration=[X[:1]])
     with pytest.raises(ValueError, match="for a network with other low-rank layers"):
         Deployed.load(tmp_path / "choice.json", small("conv2d"), X)
     (tmp_path / "choice.json").write_text("{}")
@@ -97,8 +106,13 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
         ({"precision": "bf16", "engines": ["onnxruntime"]}, "does not run in bf16: eager, compile can"),
         ({"calibration": [X]}, "calibration would do nothing in fp32"),
         ({"precision": "int8", "calibration": [X[:1]]}, r"must have the example's shape, \(2, 3, 9, 9\)"),
+        ({"precision": "int8", "calibration": []}, "calibration must have at least one input"),
     ],
 )
-def test_what_is_refused(options, message):
+def test_what_is_refused_before_anything_runs(options, message):
+    class Late(nn.Module):
+        def forward(self, x):
+            raise AssertionError("it ran")
+
     with pytest.raises(ValueError, match=message):
-        decef.deploy(small("decef"), X, **options)
+        decef.deploy(Late(), X, **options)

@@ -26,7 +26,7 @@ from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.files import replace_file
 from decef.inference.deploy import Deployed, deploy
-from decef.inference.engines import available, check_engine, load
+from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
 from decef.inference.latency import measure_times
@@ -339,7 +339,7 @@ class Compression:
             return check_engine(engine, self._x)
         if "onnxruntime" in available(self._x.device):
             try:
-                load("onnxruntime", to_convolutions(self._model), self._x)
+                load("onnxruntime", Loadable(to_convolutions(self._model), self._x))
                 return "onnxruntime"
             except ValueError as error:
                 log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)

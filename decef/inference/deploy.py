@@ -25,7 +25,7 @@ from decef.inference.engines import (
     load_all,
 )
 from decef.inference.folding import fold_batch_norms
-from decef.inference.forms import arranged, forms_of
+from decef.inference.forms import FORMS, arranged, forms_of
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
@@ -92,22 +92,26 @@ class Deployed(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or for another network, or its engine is not available here.
+            ValueError: the file is damaged or for another network, its engine is not available here, or what is given
+                for calibration doesn't fit.
         """
         try:
             saved = json.loads(Path(path).read_text())
             choice = {key: saved[key] for key in CHOICE}
-        except (KeyError, TypeError, ValueError) as error:
+            unknown = set(choice["forms"].values()) - set(FORMS)
+            if unknown:
+                raise ValueError(f"there is no form {', '.join(map(repr, unknown))}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no file of Deployed.save: {error}") from error
         model = copy.deepcopy(model).eval()
         expected = model(example_input)
         layers = fold_batch_norms(model)
         if set(choice["forms"]) != set(layers):
             raise ValueError(f"{path} is for a network with other low-rank layers")
-        check_engine(choice["engine"], example_input, choice["precision"])
-        network = arranged(model, layers, choice["forms"])
-        network = load(choice["engine"], network, example_input, choice["precision"], calibration)
-        return cls(network, **choice, error=_error(network(example_input), expected))
+        (engine,) = _checked(example_input, [choice["engine"]], choice["precision"], calibration)
+        arranged_as_saved = Loadable(arranged(model, layers, choice["forms"]), example_input)
+        network = load(engine, arranged_as_saved, choice["precision"], calibration)
+        return cls(network, **choice, error=_error(inference_call(network, example_input)(), expected))
 
 
 def deploy(
@@ -148,6 +152,7 @@ def deploy(
         ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
             the original's output up to rounding.
     """
+    engines = _checked(example_input, engines, precision, calibration)  # before anything takes time
     return Deployer(model, example_input, progress=progress).deploy(engines, precision, calibration)
 
 
@@ -170,7 +175,7 @@ class Deployer:
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._layers = fold_batch_norms(self._model)
-        self._alone = _LayersAlone(self._layers, layer_inputs(self._model, example_input, self._layers))
+        self._timer = _LayerTimer(self._layers, layer_inputs(self._model, example_input, self._layers))
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -182,32 +187,30 @@ class Deployer:
     ) -> Deployed:
         """See `deploy`."""
         x = self._x
-        if calibration is not None and precision != "int8":
-            raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
-        if any(batch.shape != x.shape for batch in calibration or ()):
-            raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
-        check_precision(precision)
-        if engines is None:
-            engines = available(x.device, precision)
-        engines = [check_engine(engine, x, precision) for engine in engines]
-        alone: dict[str, _Alone] = {}
+        engines = _checked(x, engines, precision, calibration)
+        alone: dict[str, _LayerTimes] = {}
         errors: dict[tuple[str, str], float] = {}
         networks: dict[tuple[str, str], Runner] = {}
         chosen: dict[tuple[str, str], Mapping[str, str]] = {}
         for engine in engines:
             by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
             try:
-                alone[by] = alone.get(by) or self._alone.time(by, precision, self._progress)
-                candidates = _candidates(engine, self._layers, alone[by])
-                for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
-                    (network,) = load_all(engine, [self._arranged(forms)], precision, calibration)
-                    output = network(x)
+                alone[by] = alone.get(by) or self._timer.time(by, precision, self._progress)
+            except Exception as error:  # an engine may fail in any way
+                _left_out(engine, error)
+                continue
+            candidates = self._timer.candidates(alone[by], uniform=engine != "compile")
+            for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
+                try:
+                    network = load(engine, self._arranged(forms), precision, calibration)
+                    output = inference_call(network, x)()
                     if precision == "fp32":
                         check_equal(output, self._expected)
-                    errors[engine, name] = _error(output, self._expected)
-                    networks[engine, name], chosen[engine, name] = network, forms
-            except Exception as error:  # an engine may fail in any way, and is then left out
-                log.warning("engine %s is left out: %s", engine, str(error).partition("\n")[0] or type(error).__name__)
+                except Exception as error:
+                    _left_out(f"{engine} ({name})", error)
+                    continue
+                errors[engine, name] = _error(output, self._expected)
+                networks[engine, name], chosen[engine, name] = network, forms
         if not networks:
             raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
         steps = {key: inference_call(network, x) for key, network in networks.items()}
@@ -220,6 +223,30 @@ class Deployer:
         if key not in self._networks:
             self._networks[key] = Loadable(arranged(self._model, self._layers, forms), self._x)
         return self._networks[key]
+
+
+def _checked(
+    x: Tensor, engines: Sequence[str] | None, precision: str, calibration: Sequence[Tensor] | None
+) -> list[str]:
+    """The engines to try.
+
+    Raises:
+        ValueError: an argument of `deploy` can't be used.
+    """
+    check_precision(precision)
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
+    if calibration is not None and not calibration:
+        raise ValueError("calibration must have at least one input: leave it out to calibrate on the example")
+    if any(batch.shape != x.shape for batch in calibration or ()):
+        raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
+    if engines is None:
+        return available(x.device, precision)
+    return [check_engine(engine, x, precision) for engine in engines]
+
+
+def _left_out(what: str, error: Exception) -> None:
+    log.warning("engine %s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
 
 
 def _error(output: Tensor, expected: Tensor) -> float:
@@ -241,33 +268,21 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
     return seen
 
 
-def _candidates(engine: str, layers: Mapping[str, FactorizedConv2d], alone: _Alone) -> dict[str, Mapping[str, str]]:
-    """The whole networks worth timing: for each by name, the form of every layer."""
-    if not layers:
-        return {"reconstructed": {}}
-    fastest = min(alone.totals.values(), default=0.0)
-    forms = [form for form, total in alone.totals.items() if total <= HOPELESS * fastest and engine != "compile"]
-    found: dict[str, Mapping[str, str]] = {
-        form: dict.fromkeys(layers, form) for form in dict.fromkeys(["reconstructed", *forms])
-    }
-    return found if alone.forms in found.values() else {"measured": alone.forms, **found}
-
-
 @dataclass(frozen=True)
-class _Alone:
-    """Layers timed alone: the fastest form of each, and for every form the seconds of all layers in it."""
+class _LayerTimes:
+    """Of layers timed alone: the fastest form of each, and for every form the seconds of all layers in it."""
 
-    forms: dict[str, str]
+    fastest: dict[str, str]
     totals: dict[str, float]
 
 
-class _LayersAlone:
-    """The layers of a network in each of their forms; equal layers with equal input shapes are one."""
+class _LayerTimer:
+    """Times the layers of a network in each of their forms; equal layers with equal input shapes are one."""
 
     def __init__(self, layers: Mapping[str, FactorizedConv2d], seen: Mapping[str, Tensor]) -> None:
         first: dict[tuple[Any, ...], str] = {}
         self._names = list(layers)
-        self._same: dict[str, str] = {}
+        self._same: dict[str, str] = {}  # layers that don't run are not in it
         for name, layer in layers.items():
             if name in seen:
                 self._same[name] = first.setdefault((repr(layer), seen[name].shape), name)
@@ -277,24 +292,45 @@ class _LayersAlone:
             for form, module in forms_of(layers[name]).items()
         }
 
-    def time(self, engine: str, precision: str, progress: bool) -> _Alone:
+    def time(self, engine: str, precision: str, progress: bool) -> _LayerTimes:
         if not self._variants:
-            return _Alone(dict.fromkeys(self._names, "reconstructed"), {})
+            return _LayerTimes(self._all_in("reconstructed"), {})
         loaded = dict(zip(self._variants, load_all(engine, list(self._variants.values()), precision), strict=True))
         steps: dict[str, dict[str, Callable[[], object]]] = {}
         for (name, form), runner in loaded.items():
             steps.setdefault(name, {})[form] = inference_call(runner, self._variants[name, form].example)
         fastest: dict[str, str] = {}
-        seconds: dict[str, dict[str, float]] = {}
+        seconds: dict[tuple[str, str], float] = {}
         for name in bar(list(steps), f"{engine}: layers", progress):
-            fastest[name], seconds[name] = _fastest(steps[name], dense=["reconstructed"])
-        forms = dict.fromkeys(form for _, form in self._variants)
+            fastest[name], found = _fastest(steps[name], dense=["reconstructed"])
+            seconds |= {(name, form): value for form, value in found.items()}
         totals = {
-            form: sum(seconds[one].get(form, seconds[one]["factorized"]) for one in self._same.values())
-            for form in forms
+            form: sum(seconds[one, self._all_in(form)[name]] for name, one in self._same.items())
+            for form in dict.fromkeys(form for _, form in self._variants)
         }
-        same = self._same
-        return _Alone({name: fastest[same[name]] if name in same else "reconstructed" for name in self._names}, totals)
+        chosen = {name: fastest[one] for name, one in self._same.items()}
+        return _LayerTimes(self._all_in("reconstructed") | chosen, totals)
+
+    def candidates(self, times: _LayerTimes, *, uniform: bool) -> dict[str, Mapping[str, str]]:
+        """The whole networks worth timing: for each by name, the form of every layer.
+
+        Args:
+            times: of the layers alone.
+            uniform: those with all layers in one form among them, and not only the dense one.
+        """
+        least = min(times.totals.values(), default=0.0)
+        forms = [form for form, total in times.totals.items() if total <= HOPELESS * least and uniform]
+        found: dict[str, Mapping[str, str]] = {}
+        for form in dict.fromkeys(["reconstructed", *forms]):
+            everywhere = self._all_in(form)
+            if everywhere not in found.values():
+                found[form] = everywhere
+        return found if times.fastest in found.values() else {"measured": times.fastest, **found}
+
+    def _all_in(self, form: str) -> dict[str, str]:
+        """All layers in one form, those that lack it as their chains; what doesn't run is dense."""
+        there = {name: form if (one, form) in self._variants else "factorized" for name, one in self._same.items()}
+        return {name: there.get(name, "reconstructed") for name in self._names}
 
 
 def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tuple[K, dict[K, float]]:

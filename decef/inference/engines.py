@@ -7,8 +7,8 @@ import copy
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -65,72 +65,53 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"there is no precision '{precision}'; there are {', '.join(PRECISIONS)}")
 
 
-def load(
-    engine: str,
-    model: nn.Module,
-    example_input: Tensor,
-    precision: str = "fp32",
-    calibration: Sequence[Tensor] | None = None,
-) -> Runner:
-    """`model` as a module that the engine runs, for inputs of the example's shape; see `load_all`.
-
-    Args:
-        engine, model, example_input, precision: see `load_all`.
-        calibration: for int8, inputs of the example's shape; None is the example alone.
-    """
-    return load_all(engine, [Loadable(model, example_input)], precision, calibration)[0]
-
-
-@dataclass
+@dataclass(eq=False)
 class Loadable:
     """A network for engines to load, in one precision or in several: it is exported to ONNX at most once.
 
     Attributes:
-        module: in evaluation mode; it does not change.
+        module: in evaluation mode; loading does not change it.
         example: an input `(B, C, H, W)`.
-        proto: what it was exported as.
     """
 
     module: nn.Module
     example: Tensor
-    proto: onnx.ModelProto | None = None
+    _proto: onnx.ModelProto | None = field(init=False, default=None)
 
 
-def load_all(
-    engine: str, networks: Sequence[Loadable], precision: str = "fp32", calibration: Sequence[Tensor] | None = None
-) -> Sequence[Runner]:
-    """Each network as a module that the engine runs, for inputs of its example's shape.
+def load(
+    engine: str, network: Loadable, precision: str = "fp32", calibration: Sequence[Tensor] | None = None
+) -> Runner:
+    """A network as a module that the engine runs, for inputs of its example's shape.
 
     Args:
         engine: one of `ENGINES`.
-        networks: at least one; for other precisions, load the same ones again.
+        network: what to load; load the same one again for other precisions.
         precision: of the computation, one of `PRECISIONS`; inputs and outputs stay in fp32.
-        calibration: for int8, inputs for every network; None is for each its example alone.
+        calibration: for int8, inputs of the example's shape; None is the example alone.
 
     Raises:
-        ValueError: the engine is unknown, not installed or doesn't run on the input's device, or a network cannot be
+        ValueError: the engine is unknown, not installed or doesn't run on the input's device, or the network cannot be
             exported to ONNX for it.
     """
-    example = networks[0].example
-    check_engine(engine, example, precision)
+    x = network.example
+    check_engine(engine, x, precision)
     if engine == "onnxruntime":
-        return [_with_onnxruntime(network, precision, calibration) for network in exported(networks)]
-    compiled: Callable[[nn.Module], Any] | None = None
-    if engine == "compile":
-        mode = "reduce-overhead" if example.device.type == "cuda" else None  # CUDA graphs
-        compiled = lambda m: torch.compile(m, mode=mode, dynamic=False)  # noqa: E731
-    dtype = torch.bfloat16 if precision == "bf16" else None
-    return [_ChannelsLast(copy.deepcopy(network.module), dtype, compiled) for network in networks]
+        (proto,) = protos([network])
+        if precision == "int8":
+            proto = quantize(proto, [x] if calibration is None else calibration)
+        runner = onnx_runner(engine, proto, x)
+        runner.quantized = quantized_share(proto)
+        return runner
+    module, dtype = copy.deepcopy(network.module), torch.bfloat16 if precision == "bf16" else None
+    return _Compiled(module, dtype) if engine == "compile" else _ChannelsLast(module, dtype)
 
 
-def _with_onnxruntime(network: Loadable, precision: str, calibration: Sequence[Tensor] | None) -> Runner:
-    assert network.proto is not None
-    proto = network.proto
-    if precision == "int8":
-        proto = quantize(proto, [network.example] if calibration is None else calibration)
-    runner = onnx_runner("onnxruntime", proto, network.example)
-    runner.quantized = quantized_share(proto)
-    return runner
+def load_all(engine: str, networks: Sequence[Loadable], precision: str = "fp32") -> list[Runner]:
+    """Each network by `load`; those that are still to be exported, side by side."""
+    if engine == "onnxruntime":
+        protos(networks)
+    return [load(engine, network, precision) for network in networks]
 
 
 def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = False) -> onnx.ModelProto:
@@ -148,16 +129,15 @@ def to_onnx(model: nn.Module, example_input: Tensor, *, dynamic_batch: bool = Fa
     return _export(model, (example_input,), ["input"], ["output"], free)
 
 
-def exported(networks: Sequence[Loadable]) -> Sequence[Loadable]:
-    """The same networks, all with their `proto`; in one export, because one takes a second whatever its size.
+def protos(networks: Sequence[Loadable]) -> list[onnx.ModelProto]:
+    """The networks as ONNX; in one export, because one takes a second whatever its size.
 
     Raises:
         ValueError: a network cannot be exported.
     """
-    missing = [network for network in networks if network.proto is None]
+    missing = [network for network in networks if network._proto is None]
     if len(missing) == 1:
-        (network,) = missing
-        network.proto = to_onnx(network.module, network.example)
+        missing[0]._proto = to_onnx(missing[0].module, missing[0].example)
     elif missing:
         from onnx.utils import Extractor
 
@@ -167,8 +147,8 @@ def exported(networks: Sequence[Loadable]) -> Sequence[Loadable]:
         distinct = tuple(network.example.clone() for network in missing)  # one tensor given twice would be one input
         extractor = Extractor(_export(side_by_side, distinct, list(inputs), list(outputs)))
         for network, (one, other) in zip(missing, names, strict=True):
-            network.proto = extractor.extract_model([one], [other])
-    return networks
+            network._proto = extractor.extract_model([one], [other])
+    return [network._proto for network in networks if network._proto is not None]
 
 
 def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
@@ -206,21 +186,32 @@ class Runner(nn.Module):
 class _ChannelsLast(Runner):
     """A torch network with its input and weights in channels-last layout, in which convolutions run fastest."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        dtype: torch.dtype | None = None,
-        compiled: Callable[[nn.Module], Any] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype = dtype
         self.model = model.to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
         self.bytes = stored_bytes(self.model)
-        self._run = [compiled(self.model) if compiled else self.model]  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-        return self._run[0](y if self.dtype is None else y.to(self.dtype)).to(x.dtype)
+        return self._run(y if self.dtype is None else y.to(self.dtype)).to(x.dtype)
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class _Compiled(_ChannelsLast):
+    """The same, compiled; on a GPU as a CUDA graph, whose next call writes over the memory of its output."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, dtype)
+        self._graph = next((p.is_cuda for p in model.parameters()), False)
+        mode = "reduce-overhead" if self._graph else None
+        self._compiled = [torch.compile(self.model, mode=mode, dynamic=False)]  # in a list: not a submodule
+
+    def _run(self, x: Tensor) -> Tensor:
+        y: Tensor = self._compiled[0](x)
+        return y.clone() if self._graph else y
 
 
 class _Fixed(Runner):

@@ -6,6 +6,7 @@ import logging
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
 from decef.conversion import replace_modules
 from decef.layers import FactorizedConv2d
@@ -70,14 +71,14 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
             continue
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
-        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_unhooked(conv) and _is_unhooked(norm)
+        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_plain(conv) and _is_plain(norm)
         if once and foldable:
             found.append((str(before.target), str(node.target)))
     return found
 
 
-def _is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module only runs the forward of a known class, without hooks, pruning or the like."""
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling a module only runs the forward of a known class on its own parameters, without hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     known = isinstance(module, FactorizedConv2d) or type(module) is nn.Conv2d or _is_batch_norm(module)
-    return known and not hooks
+    return known and not hooks and not is_parametrized(module)

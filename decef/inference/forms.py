@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from decef.conversion import replace_modules
+from decef.conversion import replace_modules, take_over
 from decef.inference.folding import fold_batch_norms
 from decef.layers import FactorizedConv2d
 
@@ -73,5 +73,5 @@ def arranged(
     replaced: dict[int, nn.Module] = {}
     for name, form in forms.items():
         there = forms_of(layers[name])
-        replaced[id(modules[name])] = there.get(form, there["factorized"])
+        replaced[id(modules[name])] = take_over(there.get(form, there["factorized"]), modules[name])
     return replace_modules(model, replaced).requires_grad_(False)

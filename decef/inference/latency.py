@@ -76,7 +76,7 @@ def measure_times(
         assert row.max_rank is not None
         most = min(row.max_rank, max(1, row.params_before * row.max_rank // max(1, row.params_after)))
         layers[row.name] = _layer_times(conv, layer, spaced(most), inputs[row.name], engine, known, options)
-    dense = load(engine, to_convolutions(model), example_input)
+    dense = load(engine, Loadable(to_convolutions(model), example_input))
     total = interleaved_times({DENSE: inference_call(dense, example_input)}, ROUNDS, min)[DENSE]
     return Times(total, layers)
 
@@ -105,8 +105,9 @@ def _layer_times(
     for rank in ranks:
         made = layer_class.like(conv, rank, **options).eval()
         made.reset_parameters()
-        names[rank] = repr(made)
-        variants[names[rank]] = {form: m for form, m in forms_of(made).items() if form != "reconstructed"}
+        forms = {form: m for form, m in forms_of(made).items() if form != "reconstructed"}
+        names[rank] = f"{made!r} as {', '.join(forms)}"
+        variants[names[rank]] = forms
     missing = {
         (name, form): Loadable(module, x)
         for name, forms in variants.items()

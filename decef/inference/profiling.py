@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from decef.inference.engines import Loadable, check_engine, exported, session_options
+from decef.inference.engines import Loadable, check_engine, protos, session_options
 from decef.inference.quantize import quantize
 
 CALLS = 20
@@ -37,8 +37,7 @@ def time_by_operator(network: Loadable, precision: str = "fp32") -> dict[tuple[i
     check_engine("onnxruntime", x, precision)
     import onnxruntime
 
-    proto = exported([network])[0].proto
-    assert proto is not None
+    (proto,) = protos([network])
     weights = {weight.name: tuple(weight.dims) for weight in proto.graph.initializer}
     kernels = {node.name: weights[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"}
     if precision == "int8":

@@ -66,7 +66,7 @@ def quantized_share(proto: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     for node in proto.graph.node:
         if node.op_type in COUNTED:
             total[node.op_type] += 1
-            eight[node.op_type] += node.input[0] in dequantized
+            eight[node.op_type] += all(name in dequantized for name in node.input if name)
     return {kind: (eight[kind], total[kind]) for kind in COUNTED if total[kind]}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.metric import conditioned, squared_norm_on
 
@@ -275,8 +275,9 @@ class FactorizedConv2d(nn.Module):
 
     def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
         """Seconds of the fastest of a few runs."""
-        # Factors may be computed tensors, which cannot be deep-copied: the twin gets parameters with their values.
-        twin = copy.copy(self)
+        # Factors may be computed, which rules out copies: the twin gets parameters with their values.
+        kind: Any = type(self).__base__ if is_parametrized(self) else type(self)
+        twin = object.__new__(kind)
         twin.__dict__ = dict(self.__dict__)
         for name in self.factors():
             twin.__dict__.pop(name, None)

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,12 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         made = plans(case, dense, share)
         found = networks(dense, made)
         engines = _engines(case, device)
-        deployers = {layer: Deployer(network, x, progress=True) for layer, network in found.items()}
-        deployed = {
-            (layer, precision): deployer.deploy(names, precision)
-            for precision, names in engines.items()
-            for layer, deployer in deployers.items()
-        }
-        del deployers  # with all that they exported
+        deployed = {}
+        for layer, network in found.items():
+            deployer = Deployer(network, x, progress=True)
+            for precision, names in engines.items():
+                deployed[layer, precision] = deployer.deploy(names, precision)
+        del deployer  # with all that it exported
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {key: inference_call(network, x) for key, network in deployed.items()}
         seconds = interleaved_times(steps, NETWORK_ROUNDS, min)
@@ -116,7 +116,8 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
             if deployed["conv2d", precision].engine == "onnxruntime":
                 times = time_by_operator(plain, precision)
                 even |= {(layer, precision): at_dense_speed(one, dense, times) for layer, one in made.items()}
-        for (layer, precision), network in deployed.items():
+        for precision, layer in product(engines, found):
+            network = deployed[layer, precision]
             forms = Counter(network.forms.values())
             yield {
                 "network": case.network,

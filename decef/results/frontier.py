@@ -101,9 +101,10 @@ def measure(
         engines = [engine for engine in available(x.device, precision) if engine != "compile"]  # it takes minutes
         return deployer.deploy(engines, precision, calibration if precision == "int8" else None)
 
-    reference = deployed(Deployer(dense, x, progress=progress), "fp32")
+    deployer = Deployer(dense, x, progress=progress)
+    reference = deployed(deployer, "fp32")
     for point in chain([Point("conv2d", "dense", "", dense)], points):
-        deployer = Deployer(point.network, x, progress=progress)
+        deployer = deployer if point.network is dense else Deployer(point.network, x, progress=progress)
         for precision in precisions:
             network = deployed(deployer, precision)
             seconds = interleaved_times(
