@@ -24,6 +24,8 @@ def main() -> None:
     wrong = set(arguments.what) - set(WHAT)
     if wrong:
         fail(f"there is no benchmark {', '.join(sorted(wrong))}; there are {', '.join(WHAT)}")
+    if arguments.dtype != "float32" and arguments.what != ["layers"]:
+        fail(f"--dtype {arguments.dtype} is for the benchmark layers alone")
     if not 0 < arguments.share <= 1:
         fail(f"--share {arguments.share:g} must be above 0 and at most 1")
 
@@ -31,6 +33,7 @@ def main() -> None:
 
     from decef.inference.engines import available, check_engine
     from decef.results import bench_inference, bench_layers, bench_operators, bench_training
+    from decef.training.precision import resolve_precision
     from decef.training.recorder import environment
 
     try:
@@ -42,12 +45,14 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    made = environment(arguments.device, torch.get_num_threads()) | {"dtype": arguments.dtype}
+    machine = environment(arguments.device, torch.get_num_threads())
+    precisions = {"layers": arguments.dtype, "training": resolve_precision(device, "auto")}
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     rows: list[dict[str, object]]
     can_profile = "onnxruntime" in available(device)
     for what in arguments.what or [what for what in WHAT if what != "operators" or can_profile]:
         out, rows = arguments.out / f"{what}-{suffix}", []
+        made = machine | {"dtype": precisions.get(what, "several precisions")}
         if what == "layers":
             dtype = getattr(torch, arguments.dtype)
             for row in bench_layers.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):

@@ -202,6 +202,7 @@ def test_what_the_command_refuses(call):
         (["speed"], "there is no benchmark speed; there are layers, networks, operators, training"),
         (["layers", "--share", "2"], "--share 2 must be above 0"),
         (["layers", "--device", "cuda:99"], "torch sees no GPU"),
+        (["networks", "--dtype", "bfloat16"], "--dtype bfloat16 is for the benchmark layers alone"),
     ):
         done = call("bench.py", *arguments)
         assert done.returncode == 2

@@ -61,7 +61,7 @@ class Times:
 class Latency:
     """The largest ranks that keep the whole network within a share of its dense time, by measured times.
 
-    FLOPs are not time: at half the FLOPs, networks take from 0.6 to 1.1 of their dense time. This rule weighs energy
+    FLOPs are not time: at half the FLOPs, networks take from 0.5 to 1 of their dense time. This rule weighs energy
     against seconds, as `Budget` does against FLOPs. Every layer starts as fast as it can be. Then, one step at a time,
     the layer that gains the most energy per second gets more, up to dense, until no step fits any more.
 
