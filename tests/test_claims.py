@@ -316,7 +316,7 @@ def test_method_and_initialisation_are_judged_by_themselves():
 def test_a_control_of_several_experiments_is_one_comparison():
     trains, options = next(c for c in load_claims() if c.id == "rank1-trains"), {"rank": 1, "model": "plain"}
     chain = runs("rank1", 9.0, 10.0, 11.5, separate_init=True, **options)
-    ours = [runs("rank1", *[99.0] * 3, separate_init=True, atcd=atcd, **options) for atcd in (1, "epoch")]
+    ours = [runs("rank1", 98.9, 99.0, 99.1, separate_init=True, atcd=atcd, **options) for atcd in (1, "epoch")]
     alone, both = judge(trains, [*chain, *ours[0]]), judge(trains, [*chain, *ours[0], *ours[1]])
     assert "(p = 0.022)" in alone.evidence[0].result
     assert all("(p = 0.022)" in e.result for e in both.evidence)
@@ -371,12 +371,12 @@ def origins(names, md5=None):
     ("tables", "verdicts", "overall"),
     [
         ([], [], NOT_TESTED),
-        ([ranks(FALLING, RANDOM)], [ONE_SEED] * 2, UNDECIDED),
-        ([ranks(FALLING, RANDOM)] * 3, [HOLDS] * 2, HOLDS),
-        ([ranks(RISING, [6.0, 6.1, 6.2, 6.3])] * 3, [FAILS] * 2, FAILS),
-        ([ranks([5.0] * 4, [6.0] * 4)] * 3, [UNDECIDED] * 2, UNDECIDED),  # without a correlation
-        ([ranks(RISING, [2.0, 4.0, 7.0, 15.0])] * 3, [FAILS, HOLDS], MIXED),  # rises, but less than random kernels' do
-        ([ranks(FALLING, RANDOM)] * 2 + [ranks(RISING, RANDOM)], [UNDECIDED] * 2, UNDECIDED),
+        ([ranks(FALLING, RANDOM)], [ONE_SEED], UNDECIDED),
+        ([ranks(FALLING, RANDOM)] * 8, [HOLDS], HOLDS),
+        ([ranks(RISING, [6.0, 6.1, 6.2, 6.3])] * 8, [FAILS], FAILS),
+        ([ranks([5.0] * 4, [6.0] * 4)] * 3, [UNDECIDED], UNDECIDED),  # without a correlation
+        ([ranks(RISING, [2.0, 4.0, 7.0, 15.0])] * 8, [FAILS], FAILS),  # rises, but less than random kernels' do
+        ([ranks(FALLING, RANDOM)] * 2 + [ranks(RISING, RANDOM)], [UNDECIDED], UNDECIDED),
     ],
 )
 def test_ranks_over_depth(tmp_path, monkeypatch, tables, verdicts, overall):
@@ -390,6 +390,19 @@ def test_ranks_over_depth(tmp_path, monkeypatch, tables, verdicts, overall):
     assert [e.verdict for e in got.evidence] == verdicts
     assert got.verdict == overall
     assert all(e.n == len(tables) for e in got.evidence)
+
+
+def test_ranks_are_judged_by_each_definition():
+    falls = ranks(FALLING, RANDOM)
+    both = falls.assign(entropy=RISING, entropy_init=[6.0, 6.1, 6.2, 6.3])
+    dense = runs("conv2d", *[90.0] * 8)
+    got = judge(claim(kind="monotone_rank", over="depth"), dense, Measurements({run.id: both for run in dense}))
+    found = {e.what: e.verdict for e in got.evidence}
+    assert found == {
+        "resnet20, 4 convolutions, threshold rank": HOLDS,
+        "resnet20, 4 convolutions, entropy rank": FAILS,
+    }
+    assert got.verdict == MIXED
 
 
 def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
@@ -431,15 +444,15 @@ def test_ranks_over_training_and_of_dense_networks_alone():
         return pd.concat([ranks([9 - s] * 4, RANDOM, f"epoch {2 * i + 1}") for i, s in enumerate(steps)])
 
     settling, wandering = training(0, 4, 6, 7, 7.5), training(0, 0.5, 1.5, 3.5, 7.5)
-    dense = runs("conv2d", 90.0, 91.0)
+    dense = runs("conv2d", *[90.0] * 6)
 
     def verdict(*tables, of=dense):
         names = [run.id for run in of]
         return judge(ask, of, Measurements(dict(zip(names, tables, strict=False)))).verdict
 
-    assert verdict(settling, settling) == HOLDS
-    assert verdict(wandering, wandering) == FAILS
-    assert verdict(settling) == UNDECIDED
+    assert verdict(*[settling] * 6) == HOLDS
+    assert verdict(*[wandering] * 6) == FAILS
+    assert verdict(settling) == verdict(settling, settling) == UNDECIDED
     assert verdict(ranks(FALLING, RANDOM)) == NOT_TESTED  # one checkpoint
     assert verdict(settling, settling, of=runs("decef", 90.0, 91.0)) == NOT_TESTED
 
@@ -594,7 +607,7 @@ def test_the_command_line_writes_the_same_bytes_twice(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(
     ("rises", "verdict"),
-    [([[0.1, 0.2, 0.3]] * 3, HOLDS), ([[0.3, 0.2, 0.1]] * 3, FAILS), ([[0.1, 0.2, 0.3]], UNDECIDED)],
+    [([[0.1, 0.2, 0.3]] * 6, HOLDS), ([[0.3, 0.2, 0.1]] * 6, FAILS), ([[0.1, 0.2, 0.3]], UNDECIDED)],
 )
 def test_significance_by_what_removal_costs(rises, verdict):
     records, tables = runs("cpac", *[90.0] * len(rises), rank=3), {}

@@ -60,10 +60,11 @@ def test_p_value_is_that_of_the_t_test(bound):
 
 
 def test_p_value_without_spread_and_without_a_warning():
-    assert p_value([90.0, 90.0], 50.0) == 0
+    assert p_value([90.0, 90.0], 50.0) == stats.binomtest(2, 2).pvalue == 0.5
+    assert p_value([90.0] * 7, 50.0) == stats.binomtest(7, 7).pvalue
     assert p_value([-0.5, -0.5, -0.5], -0.5) == 1
     assert p_value([90.3 - 90.2, 0.1], 0.1) == 1  # equal but for rounding
-    assert p_value([91.1 - 90.1, 90.1 - 89.1], 0.5) == 0
+    assert p_value([91.1 - 90.1, 90.1 - 89.1], 0.5) == 0.5
     assert p_value([0.5, math.nan], 0.0) == 1
     with pytest.raises(ValueError, match="one value"):
         p_value([90.0], 50.0)
@@ -92,7 +93,8 @@ def test_seeds_needed_against_a_direct_computation(alpha, bound):
 
 
 def test_seeds_needed_at_its_ends():
-    assert seeds_needed([1.0, 1.0], 0.0) == 2
+    assert seeds_needed([1.0, 1.0], 0.0) == 6
+    assert p_value([1.0] * 6, 0.0) <= 0.05 < p_value([1.0] * 5, 0.0)
     assert seeds_needed([1.0, 1.0], 1.0) is None
     assert seeds_needed([-1.0, 1.0], 0.05) is None  # more than 1000
     assert seeds_needed([math.nan, 1.0], 0.0) is None

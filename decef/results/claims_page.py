@@ -46,7 +46,8 @@ def asks_words(claim: Claim) -> str:
         return f"top-1 is {bound} the published values, same task, network, layer and setting"
     if asks["kind"] == "monotone_rank":
         what = "fall from layer to layer" if asks["over"] == "depth" else "change less from checkpoint to checkpoint"
-        return f"effective ranks (`threshold` in results/ranks/*.csv of known networks) {what}, by rank correlation"
+        ranks = "effective ranks (each definition in results/ranks/*.csv of known networks)"
+        return f"{ranks} {what}, by rank correlation"
     return f"the larger a component's {MEASURES[asks['measure']]}, the more its removal costs, by rank correlation"
 
 

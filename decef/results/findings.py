@@ -12,9 +12,11 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from decef.ranks import DEFINITIONS
 from decef.results.comparisons import experiments, precision_words
 from decef.results.published import Published, load_known_weights
 from decef.results.selectors import chosen, selector_words, twin_key, twins
@@ -180,27 +182,33 @@ def _reaches(
 def _monotone_rank(
     published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, over: str
 ) -> Iterator[Finding]:
-    """Effective ranks ("threshold") fall with depth, or change less and less over training.
+    """Effective ranks fall with depth, or change less and less over training; a finding for each of `DEFINITIONS`.
 
     Spearman's correlation is taken in every network; its mean over networks of one architecture must be below 0. Each
     of these correlations is one comparison:
     over="depth": of the layer's number with its rank at the end, and with the ratio of that to a random kernel's rank.
     over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before.
     """
+    models = {record.id: record.model for record in records}
     groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
     for name, table in _dense_ranks(records, measured).items():
         last = table[table.network == table.network.iloc[-1]]
         shape = tuple(last.name + last.in_channels.astype(str) + "-" + last.out_channels.astype(str))
         groups.setdefault(shape, {})[name] = table
-    for shape, tables in sorted(groups.items()):
-        trends = {name: trend for name, table in tables.items() if (trend := _rank_trends(table, over))}
+    for (shape, tables), definition in product(sorted(groups.items()), DEFINITIONS):
+        trends = {name: trend for name, table in tables.items() if (trend := _rank_trends(table, over, definition))}
         sources = tuple(f"ranks/{name}.csv" for name in trends)
+        comparisons = []
         for measure in next(iter(trends.values()), {}):
             values = [trend[measure] for trend in trends.values()]
             mean = estimate(values)
             words = f"rank correlation of {measure} {mean.mean:+.2f} {mean.interval('+.2f')}".rstrip()
-            comparison = Comparison(words, tuple(-value for value in values), 0, sources)
-            yield Finding(f"{len(shape)} convolutions", len(trends), "", (comparison,), sources)
+            comparisons.append(Comparison(words, tuple(-value for value in values), 0, sources))
+        if comparisons:
+            first = next(iter(trends))
+            network = models.get(first) or measured.origins[first]["network"]
+            what = f"{network}, {len(shape)} convolutions, {definition} rank"
+            yield Finding(what, len(trends), "", tuple(comparisons), sources)
 
 
 def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, pd.DataFrame]:
@@ -230,22 +238,24 @@ def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str,
     return tables
 
 
-def _rank_trends(table: pd.DataFrame, over: str) -> dict[str, float]:
-    """The correlations of one network by name; empty if it has too few checkpoints."""
+def _rank_trends(table: pd.DataFrame, over: str, definition: str) -> dict[str, float]:
+    """The correlations of one network by name; empty if it has too few checkpoints, or no ranks by this definition."""
+    if definition not in table:
+        return {}
     networks = list(dict.fromkeys(table.network))
     by_network = [table[table.network == network].reset_index(drop=True) for network in networks]
     if over == "depth":
         last = by_network[-1]
         depth = list(range(len(last)))
         return {
-            "depth with rank": rank_correlation(depth, list(last.threshold)),
-            "depth with rank / random": rank_correlation(depth, list(last.threshold / last.threshold_init)),
+            "depth with rank": rank_correlation(depth, list(last[definition])),
+            "depth with rank / random": rank_correlation(depth, list(last[definition] / last[f"{definition}_init"])),
         }
     epochs = [int(word) for network in networks if (word := str(network).removeprefix("epoch ")).isdigit()]
     if len(epochs) < len(networks) or len(epochs) < 4:
         return {}
     steps = list(zip(epochs, epochs[1:], by_network, by_network[1:], strict=False))
-    changes = [float((b.threshold - a.threshold).abs().mean()) / (end - start) for start, end, a, b in steps]
+    changes = [float((b[definition] - a[definition]).abs().mean()) / (end - start) for start, end, a, b in steps]
     return {"epoch with change of rank": rank_correlation(epochs[1:], changes)}
 
 

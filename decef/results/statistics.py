@@ -56,7 +56,8 @@ def differences(values: Iterable[tuple[Hashable, float]], control: Mapping[Any, 
 def p_value(values: Sequence[float], bound: float) -> float:
     """The p-value of the two-sided t test that the mean is `bound`.
 
-    If the values don't differ, it is 1 if they are the bound, else 0. If a value is NaN, it is 1: they say nothing.
+    Values that don't differ give a t test no spread, which would decide anything: they get the sign test, 2^(1 - n), or
+    1 if they are the bound. If a value is NaN, it is 1: they say nothing.
 
     Raises:
         ValueError: fewer than two values.
@@ -68,7 +69,7 @@ def p_value(values: Sequence[float], bound: float) -> float:
     if any(map(math.isnan, values)):
         return 1.0
     if max(values) - min(values) <= ROUNDING:
-        return float(math.isclose(fmean(values), bound, abs_tol=ROUNDING))
+        return 1.0 if math.isclose(fmean(values), bound, abs_tol=ROUNDING) else 2.0 ** (1 - len(values))
     return float(ttest_1samp(values, bound).pvalue)
 
 
@@ -84,7 +85,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) -> int | None:
-    """How many values of this mean and spread it takes until their interval at `1 - alpha` excludes the bound.
+    """How many values of this mean and spread it takes until `p_value` is at most `alpha`.
 
     Returns:
         The smallest such number, from 2 on; None if it is above `MOST_SEEDS`.
@@ -98,6 +99,8 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
     if len(values) < 2:
         raise ValueError("one value has no spread to estimate from")
     n = np.arange(2, MOST_SEEDS + 1)
+    if max(values) - min(values) <= ROUNDING:
+        return None if p_value(values, bound) == 1 else math.ceil(1 - math.log2(alpha))
     half = t.ppf(1 - alpha / 2, n - 1) * _sd(values) / np.sqrt(n)
     enough = n[half + ROUNDING < abs(fmean(values) - bound)]
     return int(enough[0]) if len(enough) else None
