@@ -160,6 +160,10 @@ def drawn(call, tmp_path_factory):
     ]
     pd.concat(tables).to_csv(results / "ranks" / "training.csv", index=False)
     (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
+    dense = next((results / "runs").glob("*conv2d*"))
+    ((label, network),) = load_networks(str(dense))
+    rank_table(network).assign(network=label).to_csv(results / "ranks" / f"{dense.name}.csv", index=False)
+    (results / "ranks" / f"{dense.name}.json").write_text(json.dumps({"threshold": 0.3}))
     (results / "without_finetuning").mkdir()
     shutil.copy(ROOT / "results" / "without_finetuning" / "resnet20.csv", results / "without_finetuning")
     (results / "frontier").mkdir()
@@ -182,6 +186,7 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
         "frontier-",
         "ranks-training",
         "ranks-by-epoch-",
+        "ranks-by-network",
         "eigenfilters-",
     )
     for kind in (*kinds, "significance-product-", "significance-channels-"):
@@ -204,6 +209,15 @@ def test_deleted_and_drawn_again_figures_are_the_same_files(drawn):
     (folder / "ranks-gone.png").write_bytes(b"of data that are no longer there")
     figures.draw(results)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_ranks_by_network_are_means_over_networks():
+    def table(*threshold):
+        return pd.DataFrame({"threshold": threshold, "threshold_init": [4.0, 8.0]})
+
+    rank, ratio = plots.plot_ranks_by_network({"net": {"a": table(2.0, 2.0), "b": table(4.0, 2.0)}}).axes
+    assert lines(rank)["net, n = 2"].get_xydata().tolist() == [[0, 3], [1, 2]]
+    assert lines(ratio)["net, n = 2"].get_ydata().tolist() == [0.75, 0.25]
 
 
 def test_ranks_in_training_are_the_checkpoints_tables(drawn):

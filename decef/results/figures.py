@@ -20,6 +20,7 @@ from decef.plans import layer_names, plan
 from decef.results import plots
 from decef.results.comparisons import comparison_groups, experiments
 from decef.results.eigenfilters import EigenFilters
+from decef.results.findings import dense_ranks, load_measurements
 from decef.results.pages import render
 from decef.results.tables import summarize
 from decef.training.build import dense_network
@@ -147,6 +148,22 @@ def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         yield Drawing(f"ranks-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
 
 
+def ranks_by_network(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
+    """Effective rank against depth, of all architectures."""
+    tables = {
+        network: {name: table[table.network == table.network.iloc[-1]] for name, table in found.items()}
+        for network, found in dense_ranks(records, load_measurements(results)).items()
+    }
+    if tables:
+        shows = (
+            "Trained dense networks: effective rank of every kernel wider than 1x1 (mean over input channels, singular "
+            "values above the threshold), by itself and over that of a random kernel of the same shape, against its "
+            "place in the network. Mean over n networks, from the least to the greatest."
+        )
+        sources = [f"ranks/{name}.csv" for found in tables.values() for name in found]
+        yield Drawing("ranks-by-network", plots.plot_ranks_by_network(tables), shows, sources)
+
+
 def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """Effective rank against the epoch, for runs that kept their checkpoints."""
     for name, tables, threshold in _rank_tables(results):
@@ -205,6 +222,11 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
         costs,
     ),
     ("effective ranks", "python scripts/ranks.py NETWORK --weights FILE --out results/ranks/NAME", ranks),
+    (
+        "effective ranks of known networks",
+        "python scripts/ranks.py results/runs/RUN --out results/ranks/RUN",
+        ranks_by_network,
+    ),
     (
         "effective ranks in training",
         "python scripts/train.py keep_checkpoints=6, then python scripts/ranks.py results/runs/RUN --out "

@@ -189,13 +189,7 @@ def _monotone_rank(
     over="depth": of the layer's number with its rank at the end, and with the ratio of that to a random kernel's rank.
     over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before.
     """
-    models = {record.id: record.model for record in records}
-    groups: dict[tuple[str, ...], dict[str, pd.DataFrame]] = {}
-    for name, table in _dense_ranks(records, measured).items():
-        last = table[table.network == table.network.iloc[-1]]
-        shape = tuple(last.name + last.in_channels.astype(str) + "-" + last.out_channels.astype(str))
-        groups.setdefault(shape, {})[name] = table
-    for (shape, tables), definition in product(sorted(groups.items()), DEFINITIONS):
+    for (network, tables), definition in product(dense_ranks(records, measured).items(), DEFINITIONS):
         trends = {name: trend for name, table in tables.items() if (trend := _rank_trends(table, over, definition))}
         sources = tuple(f"ranks/{name}.csv" for name in trends)
         comparisons = []
@@ -205,20 +199,21 @@ def _monotone_rank(
             words = f"rank correlation of {measure} {mean.mean:+.2f} {mean.interval('+.2f')}".rstrip()
             comparisons.append(Comparison(words, tuple(-value for value in values), 0, sources))
         if comparisons:
-            first = next(iter(trends))
-            network = models.get(first) or measured.origins[first]["network"]
-            what = f"{network}, {len(shape)} convolutions, {definition} rank"
-            yield Finding(what, len(trends), "", tuple(comparisons), sources)
+            yield Finding(f"{network}, {definition} rank", len(trends), "", tuple(comparisons), sources)
 
 
-def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, pd.DataFrame]:
-    """Rank tables of dense networks by name: those of finished runs, and of weights that published.yaml knows.
+def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, dict[str, pd.DataFrame]]:
+    """Rank tables of dense networks: those of finished runs, and of weights that published.yaml knows.
 
     Tables of other origin are left out, as their training is unknown. So is a second table of the same network. Both
     are logged.
+
+    Returns:
+        By architecture, such as "resnet20, 19 convolutions", the tables by their name.
     """
     layers = {record.id: record.layer for record in records}
-    tables: dict[str, pd.DataFrame] = {}
+    models = {record.id: record.model for record in records}
+    tables: dict[str, dict[str, pd.DataFrame]] = {}
     seen: dict[str, str] = {}
     for name, table in measured.ranks.items():
         made = measured.origins.get(name, {})
@@ -234,8 +229,10 @@ def _dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str,
         if first != name:
             log.warning("left out: ranks/%s.csv is of the same network as ranks/%s.csv", name, first)
         elif layers.get(name, "conv2d") == "conv2d":  # the claims are about dense kernels
-            tables[name] = table
-    return tables
+            last = table[table.network == table.network.iloc[-1]]
+            network = models.get(name) or made["network"]
+            tables.setdefault(f"{network}, {len(last)} convolutions", {})[name] = table
+    return dict(sorted(tables.items()))
 
 
 def _rank_trends(table: pd.DataFrame, over: str, definition: str) -> dict[str, float]:

@@ -194,6 +194,32 @@ def plot_ranks(tables: Mapping[str, pd.DataFrame], threshold: float) -> Figure:
 
 
 @_styled
+def plot_ranks_by_network(tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Figure:
+    """Effective rank ("threshold") and its ratio to a random kernel's against depth: a line per architecture.
+
+    Args:
+        tables: frames of `rank_table` by architecture and name. A line is the mean over networks, its band goes from
+            the least to the greatest.
+    """
+    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for i, (network, found) in enumerate(tables.items()):
+        color = mpl.colormaps["viridis"](i / max(1, len(tables) - 1) * 0.9)
+        label = f"{network}, n = {len(found)}"
+        for axes, over_random in zip(panels, (False, True), strict=True):
+            values = np.array([t.threshold / (t.threshold_init if over_random else 1) for t in found.values()])
+            depth = np.linspace(0, 1, values.shape[1])
+            axes.plot(depth, values.mean(0), color=color, linestyle=LINES[i % len(LINES)], label=label)
+            axes.fill_between(depth, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+    for axes, title in zip(panels, ("effective rank", "over that of a random kernel"), strict=True):
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        axes.set_xlabel("depth, from input to output")
+    _legend_below(figure, *panels[0].get_legend_handles_labels())
+    return figure
+
+
+@_styled
 def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
     """Effective rank ("threshold") against the epoch, a line per convolution, dark near the input, and their mean.
 
