@@ -304,10 +304,10 @@ class _LayerTimer:
         for name in bar(list(steps), f"{engine}: layers", progress):
             fastest[name], found = _fastest(steps[name], dense=["reconstructed"])
             seconds |= {(name, form): value for form, value in found.items()}
-        totals = {
-            form: sum(seconds[one, self._all_in(form)[name]] for name, one in self._same.items())
-            for form in dict.fromkeys(form for _, form in self._variants)
-        }
+        totals: dict[str, float] = {}
+        for form in dict.fromkeys(form for _, form in self._variants):
+            everywhere = self._all_in(form)
+            totals[form] = sum(seconds[one, everywhere[name]] for name, one in self._same.items())
         chosen = {name: fastest[one] for name, one in self._same.items()}
         return _LayerTimes(self._all_in("reconstructed") | chosen, totals)
 
