@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import DIGITS, network, train
 
+from decef.conversion import convert
+from decef.inference.deploy import Deployer
 from decef.results.frontier import DECOMPOSED, FINETUNED, Point, decomposed, measure, top1, write_frontier
 from decef.training.loop import evaluate
 from decef.training.recorder import environment
@@ -39,6 +41,22 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
     assert min(row["time"] for row in rows) > 0
     write_frontier(rows, tmp_path / "made" / "net", "a test", environment("cpu", 1))
     assert "| 0.6 of FLOPs | decomposed |" in (tmp_path / "made" / "net.md").read_text()
+
+
+def test_networks_of_equal_shapes_run_as_the_first(trained, monkeypatch):
+    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+    measured = []
+    deploy = Deployer.deploy
+    monkeypatch.setattr(Deployer, "deploy", lambda self, *given: measured.append(self) or deploy(self, *given))
+    images, test = DIGITS
+    before, after, other = (convert(trained, "decef", rank=rank, exclude="conv1").eval() for rank in (2, 2, 3))
+    train(after, size=200)
+    points = [Point("decef", "rank", stage, made) for stage, made in zip("abc", (before, after, other), strict=True)]
+    rows = list(measure(trained, points, test, images, batch=50, precisions=["fp32"]))
+    assert len(measured) == 3  # dense, before, other
+    assert rows[1]["forms"] == rows[2]["forms"]
+    assert [row["top1"] for row in rows[1:]] == [evaluate(point.network, test)[1] for point in points]
 
 
 def test_accuracy_of_what_takes_batches_of_one_size():

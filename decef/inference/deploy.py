@@ -74,13 +74,16 @@ class Deployed(nn.Module):
         with torch.inference_mode():
             return self.network(x)
 
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What was chosen, for `Deployer.apply` and `save`. The weights are not in it."""
+        return {key: getattr(self, key) for key in CHOICE}
+
     def save(self, path: str | Path) -> None:
-        """Write what was chosen as JSON, so that `load` need not measure again. The weights are not in it."""
-        choice = {key: getattr(self, key) for key in CHOICE}
-        replace_file(Path(path), (json.dumps(choice, indent=1) + "\n").encode())
+        """Write what was chosen as JSON, so that `load` need not measure again."""
+        replace_file(Path(path), (json.dumps(self.choice, indent=1) + "\n").encode())
 
     @classmethod
-    @torch.no_grad()
     def load(
         cls, path: str | Path, model: nn.Module, example_input: Tensor, calibration: Sequence[Tensor] | None = None
     ) -> Deployed:
@@ -103,15 +106,10 @@ class Deployed(nn.Module):
                 raise ValueError(f"there is no form {', '.join(map(repr, unknown))}")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no file of Deployed.save: {error}") from error
-        model = copy.deepcopy(model).eval()
-        expected = model(example_input)
-        layers = fold_batch_norms(model)
-        if set(choice["forms"]) != set(layers):
-            raise ValueError(f"{path} is for a network with other low-rank layers")
-        (engine,) = _checked(example_input, [choice["engine"]], choice["precision"], calibration)
-        arranged_as_saved = Loadable(arranged(model, layers, choice["forms"]), example_input)
-        network = load(engine, arranged_as_saved, choice["precision"], calibration)
-        return cls(network, **choice, error=_error(inference_call(network, example_input)(), expected))
+        try:
+            return Deployer(model, example_input).apply(choice, calibration)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def deploy(
@@ -217,6 +215,24 @@ class Deployer:
         best, seconds = _fastest(steps, dense=[key for key in steps if key[1] == "reconstructed"])
         times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
         return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
+
+    @torch.no_grad()
+    def apply(self, choice: Mapping[str, Any], calibration: Sequence[Tensor] | None = None) -> Deployed:
+        """Deploy, without measuring, as was chosen for a network of the same layers.
+
+        Args:
+            choice: `Deployed.choice`.
+            calibration: see `deploy`.
+
+        Raises:
+            ValueError: the choice is for other low-rank layers, its engine is not available, or what is given for
+                calibration doesn't fit.
+        """
+        if set(choice["forms"]) != set(self._layers):
+            raise ValueError("this was chosen for a network with other low-rank layers")
+        (engine,) = _checked(self._x, [choice["engine"]], choice["precision"], calibration)
+        network = load(engine, self._arranged(choice["forms"]), choice["precision"], calibration)
+        return Deployed(network, **choice, error=_error(inference_call(network, self._x)(), self._expected))
 
     def _arranged(self, forms: Mapping[str, str]) -> Loadable:
         key = tuple(forms.items())
