@@ -158,8 +158,8 @@ def drawn(call, tmp_path_factory):
     tables = [
         rank_table(model, definitions=("threshold",), threshold=0.3).assign(network=label) for label, model in networks
     ]
-    pd.concat(tables).to_csv(results / "ranks" / "training.csv", index=False)
-    (results / "ranks" / "training.json").write_text(json.dumps({"threshold": 0.3}))
+    pd.concat(tables).to_csv(results / "ranks" / f"{folder.name}.csv", index=False)
+    (results / "ranks" / f"{folder.name}.json").write_text(json.dumps({"threshold": 0.3}))
     dense = next((results / "runs").glob("*conv2d*"))
     ((label, network),) = load_networks(str(dense))
     rank_table(network).assign(network=label).to_csv(results / "ranks" / f"{dense.name}.csv", index=False)
@@ -184,7 +184,7 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
         "costs-",
         "without-finetuning-",
         "frontier-",
-        "ranks-training",
+        "ranks-digits",
         "ranks-by-epoch-",
         "ranks-by-network",
         "eigenfilters-",
@@ -220,14 +220,20 @@ def test_ranks_by_network_are_means_over_networks():
     assert lines(ratio)["net, n = 2"].get_ydata().tolist() == [0.75, 0.25]
 
 
-def test_ranks_in_training_are_the_checkpoints_tables(drawn):
+def test_ranks_in_training_are_the_means_of_the_checkpoints_tables(drawn):
     _, _, tables = drawn
-    frame = pd.concat(table.assign(epoch=i + 1) for i, table in enumerate(tables))
-    axes = plots.plot_ranks_in_training(frame, 0.3).axes[0]
+    frame = pd.concat(table.assign(epoch=i + 1, run="a") for i, table in enumerate(tables))
+    both = pd.concat([frame, frame.assign(run="b", threshold=frame.threshold + 1)])
+    axes = plots.plot_ranks_in_training(both, 0.3).axes[0]
     mean = lines(axes)["mean over convolutions"]
-    assert mean.get_xydata().tolist() == [[i + 1, pytest.approx(t.threshold.mean())] for i, t in enumerate(tables)]
+    expected = [[i + 1, pytest.approx(table.threshold.mean() + 0.5)] for i, table in enumerate(tables)]
+    assert mean.get_xydata().tolist() == expected
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(min(table.threshold.mean() for table in tables))
+    assert band.max() == pytest.approx(max(table.threshold.mean() for table in tables) + 1)
     for name in tables[0]["name"]:
-        assert lines(axes)[f"_{name}"].get_ydata().tolist() == frame[frame.name == name].threshold.tolist()
+        drawn_line = lines(axes)[f"_{name}"].get_ydata()
+        assert drawn_line == pytest.approx(frame[frame.name == name].threshold.to_numpy() + 0.5)
 
 
 def test_cost_bars_are_the_ranks_that_ran(records):

@@ -138,14 +138,16 @@ def frontier(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 
 
 def ranks(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
-    """Effective rank against depth."""
-    for name, tables, threshold in _rank_tables(results):
-        shows = (
-            f"{name}: effective rank of every kernel wider than 1x1, mean over input channels (singular values of at "
-            f"least {threshold:g} of the largest); dashed: random kernels of the same shapes."
-        )
-        figure = plots.plot_ranks(tables, threshold)
-        yield Drawing(f"ranks-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
+    """Effective rank against depth, of networks that are known at one time only."""
+    for name, table in _rank_tables(results).items():
+        if table.epoch.nunique() < 2:
+            shows = (
+                f"{name}: effective rank of every kernel wider than 1x1, mean over input channels ({_counted(table)}); "
+                "dashed: random kernels of the same shapes."
+            )
+            tables = {str(label): rows for label, rows in table.groupby("network", sort=False)}
+            figure = plots.plot_ranks(tables, table.counted_from.iloc[0])
+            yield Drawing(f"ranks-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
 
 
 def ranks_by_network(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -166,13 +168,22 @@ def ranks_by_network(results: Path, records: Sequence[Record]) -> Iterator[Drawi
 
 def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """Effective rank against the epoch, for runs that kept their checkpoints."""
-    for name, tables, threshold in _rank_tables(results):
-        epochs = {label: re.fullmatch(r"epoch (\d+)", label) for label in tables}
-        if len(tables) > 1 and all(epochs.values()):
-            frame = pd.concat(t.assign(epoch=int(label.split()[1])) for label, t in tables.items())
-            shows = f"{name}: effective rank after every epoch, a line a convolution; black: mean over convolutions."
-            figure = plots.plot_ranks_in_training(frame, threshold)
-            yield Drawing(f"ranks-by-epoch-{name}", figure, shows, [f"ranks/{name}.csv", f"ranks/{name}.json"])
+    tables = _rank_tables(results)
+    for name, title, group in _networks(records):
+        for runs in experiments(group):
+            found = {run.id: tables[run.id] for run in runs if run.id in tables}
+            found = {name: table for name, table in found.items() if table.epoch.nunique() > 1}
+            if found:
+                frame = pd.concat(table.assign(run=name) for name, table in found.items())
+                what = f"{runs[0].layer}, {runs[0].setting}"
+                shows = (
+                    f"{title}, {what}: effective rank ({_counted(frame)}) after every epoch, a line a convolution; "
+                    f"black: mean over convolutions. Mean over n = {len(found)} seeds; band: from the least to the "
+                    "greatest mean, where n > 1."
+                )
+                figure = plots.plot_ranks_in_training(frame, frame.counted_from.iloc[0])
+                sources = [f"ranks/{name}.{ending}" for name in found for ending in ("csv", "json")]
+                yield Drawing(f"ranks-by-epoch-{name}-{_slug(what)}", figure, shows, sources)
 
 
 def filters(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
@@ -230,7 +241,7 @@ KINDS: tuple[tuple[str, str, Callable[[Path, Sequence[Record]], Iterator[Drawing
     (
         "effective ranks in training",
         "python scripts/train.py keep_checkpoints=6, then python scripts/ranks.py results/runs/RUN --out "
-        "results/ranks/NAME",
+        "results/ranks/RUN",
         ranks_in_training,
     ),
     ("eigen-filters and significance", "python scripts/figures.py --network resnet20 --weights FILE", filters),
@@ -242,8 +253,7 @@ def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record
     for name, group in comparison_groups(records).items():
         for model, runs in groupby(sorted(group, key=lambda r: r.model), key=lambda r: r.model):
             train = group[0].config.train.name
-            slug = re.sub(r"[^\w.-]+", "-", model)
-            yield f"{name}-{slug}", f"{model} on {group[0].task}, schedule `{train}`", list(runs)
+            yield f"{name}-{_slug(model)}", f"{model} on {group[0].task}, schedule `{train}`", list(runs)
 
 
 def _metrics(records: Sequence[Record]) -> pd.DataFrame:
@@ -271,11 +281,23 @@ def _plan(record: Record) -> pd.DataFrame:
     return plan(model, record.layer, rank=ranks, include=list(ranks), input_size=data.input_size).to_frame()
 
 
-def _rank_tables(results: Path) -> Iterator[tuple[str, dict[str, pd.DataFrame], float]]:
+def _rank_tables(results: Path) -> dict[str, pd.DataFrame]:
+    """Tables of results/ranks by name, with columns `epoch`, where they say it, and `counted_from`, the threshold."""
+    tables = {}
     for path in sorted((results / "ranks").glob("*.csv")):
-        threshold = json.loads(path.with_suffix(".json").read_text())["threshold"]
         frame = pd.read_csv(path)
-        yield path.stem, {str(label): table for label, table in frame.groupby("network", sort=False)}, threshold
+        epoch = frame.network.astype(str).str.extract(r"^epoch (\d+)$", expand=False).astype(float)
+        threshold = json.loads(path.with_suffix(".json").read_text())["threshold"]
+        tables[path.stem] = frame.assign(epoch=epoch, counted_from=threshold)
+    return tables
+
+
+def _counted(table: pd.DataFrame) -> str:
+    return f"singular values of at least {table.counted_from.iloc[0]:g} of the largest"
+
+
+def _slug(words: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", words)
 
 
 def _folders(records: Sequence[Record]) -> list[str]:

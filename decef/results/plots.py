@@ -224,18 +224,20 @@ def plot_ranks_in_training(frame: pd.DataFrame, threshold: float) -> Figure:
     """Effective rank ("threshold") against the epoch, a line per convolution, dark near the input, and their mean.
 
     Args:
-        frame: rows of `rank_table`, with a column `epoch`.
+        frame: rows of `rank_table`, with columns `epoch` and `run`. Lines are means over runs; the band goes from the
+            run with the least mean over convolutions to that with the greatest.
         threshold: the one that they were made with, for the axis label.
     """
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
     names = list(dict.fromkeys(frame["name"]))
     for i, name in enumerate(names):
-        rows = frame[frame["name"] == name].sort_values("epoch")
+        line = frame[frame["name"] == name].groupby("epoch").threshold.mean()
         color = mpl.colormaps["viridis"](i / max(1, len(names) - 1) * 0.95)
-        axes.plot(rows.epoch, rows.threshold, color=color, linewidth=0.7, label=f"_{name}")
-    mean = frame.groupby("epoch").threshold.mean()
-    axes.plot(mean.index, mean, color="black", linewidth=2, marker="o", label="mean over convolutions")
+        axes.plot(line.index, line, color=color, linewidth=0.7, label=f"_{name}")
+    means = frame.groupby(["epoch", "run"]).threshold.mean().unstack()
+    axes.fill_between(means.index, means.min(axis=1), means.max(axis=1), color="black", alpha=0.2, linewidth=0)
+    axes.plot(means.index, means.mean(axis=1), color="black", linewidth=2, marker="o", label="mean over convolutions")
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(1, max(2, len(names))), _truncated("viridis", 0.95))
     figure.colorbar(scale, ax=axes, label="convolution, from input to output").outline.set_visible(False)
     axes.set_xlabel("epoch")

@@ -72,7 +72,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
     }
     rows = [row for group in groups for row in group["rows"]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"code": _code, "quote": lambda text: quote(text, safe=""), "yaml": _yaml, "slug": _slug}
+    environment.filters |= {"code": _code, "quote": lambda text: quote(text, safe=""), "slug": _slug}
     return environment.from_string(_file("page.html")).render(
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
@@ -115,6 +115,7 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
                 "numbers": {key: _finite(numbers[key]) for key in (*SORTED_BY.values(), "top1_high")},
                 "source": row.source,
                 "runs": row.runs,
+                "configurations": _configurations(row.runs),
                 "curves": [_curves(run, curves) for run in row.runs],
             }
         )
@@ -172,8 +173,14 @@ def _slug(text: str) -> str:
     return re.sub(r"\W+", "-", text)
 
 
-def _yaml(value: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
+def _configurations(runs: Sequence[Record]) -> dict[str, list[int]]:
+    """Configurations without seeds, as YAML, and the seeds of the runs that have each."""
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        shared = {key: value for key, value in run.settings.items() if key != "seed"}
+        text = yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
+        seeds.setdefault(text, []).append(run.config.seed)
+    return seeds
 
 
 def _file(name: str) -> str:
