@@ -4,7 +4,10 @@ python scripts/bench.py layers networks operators training --out results/bench  
 """
 
 import argparse
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cli import fail
 
@@ -21,6 +24,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="share of the dense FLOPs (default 0.5)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes for layers (default 1 8)")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     wrong = set(arguments.what) - set(WHAT)
     if wrong:
         fail(f"there is no benchmark {', '.join(sorted(wrong))}; there are {', '.join(WHAT)}")
@@ -33,6 +37,7 @@ def main() -> None:
 
     from decef.inference.engines import available, check_engine
     from decef.results import bench_inference, bench_layers, bench_operators, bench_training
+    from decef.results.pages import collect
     from decef.training.precision import resolve_precision
     from decef.training.recorder import environment
 
@@ -45,37 +50,36 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    machine = environment(arguments.device, torch.get_num_threads())
+    machine = environment(arguments.device, torch.get_num_threads()) | {"share": arguments.share}
     precisions = {"layers": arguments.dtype, "training": resolve_precision(device, "auto")}
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
-    rows: list[dict[str, object]]
+    share, dtype = arguments.share, getattr(torch, arguments.dtype)
+    measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "layers": lambda: bench_layers.bench_layers(LAYERS, [share], arguments.batches, device, dtype),
+        "networks": lambda: bench_inference.bench_inference(bench_inference.INFERENCE, share, device),
+        "operators": lambda: bench_operators.bench_operators(bench_operators.OPERATORS, share),
+        "training": lambda: bench_training.bench_steps(bench_training.TRAINING, share, device),
+    }
+    write: dict[str, Callable[..., None]] = {
+        "layers": bench_layers.write_layers,
+        "networks": bench_inference.write_inference,
+        "operators": bench_operators.write_operators,
+        "training": lambda rows, *to: bench_training.write_training(rows, bench_training.bench_loops(device), *to),
+    }
     can_profile = "onnxruntime" in available(device)
     for what in arguments.what or [what for what in WHAT if what != "operators" or can_profile]:
-        out, rows = arguments.out / f"{what}-{suffix}", []
-        made = machine | {"dtype": precisions.get(what, "several precisions")}
-        if what == "layers":
-            dtype = getattr(torch, arguments.dtype)
-            for row in bench_layers.bench_layers(LAYERS, [arguments.share], arguments.batches, device, dtype):
-                rows.append(row)
-                print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
-                bench_layers.write_layers(rows, out, made)  # after every row, so that nothing measured is lost
-        elif what == "networks":
-            for row in bench_inference.bench_inference(bench_inference.INFERENCE, arguments.share, device):
-                rows.append(row)
-                print({k: v for k, v in row.items() if k != "candidates"}, flush=True)
-                bench_inference.write_inference(rows, out, made)
-        elif what == "operators":
-            for row in bench_operators.bench_operators(bench_operators.OPERATORS, arguments.share):
-                rows.append(row)
-                print(row, flush=True)
-                bench_operators.write_operators(rows, out, made)
-        else:
-            loops = bench_training.bench_loops(device)
-            for row in bench_training.bench_steps(bench_training.TRAINING, arguments.share, device):
-                rows.append(row)
-                print(row, flush=True)
-                bench_training.write_training(rows, loops, out, made)
+        out = arguments.out / f"{what}-{suffix}"
+        try:
+            rows = collect(measure[what](), out, lambda row: print(_words(row), flush=True))
+        except ValueError as error:
+            fail(f"{what}: {error}")
+        write[what](rows, out, machine | {"dtype": precisions.get(what, "several precisions")})
         print(f"wrote {out}.json and .md")
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if key != "candidates")
 
 
 if __name__ == "__main__":

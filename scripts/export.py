@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="first convert by this plan (from decef.Plan.save)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="input size; default: the network's")
     parser.add_argument("--batch", type=int, default=1, help="batch size to optimise for (default 1)")
-    parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free in an ONNX file")
+    parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free")
     parser.add_argument(
         "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches, wide or aligned"
     )

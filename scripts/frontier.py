@@ -2,13 +2,15 @@
 
 python scripts/frontier.py resnet20 --weights resnet20-12fca82f.th --out results/frontier/resnet20
 
-Released networks (results/networks) of runs that began with these weights are measured too.
+Released networks (results/networks) of runs that fine-tuned these weights are measured too.
 """
 
 import argparse
-from collections.abc import Iterator
+import logging
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from cli import fail
 
@@ -20,6 +22,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs and networks")
+    parser.add_argument("--schedule", default="recover", help="of the runs to measure (default recover)")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16", "int8"])
     parser.add_argument("--batch", type=int, default=32, help="images in the call that is timed (default 32)")
     parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on (default 512)")
@@ -28,6 +31,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     import torch
 
@@ -35,20 +39,17 @@ def main() -> None:
     from decef.data.search import stratified_subset
     from decef.inference.engines import check_precision
     from decef.models import stem_name
-    from decef.models.released import load, read
     from decef.models.weights import describe_file, find_weights, md5_of
-    from decef.results.frontier import FINETUNED, Point, decomposed, measure, write_frontier
+    from decef.results.frontier import decomposed, finetuned, measure, write_frontier
+    from decef.results.pages import collect
     from decef.training.networks import load_networks
-    from decef.training.record import load_records
     from decef.training.recorder import environment
 
-    def finetuned() -> Iterator[Point]:
-        began_so = arguments.network, md5_of(weights)
-        records = {record.id: record for record in load_records(arguments.results)}
-        for path in sorted((arguments.results / "networks").glob("*.safetensors")):
-            record = records.get(read(path)[0].run)
-            if record is not None and (record.config.model.name, record.config.model.weights_md5) == began_so:
-                yield Point(record.layer, record.rank_setting, FINETUNED, load(path))
+    made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
+
+    def show(row: Mapping[str, Any]) -> None:
+        words = " ".join(f"{row[key]:10}" for key in ("layer", "budget", "stage", "precision"))
+        print(f"{words} top-1 {row['top1']:.2f}, time {row['time']:.3f}", flush=True)
 
     try:
         for precision in arguments.precisions:
@@ -58,22 +59,18 @@ def main() -> None:
         mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
         train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
         seen = stratified_subset(train, arguments.images)
-        made = environment("cpu", torch.get_num_threads())
         points = chain(
             decomposed(model, arguments.layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),
-            finetuned(),
+            finetuned(arguments.results, arguments.network, md5_of(weights), arguments.schedule, mean, std),
         )
-        rows = []
-        about = f"{arguments.network} on CIFAR-10, weights: {describe_file(weights)}, batches of {arguments.batch}"
-        for row in measure(
+        measured = measure(
             model, points, test, seen, batch=arguments.batch, precisions=arguments.precisions, progress=True
-        ):
-            rows.append(row)
-            words = " ".join(f"{row[key]:10}" for key in ("layer", "budget", "stage", "precision"))
-            print(f"{words} top-1 {row['top1']:.2f}, time {row['time']:.3f}", flush=True)
-            write_frontier(rows, arguments.out, about, made)  # after every row, so that nothing measured is lost
+        )
+        rows = collect(measured, arguments.out, show)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    about = f"{arguments.network} on CIFAR-10, weights: {describe_file(weights)}, batches of {arguments.batch}"
+    write_frontier(rows, arguments.out, about, made)
     print(f"wrote {arguments.out}.csv and .md")
 
 

@@ -5,8 +5,10 @@ python scripts/without_finetuning.py results/runs/<run id> --data FOLDER --out r
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cli import fail
 
@@ -33,6 +35,7 @@ def main() -> None:
     from decef.data.search import stratified_subset
     from decef.models import stem_name
     from decef.models.weights import describe_file
+    from decef.results.pages import collect
     from decef.results.without_finetuning import without_finetuning, write_rows
     from decef.training.config import DatasetConfig
     from decef.training.networks import load_networks
@@ -42,6 +45,11 @@ def main() -> None:
     made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
     name, run = arguments.network, Path(arguments.network)
     trained_on = DatasetConfig("cifar10", crop_padding=4, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+
+    def show(row: Mapping[str, Any]) -> None:
+        words = " ".join(f"{row[key]:9}" for key in ("layer", "budget", "spread", "nearest"))
+        print(f"{words} top-1 {row['top1']:.2f}", flush=True)
+
     try:
         if run.is_dir():
             if arguments.weights is not None:
@@ -59,8 +67,7 @@ def main() -> None:
         source = f"those of {run.name}" if arguments.weights is None else describe_file(arguments.weights)
         seen = f", {arguments.images} training images" if arguments.images else ""
         about = f"{name} on {trained_on.name}, weights: {source}{seen}"
-        rows = []
-        for row in without_finetuning(
+        measured = without_finetuning(
             model,
             test,
             layers=arguments.layers,
@@ -69,13 +76,11 @@ def main() -> None:
             progress=True,
             seen=stratified_subset(train, arguments.images) if arguments.images else None,
             augmented=train,
-        ):
-            rows.append(row)
-            words = " ".join(f"{row[key]:9}" for key in ("layer", "budget", "spread", "nearest"))
-            print(f"{words} top-1 {row['top1']:.2f}", flush=True)
-            write_rows(rows, arguments.out, about, made)  # after every row, so that nothing measured is lost
+        )
+        rows = collect(measured, arguments.out, show)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    write_rows(rows, arguments.out, about, made)
     print(f"wrote {arguments.out}.csv and .md")
 
 

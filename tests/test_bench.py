@@ -3,6 +3,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from decef.inference.engines import Loadable
@@ -10,10 +11,11 @@ from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.plans import plan
 from decef.ranks import Budget
-from decef.results.bench_inference import Case, at_dense_speed, bench_inference, write_inference
+from decef.results.bench_inference import Case, at_dense_speed, bench_inference, plans, write_inference
 from decef.results.bench_layers import Shape, auto_score, bench_layers, layer_times, write_layers
 from decef.results.bench_operators import bench_operators, write_operators
 from decef.results.bench_training import bench_loops, bench_steps, write_training
+from decef.results.pages import collect, write_bench
 
 TINY = Shape("test", 8, 16, 3, 2, 8)
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ MADE = {
     "dtype": "float32",
     "device": "cpu",
     "machine": "a test",
+    "share": 0.5,
 }
 
 
@@ -43,7 +46,7 @@ def test_times_of_a_layer(tmp_path, monkeypatch):
         else:
             assert row["reconstructed"] > 0
         assert row["auto"] in ("factorized", "reconstructed")
-        assert row["bound"] is None if row["pass"] == "training" else row["bound"] > 0
+        assert row["bound"] > 0
         assert row["memory"] > 0
     write_layers(rows, tmp_path / "bench", MADE)
     assert json.loads((tmp_path / "bench.json").read_text())["rows"] == rows
@@ -111,11 +114,18 @@ def test_peak_memory_is_what_is_alive_at_once():
     assert peak_memory(three_in_turn, CPU) == pytest.approx(2 * 4 * 2**20, rel=0.01)
 
 
-def test_roofline_of_a_training_step_counts_both_passes():
-    x, weight = torch.randn(2, 4, 8, 8), torch.randn(8, 4, 3, 3, requires_grad=True)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("convolution", [F.conv2d, F.conv_transpose2d])
+def test_roofline_of_a_training_step_counts_all_passes(convolution, groups):
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    weight = torch.randn(4, 4 // groups, 3, 3, requires_grad=True)
     roofline = Roofline(flops=1.0, bandwidth=1e9)
-    forward = roofline.seconds(lambda: torch.conv2d(x, weight))
-    assert roofline.seconds(lambda: torch.conv2d(x, weight).sum().backward()) == pytest.approx(2 * forward)
+    forward = roofline.seconds(lambda: convolution(x, weight, groups=groups))
+    assert forward == 2 * weight.numel() * 2 * (36 if convolution is F.conv2d else 64)
+    for wanted, passes in ((True, 3), (False, 2)):
+        x.requires_grad_(wanted)
+        both = roofline.seconds(lambda: convolution(x, weight, groups=groups).sum().backward())
+        assert both == pytest.approx(passes * forward)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -197,14 +207,42 @@ def test_whole_networks(tmp_path, quick):
     assert "the usual script" in (tmp_path / "training.md").read_text()
 
 
-def test_what_the_command_refuses(call):
+def test_types_that_cannot_be_so_small_are_left_out(caplog):
+    case = Case("resnet20", 32, 1)
+    assert set(plans(case, case.dense(), 0.15)) == {"basisconv", "cpac"}
+    assert "left out: decef in resnet20: " in caplog.text
+
+
+def test_what_was_measured_is_kept_until_the_page_is_written(tmp_path):
+    out, shown = tmp_path / "made" / "speed-cpu", []
+
+    def measured():
+        yield {"seconds": 1.0}
+        yield {"seconds": 2.0}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(measured(), out, shown.append)
+    assert shown == [{"seconds": 1.0}, {"seconds": 2.0}]
+    partial = out.with_name("speed-cpu.partial.jsonl")
+    assert [json.loads(line) for line in partial.read_text().splitlines()] == shown
+    rows = collect(shown, out, lambda row: None)
+    write_bench("bench_operators", rows, out, MADE, table="a table")
+    assert [path.name for path in sorted(out.parent.iterdir())] == ["speed-cpu.json", "speed-cpu.md"]
+    assert "0.5 of the FLOPs" in out.with_suffix(".md").read_text()
+    with pytest.raises(ValueError, match="nothing of what was asked for can be measured"):
+        collect([], out, shown.append)
+
+
+def test_what_the_command_refuses(call, tmp_path):
     for arguments, message in (
         (["speed"], "there is no benchmark speed; there are layers, networks, operators, training"),
         (["layers", "--share", "2"], "--share 2 must be above 0"),
         (["layers", "--device", "cuda:99"], "torch sees no GPU"),
+        (["layers", "--share", "1e-6"], "layers: nothing of what was asked for can be measured"),
         (["networks", "--dtype", "bfloat16"], "--dtype bfloat16 is for the benchmark layers alone"),
     ):
-        done = call("bench.py", *arguments)
+        done = call("bench.py", *arguments, "--out", tmp_path)
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr

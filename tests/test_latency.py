@@ -88,9 +88,11 @@ def test_what_cannot_be_met_says_what_can():
 def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     model, x, measured = network().eval(), torch.randn(2, 1, 8, 8), []
 
+    busy = [1.0]
+
     def pretend(steps, rounds=None, reduce=None):
-        measured.extend(steps)
-        return {step: 1.0 + len(measured) for step in steps}
+        measured.append(list(steps))
+        return {step: busy[0] * (2.0 + i) for i, step in enumerate(steps)}
 
     monkeypatch.setattr(latency, "interleaved_times", pretend)
     cache = tmp_path / "cache" / "times.json"
@@ -100,10 +102,25 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     assert times.layers["layer1.0.conv1"] == times.layers["layer1.0.conv2"]  # of one shape
     assert all(min(layer.at_rank) == 1 and 4 <= max(layer.at_rank) < 9 for layer in times.layers.values())
     assert len(json.loads(cache.read_text())) == 1
-    first = len(measured)
+    busy[0] = 3.0  # what is remembered is over the dense layers' time, which is measured again
     again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
-    assert again.layers == times.layers
-    assert measured[first:] == [latency.DENSE]  # the whole network alone
+    assert again.total == 3 * times.total
+    for name, layer in times.layers.items():
+        assert again.layers[name].dense == 3 * layer.dense
+        assert again.layers[name].at_rank == pytest.approx({rank: 3 * value for rank, value in layer.at_rank.items()})
+    assert measured[-1] == measured[0]
+    assert latency.WHOLE in measured[0]
+    assert latency.DENSE in measured[1]
+
+
+def test_processes_that_share_the_cache_keep_each_others_times(tmp_path):
+    one, other = (latency._Cache(tmp_path / "times.json", "here") for _ in range(2))
+    one.add({"a": 0.5})
+    other.add({"b": 0.7})
+    latency._Cache(tmp_path / "times.json", "elsewhere").add({"a": 0.9})
+    assert latency._Cache(tmp_path / "times.json", "here") == {"a": 0.5, "b": 0.7}
+    (tmp_path / "times.json").write_text("[")
+    assert latency._Cache(tmp_path / "times.json", "here") == {}
 
 
 def test_a_rank_in_mid_block_is_never_worth_less_than_the_end_of_its_block():

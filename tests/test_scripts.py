@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import ROOT, config
 
-from decef.data import DATASETS, Images
+from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Images
 from decef.layers import LAYERS
 from decef.models import create_model
 from decef.training.run import run
@@ -99,30 +99,46 @@ def test_without_finetuning(main_of, trained, tmp_path):
     assert "weights.pt (MD5" in (tmp_path / "made" / "resnet20.md").read_text()
 
 
-def test_frontier(main_of, trained, tmp_path, monkeypatch):
-    """With two released networks: one of a run that began with these weights, which is measured too, one not."""
-    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+def test_frontier(main_of, trained, tmp_path, monkeypatch, caplog, capsys):
+    """With three released networks, of which one is measured too: it began so, by this schedule, on such inputs."""
+    engines = {"fp32": ["eager"], "int8": []}
+    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: engines[precision])
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     small = {"dataset__name": "cifar10", "dataset__train_size": 64, "train__epochs": 1, "train__lr": 1e-3}
     began_so = {"name": "resnet20", "dense_stem": True, "weights": str(trained[2])}
+    usual = {"dataset__mean": list(IMAGENET_MEAN), "dataset__std": list(IMAGENET_STD)}
+    decef = {"model": began_so, "layer": {"name": "decef", "flops": 0.5}, **small}
     runs = [
-        run(config(tmp_path / "results", model=began_so, layer={"name": "decef", "flops": 0.5}, **small)),
+        run(config(tmp_path / "results", **decef, **usual)),
+        run(config(tmp_path / "results", **decef)),
         run(config(tmp_path / "results", layer={"name": "conv2d"}, **small)),
     ]
     for i, summary in enumerate(runs):
         folder = tmp_path / "results" / "runs" / summary["id"]
         main_of("release", folder, f"network-{i}", "--out", tmp_path / "results" / "networks")
-    given = ["--precisions", "fp32", "--batch", "4", "--results", tmp_path / "results", "--out", tmp_path / "resnet20"]
-    main_of("frontier", *trained, *given)
+    given = ["--precisions", "fp32", "--results", tmp_path / "results", "--out", tmp_path / "resnet20"]
+    main_of("frontier", *trained, *given, "--batch", "4", "--schedule", "smoke")
     frame = pd.read_csv(tmp_path / "resnet20.csv", keep_default_na=False)
     assert frame[["layer", "budget", "stage"]].values.tolist() == [
         ["conv2d", "dense", ""],
         ["decef", "0.5 of FLOPs", "decomposed"],
         ["decef", "0.5 of FLOPs", "fine-tuned"],
     ]
-    with pytest.raises(SystemExit, match="2"):
-        main_of("frontier", *trained, "--precisions", "int4", "--out", tmp_path / "resnet20")
+    assert "network-1.safetensors is for inputs that are normalised in another way" in caplog.text
+    before = (tmp_path / "resnet20.csv").read_bytes()
+    for wrong, message in (
+        (["--precisions", "int4"], "there is no precision 'int4'"),
+        (["--precisions", "int8", "--batch", "4"], "no engine here runs in int8"),
+        (["--batch", "32"], "batches of 32 need as many training images, not 16"),
+        (["--layers", "decef", "low"], "unknown layer type 'low'"),
+        (["--shares", "0.5", "0.01"], "0.01"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main_of("frontier", *trained, *given, *wrong)
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "resnet20.csv").read_bytes() == before
+    assert not list(tmp_path.glob("*.partial.jsonl"))
 
 
 def test_quickstart(call, tmp_path):

@@ -32,7 +32,7 @@ from decef.progress import bar
 
 log = logging.getLogger(__name__)
 
-CLOSE = 1.15  # what takes up to this times as long as the fastest is timed again, for longer
+CLOSE = 1.15  # what takes up to this times as long as the fastest is timed again, for longer, and with it the dense one
 HOPELESS = 1.3  # a form in which the layers, timed alone, take this times as long in all is not tried in the network
 GAIN = 0.98  # a low-rank form is chosen if it takes at most this share of the dense one's time: less is noise
 CHOICE = ("engine", "arrangement", "forms", "times", "precision")  # what Deployed.save keeps
@@ -126,9 +126,9 @@ def deploy(
     Batch norms are folded into the convolutions before them. Each factorised layer is then timed as one dense
     convolution and in the arrangements that it has (`FactorizedConv2d.as_convolutions`), on the input that it gets when
     the example runs through the network. Finally whole networks are timed: all layers dense, all in another form that
-    was not far slower alone, and each in its fastest form. What is nearly as fast as the fastest is timed again, for
-    longer, and nothing is taken that did not come out faster than dense by 2 %: the result is slower than the dense
-    network only by what the measurement gets wrong.
+    was not far slower alone, and each in its fastest form. What is nearly as fast as the fastest is timed again beside
+    the dense network, for longer, and nothing is taken that did not come out faster than that by 2 %: the result is
+    slower than the dense network only by what the measurement gets wrong.
 
     All of this is done in the precision asked for. In fp32 every candidate must give the original's output up to
     rounding. In fewer bits it can't: how far off the result is, is its `error`; what that means must be measured by
@@ -256,9 +256,12 @@ def _checked(
         raise ValueError("calibration must have at least one input: leave it out to calibrate on the example")
     if any(batch.shape != x.shape for batch in calibration or ()):
         raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
-    if engines is None:
-        return available(x.device, precision)
-    return [check_engine(engine, x, precision) for engine in engines]
+    if engines is not None:
+        return [check_engine(engine, x, precision) for engine in engines]
+    found = available(x.device, precision)
+    if not found:
+        raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
+    return found
 
 
 def _left_out(what: str, error: Exception) -> None:
@@ -352,9 +355,12 @@ class _LayerTimer:
 def _fastest(steps: Mapping[K, Callable[[], object]], dense: Sequence[K]) -> tuple[K, dict[K, float]]:
     """The fastest step, and the seconds of all. One of `dense` wins unless another is faster by more than noise."""
     seconds = interleaved_times(steps, rounds=3, reduce=min)
-    close = {key: step for key, step in steps.items() if seconds[key] <= CLOSE * min(seconds.values())}
-    if len(close) > 1:
-        seconds |= interleaved_times(close, rounds=6, reduce=min)
     best = min(steps, key=lambda key: seconds[key])
     best_dense = min(dense, key=lambda key: seconds[key], default=best)
+    close = {key: step for key, step in steps.items() if key == best_dense or seconds[key] <= CLOSE * seconds[best]}
+    if len(close) > 1:  # only these have times of one moment
+        again = interleaved_times(close, rounds=6, reduce=min)
+        best = min(close, key=lambda key: again[key])
+        best_dense = min((key for key in dense if key in close), key=lambda key: again[key], default=best)
+        seconds |= again
     return best if seconds[best] <= GAIN * seconds[best_dense] else best_dense, seconds

@@ -29,7 +29,7 @@ def export(
     This is a generator: nothing happens until it is iterated.
 
     Args:
-        model: takes one tensor and returns one; it is set to evaluation mode.
+        model: on the CPU, takes one tensor and returns one; it is set to evaluation mode.
         path: file to write: ONNX if it ends in .onnx, a `torch.export` program if it ends in .pt2.
         input_shape: `(B, C, H, W)`.
         form: one of `FORMS` for all factorised layers, or one for each by name; or "fastest": the forms that `deploy`
@@ -41,7 +41,7 @@ def export(
         Lines that say what was done.
 
     Raises:
-        ValueError: an unknown form or file suffix, a network that cannot be exported to ONNX, or a file whose output
+        ValueError: an unknown form or file suffix, a network that cannot be exported, or a file whose output
             differs from the original's. No file is then left behind.
     """
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
@@ -66,7 +66,8 @@ def export(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), equal to the original in {', '.join(runners)}"
+    checked = f"equal to the original in {', '.join(runners)}" if runners else "not checked: nothing here reads ONNX"
+    yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), {checked}"
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
     seconds = interleaved_times({name: inference_call(runner, x) for name, runner in everything.items()})
@@ -84,5 +85,10 @@ def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dic
 
 def _program(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     free = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
-    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=free), path)
+    traced = torch.cat([x, x]) if dynamic_batch and len(x) == 1 else x  # a batch of one would be taken as fixed
+    try:
+        program = torch.export.export(network, (traced,), dynamic_shapes=free)
+    except RuntimeError as error:
+        raise ValueError(f"the network cannot be exported by torch.export: {str(error).splitlines()[0]}") from error
+    torch.export.save(program, path)
     return {"torch.export": torch.export.load(path).module()}

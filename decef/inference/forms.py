@@ -19,15 +19,18 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 
     Args:
         model: any network.
-        form: one of `FORMS` for all factorised layers, or one for each by name; see `forms_of`. A layer type that does
-            not have the form runs "factorized" instead.
+        form: one of `FORMS` for all factorised layers, or one for some by name; see `forms_of`. A layer type that does
+            not have the form runs "factorized" instead. Layers that are not named stay as they are.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown form or layer.
     """
     model = copy.deepcopy(model).eval()
     layers = fold_batch_norms(model)
     forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
+    missing = set(forms) - set(layers)
+    if missing:
+        raise ValueError(f"the network has no low-rank layer {', '.join(map(repr, sorted(missing)))}")
     wrong = set(forms.values()) - set(FORMS)
     if wrong:
         raise ValueError(f"there is no form {', '.join(map(repr, wrong))}; there are {', '.join(FORMS)}")

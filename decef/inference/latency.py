@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from decef.files import replace_file
 from decef.inference.deploy import layer_inputs
-from decef.inference.engines import Loadable, available, check_engine, load, load_all
+from decef.inference.engines import Loadable, available, check_engine, load_all
 from decef.inference.forms import forms_of, to_convolutions
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
@@ -28,7 +28,7 @@ from decef.ranks.latency import LayerTimes, Times
 from decef.ranks.steps import spaced
 
 ROUNDS = 5
-DENSE = "dense"
+DENSE, WHOLE = "dense", "the whole network"
 
 
 @torch.no_grad()
@@ -47,7 +47,8 @@ def measure_times(
     """Measure a network and each of its convolutions, dense and as a layer type at a few ranks.
 
     A rank's time is that of the layer's fastest form, see `decef.deploy`. Equal layers with equal inputs are measured
-    once, and what is in the cache, by machine, engine, number of threads and layer, is not measured again.
+    once. The cache has times over the dense layer's, by machine, engine, number of threads and layer: these are not
+    measured again, but the dense layers are, together with the network, as the machine may be busier or less so.
 
     Args:
         model: a dense network that takes one tensor; it stays as it is.
@@ -69,16 +70,29 @@ def measure_times(
     inputs = layer_inputs(model, example_input, list(sites.ranks))
     known = _Cache(cache or cache_file(), _where(engine, example_input))
     modules = dict(model.named_modules())
+    plain = {name: nn.Sequential(modules[name]) for name in inputs}
+    same = {name: f"{plain[name][0]!r} on {tuple(x.shape)}" for name, x in inputs.items()}
+    dense = {same[name]: Loadable(plain[name], x) for name, x in inputs.items()}
+    dense[WHOLE] = Loadable(to_convolutions(model), example_input)
+    loaded = zip(dense, load_all(engine, list(dense.values())), strict=True)
+    seconds = interleaved_times({key: inference_call(run, dense[key].example) for key, run in loaded}, ROUNDS, min)
     layers: dict[str, LayerTimes] = {}
     for row in bar([row for row in sites.rows if row.name in inputs], f"{engine}: times", progress):
         conv = modules[row.name]
         assert isinstance(conv, nn.Conv2d)
         assert row.max_rank is not None
         most = min(row.max_rank, max(1, row.params_before * row.max_rank // max(1, row.params_after)))
-        layers[row.name] = _layer_times(conv, layer, spaced(most), inputs[row.name], engine, known, options)
-    dense = load(engine, Loadable(to_convolutions(model), example_input))
-    total = interleaved_times({DENSE: inference_call(dense, example_input)}, ROUNDS, min)[DENSE]
-    return Times(total, layers)
+        layer_class = layer_type(layer)
+        assert issubclass(layer_class, FactorizedConv2d)
+        block = layer_class.block
+        ranks = sorted({rank // block * block if rank > block else rank for rank in spaced(most)})
+        made = {rank: layer_class.like(conv, rank, **options).eval() for rank in ranks}
+        for one in made.values():
+            one.reset_parameters()
+        over_dense = _over_dense(conv, made, inputs[row.name], engine, known)
+        at_dense = seconds[same[row.name]]
+        layers[row.name] = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
+    return Times(seconds[WHOLE], layers)
 
 
 def cache_file() -> Path:
@@ -87,72 +101,57 @@ def cache_file() -> Path:
     return Path(folder) / "times.json"
 
 
-def _layer_times(
-    conv: nn.Conv2d,
-    layer: str,
-    ranks: Sequence[int],
-    x: Tensor,
-    engine: str,
-    known: _Cache,
-    options: Mapping[str, Any],
-) -> LayerTimes:
-    layer_class = layer_type(layer)
-    assert issubclass(layer_class, FactorizedConv2d)
-    block = layer_class.block
-    ranks = sorted({rank // block * block if rank > block else rank for rank in ranks})
-    variants: dict[str, dict[str, nn.Module]] = {repr(conv): {DENSE: nn.Sequential(conv)}}
-    names: dict[int, str] = {}
-    for rank in ranks:
-        made = layer_class.like(conv, rank, **options).eval()
-        made.reset_parameters()
-        forms = {form: m for form, m in forms_of(made).items() if form != "reconstructed"}
-        names[rank] = f"{made!r} as {', '.join(forms)}"
-        variants[names[rank]] = forms
+def _over_dense(
+    conv: nn.Conv2d, made: Mapping[int, FactorizedConv2d], x: Tensor, engine: str, known: _Cache
+) -> dict[int, float]:
+    """By rank, the time of a layer's fastest form over that of the dense layer."""
+    forms = {rank: {f: m for f, m in forms_of(one).items() if f != "reconstructed"} for rank, one in made.items()}
+    names = {rank: f"{one!r} as {', '.join(forms[rank])} on {tuple(x.shape)}" for rank, one in made.items()}
     missing = {
-        (name, form): Loadable(module, x)
-        for name, forms in variants.items()
-        if known.get(name, x) is None
-        for form, module in forms.items()
+        (rank, form): Loadable(module, x)
+        for rank, there in forms.items()
+        if names[rank] not in known
+        for form, module in there.items()
     }
     if missing:
-        loaded = dict(zip(missing, load_all(engine, list(missing.values())), strict=True))
-        seconds = interleaved_times({key: inference_call(module, x) for key, module in loaded.items()}, ROUNDS, min)
-        for name in dict.fromkeys(name for name, _ in missing):
-            known.put(name, x, min(value for (n, _), value in seconds.items() if n == name))
-    found = {name: known.get(name, x) for name in variants}
-    assert all(value is not None for value in found.values())
-    return LayerTimes(found[repr(conv)] or 0.0, {rank: found[name] or 0.0 for rank, name in names.items()}, block)
+        networks: dict[Any, Loadable] = {DENSE: Loadable(nn.Sequential(conv), x), **missing}
+        loaded = zip(networks, load_all(engine, list(networks.values())), strict=True)
+        seconds = interleaved_times({key: inference_call(run, x) for key, run in loaded}, ROUNDS, min)
+        best = {rank: min(seconds[r, form] for r, form in missing if r == rank) for rank, _ in missing}
+        known.add({names[rank]: value / seconds[DENSE] for rank, value in best.items()})
+    return {rank: known[name] for rank, name in names.items()}
 
 
-@dataclass
-class _Cache:
-    """Seconds by layer and input shape, in a file that is written whole after every layer."""
+class _Cache(dict[str, float]):
+    """Times over the dense layer's, by layer and input, in a file that several processes may share."""
 
-    path: Path
-    where: str
-    seconds: dict[str, dict[str, float]] = field(init=False)
+    def __init__(self, path: Path, where: str) -> None:
+        super().__init__()
+        self._path, self._where = path, where
+        self.update(self._stored().get(where, {}))
 
-    def __post_init__(self) -> None:
+    def add(self, found: Mapping[str, float]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._path.with_suffix(".lock")):
+            stored = self._stored()
+            stored.setdefault(self._where, {}).update(found)
+            replace_file(self._path, (json.dumps(stored, indent=1) + "\n").encode())
+        self.update(found)
+
+    def _stored(self) -> dict[str, dict[str, float]]:
         try:
-            self.seconds = json.loads(self.path.read_text())
-        except (OSError, ValueError):
-            self.seconds = {}
-
-    def get(self, layer: str, x: Tensor) -> float | None:
-        return self.seconds.get(self.where, {}).get(f"{layer} on {tuple(x.shape)}")
-
-    def put(self, layer: str, x: Tensor, seconds: float) -> None:
-        self.seconds.setdefault(self.where, {})[f"{layer} on {tuple(x.shape)}"] = seconds
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(self.path, (json.dumps(self.seconds, indent=1) + "\n").encode())
+            return dict(json.loads(self._path.read_text()))
+        except (OSError, TypeError, ValueError):
+            return {}
 
 
 def _where(engine: str, x: Tensor) -> str:
-    """Machine, engine and threads: what times hold for."""
+    """Machine, engine and threads: what times over the dense layer's hold for."""
     package = "onnxruntime" if engine == "onnxruntime" else "torch"
     try:
         number = version(package)
     except PackageNotFoundError:
         number = "unknown"
     device = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else cpu_name()
-    return f"{device}, {torch.get_num_threads()} threads, {engine} ({package} {number}), {x.dtype}"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} threads, {engine} ({package} {number}), {x.dtype}, over dense"

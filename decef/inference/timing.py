@@ -118,10 +118,32 @@ class _Counting(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             return func(*args, **kwargs) if out is NotImplemented else out
         out = func(*args, **kwargs)
-        flops = count(*args, **kwargs, out_val=out)
+        backward = func is torch.ops.aten.convolution_backward.default
+        flops = _backward_flops(*args) if backward else count(*args, **kwargs, out_val=out)
         moved = sum(t.numel() * t.element_size() for t in tree_leaves((args, out)) if isinstance(t, Tensor))
         self.seconds += max(flops / self.roofline.flops, moved / self.roofline.bandwidth)
         return out
+
+
+def _backward_flops(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    extra: Any,
+    groups: int,
+    wanted: Sequence[bool],
+) -> int:
+    """FLOPs of aten.convolution_backward: each gradient takes as many as the output did.
+
+    torch counts the weight's gradient in a grouped convolution as if it were not grouped (2.13).
+    """
+    positions = len(x) * (x if transposed else grad).shape[2:].numel()
+    return 2 * weight.numel() * positions * sum(wanted[:2])
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from decef.models import create_model, stem_name
 from decef.plans import Plan, plan
 from decef.ranks import Budget
 from decef.results.pages import write_bench
+
+log = logging.getLogger(__name__)
 
 #: basisconv2021 is left out: with its batch norm folded it runs as basisconv does.
 INFERENCE_LAYERS = tuple(layer for layer in LAYERS if layer != "basisconv2021")
@@ -65,13 +68,16 @@ NETWORK_ROUNDS = 15  # so many, and the least time, that equal networks get equa
 
 
 def plans(case: Case, dense: nn.Module, share: float) -> dict[str, Plan]:
-    """Plans within a share of the dense network's FLOPs, by layer type."""
+    """Plans within a share of the dense network's FLOPs, by layer type; those that can't be so small are left out."""
     rule = Budget(flops=share, uniform=True)
-    return {
-        layer: plan(dense, layer, rank=rule, exclude=stem_name(dense), input_size=case.input_size)
-        for layer in case.layers
-        if layer != "conv2d"
-    }
+    found = {}
+    for layer in case.layers:
+        if layer != "conv2d":
+            try:
+                found[layer] = plan(dense, layer, rank=rule, exclude=stem_name(dense), input_size=case.input_size)
+            except ValueError as error:
+                log.warning("left out: %s in %s: %s", layer, case.network, error)
+    return found
 
 
 def networks(dense: nn.Module, made: Mapping[str, Plan]) -> dict[str, nn.Module]:

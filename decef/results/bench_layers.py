@@ -101,7 +101,7 @@ def layer_times(
         `dense`, `factorized`, `reconstructed`: median seconds per call, of interleaved rounds; `reconstructed` is None
         if the layer type has no composed kernel in training;
         `auto`: which implementation "auto" chooses;
-        `bound`: the least time of the chain over that of the dense layer (`Roofline.seconds`), None for training;
+        `bound`: the least time of the chain over that of the dense layer (`Roofline.seconds`);
         `memory`: the chain's peak over the dense layer's.
     """
     conv = shape.conv().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,8 +132,7 @@ def layer_times(
         "flops_ratio": row.macs_after / row.macs_before,
         **{"reconstructed": None, **times},
         "auto": "factorized" if prefers_factorized else "reconstructed",
-        # No bound for training: torch counts the backward pass of grouped convolutions as if they were not grouped.
-        "bound": None if backward else roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
+        "bound": roofline.seconds(steps["factorized"]) / roofline.seconds(steps["dense"]),
         "memory": memory["factorized"] / memory["dense"] if memory["dense"] else None,
     }
 

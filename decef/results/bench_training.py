@@ -151,7 +151,8 @@ def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor, batch_size: 
         ]
     )
     data = _PilImages(images, labels, transform)
-    loader = DataLoader(data, batch_size, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
+    workers = os.cpu_count() or 1  # which an epoch of few batches must not pay for starting
+    loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(network.parameters(), lr=STEP.lr, momentum=0.9, weight_decay=5e-4)
 

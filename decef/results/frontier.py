@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ from decef.data import Data
 from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import available
 from decef.inference.timing import inference_call, interleaved_times
+from decef.models.released import load, read
+from decef.moments import input_moments
 from decef.plans import plan
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.results.without_finetuning import recalibrated_on
 from decef.training.loop import EVAL_BATCH
-from decef.training.record import Summary
+from decef.training.record import Summary, load_records
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 40  # so many, and the least time: on a busy machine medians of equal networks differ by a fifth
 CALIBRATION = 256  # images
@@ -58,14 +64,51 @@ def decomposed(
         exclude: pattern of the names that stay dense.
         seen: training images to fit to.
         augmented: training images as they were augmented in training, for batch norm.
+
+    Raises:
+        ValueError: there is no such layer type, or it can't have so small a share; nothing was decomposed then.
     """
     input_size = next(seen.views(1))[0].shape[1:]
-    data = [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)]
-    for share in shares:
-        for layer in layers:
-            made = plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size)
-            network = recalibrated_on(augmented, convert(model, made, data=data))
+    plans = [
+        (layer, share, plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size))
+        for share in shares
+        for layer in layers
+    ]
+
+    def points() -> Iterator[Point]:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+        moments = input_moments(model, names, [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)])
+        for layer, share, made in plans:
+            network = recalibrated_on(augmented, convert(model, made, data=moments))
             yield Point(layer, f"{share:g} of FLOPs", DECOMPOSED, network)
+
+    return points()
+
+
+def finetuned(
+    results: Path, model: str, weights_md5: str, schedule: str, mean: Sequence[float], std: Sequence[float]
+) -> Iterator[Point]:
+    """The released networks of a results folder that began with some weights and were trained on by a schedule.
+
+    Args:
+        results: folder with runs and networks.
+        model: name of the network.
+        weights_md5: of its weights.
+        schedule: name of the training schedule.
+        mean, std: how inputs must be normalised; networks that want it otherwise are logged and left out.
+    """
+    records = {record.id: record for record in load_records(results)}
+    for path in sorted((results / "networks").glob("*.safetensors")):
+        card, _ = read(path)
+        record = records.get(card.run)
+        if record is None:
+            continue
+        config = record.config
+        if (config.model.name, config.model.weights_md5, config.train.name) == (model, weights_md5, schedule):
+            if np.array_equal(np.round([*card.mean, *card.std], 6), np.round([*mean, *std], 6)):
+                yield Point(record.layer, record.rank_setting, FINETUNED, load(path))
+            else:
+                log.warning("left out: %s is for inputs that are normalised in another way", path.name)
 
 
 def measure(
@@ -94,19 +137,28 @@ def measure(
     Yields:
         A row per network and precision: `layer`, `budget`, `stage`, `precision`, `top1` in percent, `seconds` of a
         call, `time`, that over the dense network's in fp32 as both ran in turn, `engine`, `forms`, `bytes` of its file.
+
+    Raises:
+        ValueError: a precision that no engine has here, or fewer images than a batch.
     """
-    seen = seen.subset(slice(0, max(1, CALIBRATION // batch) * batch))
+    if len(seen) < batch:
+        raise ValueError(f"batches of {batch} need as many training images, not {len(seen)}")
+    seen = seen.subset(slice(0, min(len(seen) // batch, max(1, CALIBRATION // batch)) * batch))
     calibration = [seen.normalize(images) for images, _ in seen.views(batch)]
     x = calibration[0]
 
+    engines = {}
+    for precision in ("fp32", *precisions):
+        engines[precision] = [engine for engine in available(x.device, precision) if engine != "compile"]  # too slow
+        if not engines[precision]:
+            raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
     chosen: dict[Any, dict[str, Any]] = {}
 
     def deployed(deployer: Deployer, shapes: list[Any], precision: str) -> Deployed:
         calibrate = calibration if precision == "int8" else None
         if (*shapes, precision) in chosen:
             return deployer.apply(chosen[*shapes, precision], calibrate)
-        engines = [engine for engine in available(x.device, precision) if engine != "compile"]  # it takes minutes
-        fastest = deployer.deploy(engines, precision, calibrate)
+        fastest = deployer.deploy(engines[precision], precision, calibrate)
         chosen[*shapes, precision] = fastest.choice
         return fastest
 

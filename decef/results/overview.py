@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -88,9 +87,13 @@ def _time(results: Path) -> dict[str, float]:
     path = results / "bench" / "networks-cpu.json"
     if not path.is_file():
         return {}
-    rows: list[Mapping[str, Any]] = json.loads(path.read_text())["rows"]
+    record = json.loads(path.read_text())
+    if record["environment"]["share"] != 0.5:
+        return {}
     seconds = {
-        row["layer"]: row["deployed"] for row in rows if (row["network"], row["batch"], row["precision"]) == TIMED
+        row["layer"]: row["deployed"]
+        for row in record["rows"]
+        if (row["network"], row["batch"], row["precision"]) == TIMED
     }
     return {layer: value / seconds["conv2d"] for layer, value in seconds.items()}
 

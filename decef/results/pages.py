@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from jinja2 import DictLoader, Environment, StrictUndefined
 
 from decef.files import replace_file
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def render(template: str, **values: Any) -> str:
@@ -44,6 +46,34 @@ def provenance(made: Mapping[str, Any], *more: str) -> str:
     return f"{', '.join([commit, made['started'], *more, made['machine']])}."
 
 
+def collect(rows: Iterable[Row], out: Path, show: Callable[[Row], None]) -> list[Row]:
+    """All rows of a measurement. Until its page is written, what was measured is kept in <out>.partial.jsonl.
+
+    Args:
+        rows: as they are measured.
+        out: path of the page without ending.
+        show: called with every row.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    path = _partial(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found: list[Row] = []
+    for row in rows:
+        with path.open("a" if found else "w") as file:
+            file.write(json.dumps(row) + "\n")
+        found.append(row)
+        show(row)
+    if not found:
+        raise ValueError("nothing of what was asked for can be measured: see the lines above")
+    return found
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial.jsonl")
+
+
 def write_bench(
     template: str, rows: Sequence[Mapping[str, Any]], out: Path, made: Mapping[str, Any], **values: Any
 ) -> None:
@@ -53,13 +83,15 @@ def write_bench(
         template: see `render`.
         rows: what was measured.
         out: path without ending.
-        made: where, when and with which code, see `environment`; with `dtype`.
+        made: where, when and with which code, see `environment`; with `dtype`, and `share` of the dense FLOPs.
         **values: for the template.
     """
     data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
     replace_file(out.with_suffix(".json"), data.encode())
-    text = render(template, provenance=provenance(made, made["dtype"]), **values)
+    share = f"{made['share']:g} of the FLOPs"
+    text = render(template, provenance=provenance(made, made["dtype"], share), **values)
     replace_file(out.with_suffix(".md"), text.encode())
+    _partial(out).unlink(missing_ok=True)
 
 
 def write_measured(
@@ -79,3 +111,4 @@ def write_measured(
     replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
     text = render(template, table=shown.to_markdown(index=False), about=about, provenance=provenance(made))
     replace_file(out.with_suffix(".md"), text.encode())
+    _partial(out).unlink(missing_ok=True)
