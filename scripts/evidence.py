@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import CONFIGS, fail, run_config
 
 if TYPE_CHECKING:
+    from decef.training.config import RunConfig
     from decef.training.evidence import Job
 
 
@@ -50,14 +52,18 @@ def main() -> None:
             fail(f"no entry {', '.join(sorted(unknown))}; there are {', '.join(entry.name for entry in entries)}")
         entries = for_gpu(entries) if arguments.device.startswith("cuda") else entries
         chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
-        jobs, blocked = list_jobs(chosen, lambda given: run_config(given).resolved())
+
+        def resolved(given: Sequence[str]) -> RunConfig:
+            return run_config([*given, *arguments.overrides]).resolved()
+
+        jobs, blocked = list_jobs(chosen, resolved)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():
         print(f"{name} can't start here: {reason}")
     if arguments.what == "status":
         print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
-        on_gpu, _ = list_jobs(for_gpu(chosen), lambda given: run_config(given).resolved())
+        on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
         hours = gpu_hours(missing(on_gpu, arguments.results))
         print(
             f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured)."

@@ -21,6 +21,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.network and (arguments.weights or arguments.layer):
         fail("--weights and --layer belong to a network: name it with --network")
+    if arguments.network and not arguments.weights and not Path(arguments.network).is_dir():
+        fail(f"{arguments.network} is no run's folder: say --weights FILE, as random filters have nothing to show")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.models.weights import describe_file

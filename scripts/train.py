@@ -10,6 +10,7 @@ python scripts/train.py --from results/runs/<run id> [results=replayed] [device=
 repeats a recorded run exactly, in another folder, and says whether the same came out.
 """
 
+import json
 import logging
 import os
 import sys
@@ -61,7 +62,7 @@ def _failures(results: str) -> Path:
 def train_again(arguments: list[str]) -> None:
     """Repeat a recorded run. `arguments` are --from, its folder, then where to run, as overrides."""
     from decef.training.config import InputError
-    from decef.training.record import first_difference, read_metrics, replay
+    from decef.training.record import SUMMARY, first_difference, read_metrics, replay
     from decef.training.run import run
 
     if len(arguments) < 2:
@@ -76,6 +77,9 @@ def train_again(arguments: list[str]) -> None:
     try:
         config, precision = replay(source)
         results = Path(places["results"] or "replayed")
+        done = results / "runs" / source.resolve().name / SUMMARY
+        if done.is_file() and json.loads(done.read_text()).get("status") == "finished":
+            raise ValueError(f"{done.parent} is there already: remove it, or say results=FOLDER for another place")
         config = replace(
             config,
             dataset=replace(config.dataset, root=places["dataset.root"]),

@@ -56,6 +56,8 @@ def main() -> None:
                 raise ValueError(f"the run {run} has weights of its own: leave out --weights")
             config = load_config(run)
             name, trained_on = config.model.name, config.dataset
+        elif arguments.weights is None:
+            raise ValueError(f"{name} is no run's folder: say --weights FILE, as a random network has nothing to keep")
         (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
         if arguments.mean is not None:
             trained_on = replace(trained_on, mean=tuple(arguments.mean))

@@ -214,7 +214,7 @@ def test_types_that_cannot_be_so_small_are_left_out(caplog):
 
 
 def test_what_was_measured_is_kept_until_the_page_is_written(tmp_path):
-    out, shown = tmp_path / "made" / "speed-cpu", []
+    out, shown = tmp_path / "made" / "speed-0.5-cpu", []
 
     def measured():
         yield {"seconds": 1.0}
@@ -224,12 +224,12 @@ def test_what_was_measured_is_kept_until_the_page_is_written(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         collect(measured(), out, shown.append)
     assert shown == [{"seconds": 1.0}, {"seconds": 2.0}]
-    partial = out.with_name("speed-cpu.partial.jsonl")
+    partial = out.with_name("speed-0.5-cpu.partial.jsonl")
     assert [json.loads(line) for line in partial.read_text().splitlines()] == shown
     rows = collect(shown, out, lambda row: None)
     write_bench("bench_operators", rows, out, MADE, table="a table")
-    assert [path.name for path in sorted(out.parent.iterdir())] == ["speed-cpu.json", "speed-cpu.md"]
-    assert "0.5 of the FLOPs" in out.with_suffix(".md").read_text()
+    assert [path.name for path in sorted(out.parent.iterdir())] == ["speed-0.5-cpu.json", "speed-0.5-cpu.md"]
+    assert "0.5 of the FLOPs" in out.with_name("speed-0.5-cpu.md").read_text()
     with pytest.raises(ValueError, match="nothing of what was asked for can be measured"):
         collect([], out, shown.append)
 

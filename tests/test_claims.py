@@ -271,9 +271,10 @@ def test_a_control_that_differs_in_the_training():
     assert judge(atcd, [*plain, *worse, *better]).verdict == MIXED
     assert judge(atcd, [*plain, *runs("rank1", 80.0, 81.0, 82.0, rank=1, atcd=1)]).verdict == UNDECIDED
     assert judge(atcd, plain).verdict == NOT_TESTED
-    twice = runs("rank1", 80.0, rank=1, decay="kernel")
-    with pytest.raises(ValueError, match=r"claim atcd-better: both .* narrow it"):
-        judge(atcd, [*plain, *better, *twice])
+    assert judge(atcd, [*plain, *better, *runs("rank1", 99.0, rank=1, decay="kernel")]).verdict == HOLDS
+    vague = claim(kind="non_inferior", runs={"layer.name": "decef"}, control={"layer.name": "rank1"}, margin=0)
+    with pytest.raises(ValueError, match=r"claim test: both .* narrow it"):
+        judge(vague, [*runs("decef", 80.0), *plain, *separate])
 
 
 @pytest.mark.parametrize(
@@ -311,6 +312,15 @@ def test_method_and_initialisation_are_judged_by_themselves():
     start = runs("rank1", 80.0, 81.0, 82.0, separate_init=False, **options)
     assert judge(by_id["rank1-trains"], [*chain, *both, *method, *start]).verdict == FAILS
     assert judge(by_id["rank1-initialisation"], [*chain, *both, *method, *start]).verdict == HOLDS
+
+
+def test_a_control_that_ran_with_both_decays_is_that_of_the_default():
+    options = {"rank": 1, "separate_init": True, "model": "plain"}
+    chain = runs("rank1", 10.0, 10.1, 9.9, **options)
+    other = runs("rank1", 80.0, 80.1, 79.9, decay="kernel", **options)
+    method = runs("rank1", 80.0, 81.0, 82.0, atcd=1, **options)
+    trains = next(c for c in load_claims() if c.id == "rank1-trains")
+    assert judge(trains, [*chain, *other, *method]).verdict == judge(trains, [*chain, *method]).verdict == HOLDS
 
 
 def test_a_control_of_several_experiments_is_one_comparison():

@@ -51,7 +51,10 @@ def test_a_record_is_done_again(call, tmp_path):
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows[1]["train_loss"] += 1e-6
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
+    there = call("train.py", "--from", f"results/runs/{name}", cwd=tmp_path)
+    assert there.returncode == 2
+    assert f"replayed/runs/{name} is there already: remove it, or say results=FOLDER" in there.stderr
+    other = call("train.py", "--from", f"results/runs/{name}", "results=other", cwd=tmp_path)
     assert (other.returncode, "not the same from epoch 2 on" in other.stderr) == (1, True)
     refused = call("train.py", "--from", f"results/runs/{name}", "seed=1", cwd=tmp_path)
     assert refused.returncode == 2

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,22 @@ import pytest
 import yaml
 from support import ROOT, config
 
-from decef.training.evidence import Entry, Job, for_gpu, gpu_hours, interruptible, list_jobs, load_entries, run_jobs
+from decef.costs import total_cost
+from decef.results.claims import load_claims
+from decef.results.selectors import chosen, selects
+from decef.training.build import build
+from decef.training.evidence import (
+    Entry,
+    Job,
+    for_gpu,
+    gpu_hours,
+    interruptible,
+    is_done,
+    list_jobs,
+    load_entries,
+    run_jobs,
+)
+from decef.training.record import Record
 
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
@@ -99,6 +115,62 @@ def test_entries_that_cannot_be_read(tmp_path):
     write(tmp_path / "list.yaml", one, one)
     with pytest.raises(ValueError, match="entry a stands there twice"):
         load_entries(tmp_path / "list.yaml")
+
+
+def test_a_finished_run_that_is_to_be_released_is_done_only_then(tmp_path):
+    entry = Entry("e", "", "", 1, 1.0, release="net")
+    job = Job(entry, (), "run", config("results", layer={"name": "conv2d"}))
+    (tmp_path / "networks").mkdir()
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text('{"status": "finished"}')
+    assert is_done(tmp_path, job)  # without its checkpoint it can't be
+    (folder / "checkpoint.pt").touch()
+    assert not is_done(tmp_path, job)
+    (tmp_path / "networks" / "net-conv2d.safetensors").touch()
+    assert is_done(tmp_path, job)
+
+
+def test_overrides_for_all_runs_count_in_what_is_done(call, tmp_path):
+    entry = {"name": "e", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
+    there = write(tmp_path / "list.yaml", entry)
+    for _ in range(2):
+        done = call("evidence.py", "run", *there, "train.epochs=1", "wandb.mode=disabled")
+        assert done.returncode == 0, done.stderr
+    assert "| e            | 1/1" in call("evidence.py", "status", *there, "train.epochs=1").stdout
+    assert "| e            | 0/1" in call("evidence.py", "status", *there).stdout
+
+
+def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
+    """Runs as they would be recorded: the claim selects them, at their costs."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from cli import run_config
+
+    claims, checked = {claim.id: claim for claim in load_claims()}, set()
+    for entry in load_entries(ROOT / "configs" / "evidence.yaml"):
+        named = [word for word in re.findall(r"[a-z0-9-]+", entry.decides) if word in claims]
+        asked = [claims[name] for name in named if "runs" in claims[name].asks]
+        if not asked:
+            continue
+        plain = ("model.weights=null", "model.decompose_on=null")  # the files need not be there
+        configs = [run_config([*given, *plain]) for given in entry.settings()]
+        for claim in asked:
+            asks = claim.asks
+            fits = [one for one in configs if selects({**asks["runs"], "model.weights": None}, Record(one, {}))]
+            assert fits, (entry.name, claim.id)
+            shares = {key: asks[key] for key in ("flops", "params") if key in asks}
+            if shares and fits[0].layer.flops:
+                record = Record(fits[0], costs_of(fits[0]))
+                assert list(chosen([record], {}, None, shares)), (entry.name, claim.id)
+                checked.add(claim.id)
+    assert {f"decef-two-thirds-{where}" for where in ("resnet", "vgg", "mobilenet")} <= checked
+
+
+def costs_of(config):
+    config = config.resolved()
+    data = config.dataset.dataset()
+    model, _, dense = build(config.model, config.layer, data)
+    return {**total_cost(model, data.input_size), "dense": dense}
 
 
 def test_seeds_come_after_settings():

@@ -14,6 +14,7 @@ from support import config
 from decef.data import DATASETS
 from decef.models.weights import find_weights
 from decef.ranks import Fixed
+from decef.results.pages import made_on
 from decef.training.build import build
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import InputError, TrainConfig
@@ -57,7 +58,7 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     assert run(config(results, device="cpu", wandb__project="other")) == summary
 
 
-def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, caplog):
     _, expected = finished
     save = save_checkpoint
 
@@ -73,8 +74,15 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "test_top1": 0.0}\n{"epo')  # logged, then killed before the checkpoint
     monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
+    stopped = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**stopped, "threads": 99, "git_commit": "of another day"}))
     summary = run(config(tmp_path))
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
+    (session,) = summary["earlier_sessions"]
+    assert (session["threads"], session["git_commit"], session["started"]) == (99, "of another day", stopped["started"])
+    commits = made_on([{**summary, "git_commit": "of this day"}])["commits"]
+    assert [commit.rstrip("+") for commit in commits] == ["of another", "of this da"]
+    assert "began with 99 threads and goes on with" in caplog.text
     assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert len(summary["resumed"]) == 1
 

@@ -99,6 +99,15 @@ def test_without_finetuning(main_of, trained, tmp_path):
     assert "weights.pt (MD5" in (tmp_path / "made" / "resnet20.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "typed", [("figures", "--network", "resnet20"), ("without_finetuning", "resnet20", "--out", "small")]
+)
+def test_random_networks_are_refused(main_of, typed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main_of(*typed)
+    assert "resnet20 is no run's folder: say --weights FILE" in capsys.readouterr().err
+
+
 def test_frontier(main_of, trained, tmp_path, monkeypatch, caplog, capsys):
     """With three released networks, of which one is measured too: it began so, by this schedule, on such inputs."""
     engines = {"fp32": ["eager"], "int8": []}

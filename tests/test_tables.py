@@ -5,6 +5,7 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
+from decef.results.comparisons import comparison_groups
 from decef.results.tables import summarize, write_tables
 from decef.training.record import load_records
 
@@ -205,3 +206,14 @@ def test_rebuilding_gives_identical_files_and_drops_stale_ones(tmp_path):
     (tables / "cifar10-old.md").write_text("stale")
     write_tables(load_records(tmp_path), tables)
     assert {p.name: p.read_bytes() for p in tables.iterdir()} == before
+
+
+def test_of_several_comparisons_by_one_schedule_the_largest_has_its_name(tmp_path):
+    for seed in range(2):
+        add(tmp_path, "conv2d", seed, 90.0)
+    add(tmp_path, "conv2d", 0, 80.0, train={"epochs": 1})
+    few, usual = sorted(comparison_groups(load_records(tmp_path)).items(), key=lambda item: len(item[1]))
+    assert (usual[0], len(usual[1])) == ("cifar10-quick", 2)
+    assert few[0].startswith("cifar10-quick-")
+    add(tmp_path, "conv2d", 1, 80.0, train={"epochs": 1})
+    assert all(name.startswith("cifar10-quick-") for name in comparison_groups(load_records(tmp_path)))

@@ -87,12 +87,10 @@ class Reached:
         """How much it is above (or, if negative, below) what was asked for, as a share of that."""
         return self.value / self.asked - 1
 
-    def within(self) -> bool:
-        """Whether that is within the tolerance."""
-        return abs(self.off) <= TOLERANCE
 
-
-def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], asked: float) -> Reached:
+def search(
+    plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], asked: float, *, over: float = TOLERANCE
+) -> Reached:
     """The plan that is nearest to what was asked for, by what is measured of it.
 
     Each try corrects the share that it plans for by how far the ones before were off.
@@ -102,6 +100,7 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
             no plan is that small.
         measure: what a plan comes to, as a share of the dense network's.
         asked: what it should come to, in (0, 1].
+        over: by how much of it it may be exceeded: 0 for a limit on what can be measured exactly.
 
     Raises:
         ValueError: it can't be reached; the message says what can.
@@ -118,7 +117,7 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
             low, below, reason = share, None, str(error)
         else:
             found.append(made)
-            if made.within():
+            if -TOLERANCE <= made.off <= over:
                 break
             if made.off > 0:
                 high, above = share, made
@@ -129,13 +128,14 @@ def search(plan_at: Callable[[float], Plan], measure: Callable[[Plan], float], a
         share = round(_next_share(low, below, high, above, asked), 4)  # it stands in the plan, to be read
     if not found:
         raise ValueError(reason)
-    best = min(found, key=lambda made: abs(made.off))
-    if best.off > TOLERANCE:
+    met = [made for made in found if made.off <= over]
+    if not met:
+        least = min(made.value for made in found)
         raise ValueError(
             f"a budget of {asked:.3g} of the dense network's can't be met: the smallest that was found has "
-            f"{best.value:.3g}" + (f" ({reason})" if reason else "")
+            f"{least:.3g}" + (f" ({reason})" if reason else "")
         )
-    return best
+    return min(met, key=lambda made: abs(made.off))
 
 
 def _next_share(low: float, below: Reached | None, high: float, above: Reached | None, asked: float) -> float:

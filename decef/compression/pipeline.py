@@ -152,12 +152,13 @@ class Compression:
             "exclude": self._exclude,
             "engine": self._engine,
             "seed": seed,
+            "data": self._data_words(),
         }
         self._kept = None if out is None else Path(out)
         self._folder = Path(tempfile.mkdtemp()) if self._kept is None else self._kept
         if self._kept is None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._state = _State(self._folder / STATE, asked)
+        self._state = _State(self._folder, asked)
 
     def plan(self) -> Plan:
         """The plan that meets the budget, by measurement where the budget is one of time or memory.
@@ -232,6 +233,7 @@ class Compression:
                 lambda share: make(Budget(params=share)),
                 lambda made: measure(convert(self._model, made, from_scratch=True), self._x) / whole_size,
                 asked,
+                over=0,
             )
         dense = self._fast_dense()
         types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
@@ -269,6 +271,10 @@ class Compression:
             choice = TypeChoice(self._model, **where)
             return lambda rule: choice.plan(rule, progress=self._progress)
         return lambda rule: plan(self._model, self._layer, rank=rule, **where)
+
+    def _data_words(self) -> str:
+        known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
+        return f"{known} {count_batches(self._data)} batches of {tuple(self._first.shape)}".strip()
 
     def _some_images(self) -> list[Tensor]:
         """The first so many images, in batches."""
@@ -386,19 +392,20 @@ class Compression:
 
 
 class _State:
-    """What is done, in a JSON file that is written after every step."""
+    """What is done, in a JSON file that is written after every step. What is only planned may be planned anew."""
 
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
-        self._path, self.asked = path, asked
-        self._known: dict[str, Any] = {}
-        if path.is_file():
-            self._known = json.loads(path.read_text())
-            before = self._known["asked"]
-            changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]
-            if changed:
-                raise ValueError(f"{path.parent} holds another compression ({'; '.join(changed)}): give another folder")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
+        self._path, self.asked = folder / STATE, asked
+        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        before = self._known.get("asked", {})
+        changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]
+        if changed and (folder / CHECKPOINT).is_file():
+            raise ValueError(f"{folder} holds another compression ({'; '.join(changed)}): give another folder")
+        if changed:
+            folder.mkdir(parents=True, exist_ok=True)
+            for planned in (PLAN, FORMS):
+                (folder / planned).unlink(missing_ok=True)
+            self._known = {}
             self["asked"] = asked
 
     def __contains__(self, key: str) -> bool:

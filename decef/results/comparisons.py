@@ -42,13 +42,22 @@ def precision_words(records: Iterable[Record]) -> str:
 
 
 def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by `comparison`, named <dataset>-<schedule>; a hash is added where a schedule ran in several ways."""
+    """Records by `comparison`, named <dataset>-<schedule>.
+
+    Where a schedule ran in several ways, the one with most runs has this name, and a hash is added to the others; if
+    two have as many, to all.
+    """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.comparison, []).append(record)
     names = {c: f"{g[0].config.dataset.name}-{g[0].config.train.name}" for c, g in groups.items()}
-    taken = list(names.values())
-    return {
-        name if taken.count(name) == 1 else f"{name}-{hashlib.sha256(c.encode()).hexdigest()[:8]}": groups[c]
-        for c, name in names.items()
-    }
+    sizes: dict[str, list[int]] = {}
+    for c, name in names.items():
+        sizes.setdefault(name, []).append(len(groups[c]))
+
+    def unique(comparison: str, name: str) -> str:
+        most = max(sizes[name])
+        plain = len(groups[comparison]) == most and sizes[name].count(most) == 1
+        return name if plain else f"{name}-{hashlib.sha256(comparison.encode()).hexdigest()[:8]}"
+
+    return {unique(c, name): groups[c] for c, name in names.items()}

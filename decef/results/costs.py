@@ -74,6 +74,6 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> s
         for note, group in frame[frame.note != ""].groupby("note", sort=False)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
-    replace_file(out.with_suffix(".md"), render("costs", table=table, notes=notes, flops=flops).encode())
+    replace_file(out.with_name(f"{out.name}.csv"), frame.round(6).to_csv(index=False).encode())
+    replace_file(out.with_name(f"{out.name}.md"), render("costs", table=table, notes=notes, flops=flops).encode())
     return table

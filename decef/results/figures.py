@@ -133,7 +133,11 @@ def frontier(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
             "deployed in fp32, bf16 or int8; a line joins the budgets of a layer type, the wide grey one what no other "
             "network beats in both. Networks that lost much are below the figure."
         )
-        figure = plots.plot_frontier(pd.read_csv(path, keep_default_na=False))
+        frame = pd.read_csv(path, keep_default_na=False)
+        if not frame.stage.any():
+            log.info("skipped: %s has the dense network alone", path)
+            continue
+        figure = plots.plot_frontier(frame)
         yield Drawing(f"frontier-{path.stem}", figure, shows, [f"frontier/{path.name}"])
 
 

@@ -61,14 +61,16 @@ def replace_between(path: Path, name: str, text: str) -> None:
 
 
 def _rows(groups: Mapping[str, Sequence[Record]], schedule: str, budget: str) -> dict[str, Row]:
-    """The row of every layer type as its config has it by default, apart from the budget; the dense one has none."""
+    """By layer type, of its settings at this budget the one with most runs; the dense one has no budget."""
     rows = table_rows(groups.get(f"{DATASET}-{schedule}", []))
     found: dict[str, Row] = {}
     for row in rows:
         first = row.first
         usual = first.config.train.atcd is None and first.config.train.decay in (None, DEFAULT_DECAY)
         if first.model == NETWORK and first.rank_setting in ("dense", budget) and usual:
-            found.setdefault(first.layer, row)
+            other = found.setdefault(first.layer, row)
+            if len(row.runs) > len(other.runs):
+                found[first.layer] = row
     return found
 
 
@@ -109,7 +111,8 @@ def _count(row: Row | None) -> str:
 def _difference(row: Row | None) -> str:
     if row is None or row.difference is None:
         return NONE
-    return f"{row.difference.mean:+.2f} {row.difference.interval('+.2f')}".rstrip()
+    fewer = f"(n={row.difference.n})" if row.difference.n < len(row.runs) else ""
+    return " ".join(filter(None, [f"{row.difference.mean:+.2f}", row.difference.interval("+.2f"), fewer]))
 
 
 def _number(value: float | None) -> str:

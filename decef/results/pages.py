@@ -32,8 +32,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def made_on(sources: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The `machines` and `commits` that measurements come from, each once; + marks commits with uncommitted changes."""
-    known = list(sources)
+    """The `machines` and `commits` that records come from, each once; + marks commits with uncommitted changes."""
+    known = [session for source in sources for session in (*source.get("earlier_sessions", []), source)]
     machines = {f"{source['device']} ({source['machine']})" for source in known}
     commits = {f"{str(source.get('git_commit'))[:10]}{'+' * bool(source.get('git_dirty'))}" for source in known}
     return {"machines": sorted(machines), "commits": sorted(commits)}
@@ -87,10 +87,10 @@ def write_bench(
         **values: for the template.
     """
     data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
-    replace_file(out.with_suffix(".json"), data.encode())
+    replace_file(out.with_name(f"{out.name}.json"), data.encode())
     share = f"{made['share']:g} of the FLOPs"
     text = render(template, provenance=provenance(made, made["dtype"], share), **values)
-    replace_file(out.with_suffix(".md"), text.encode())
+    replace_file(out.with_name(f"{out.name}.md"), text.encode())
     _partial(out).unlink(missing_ok=True)
 
 
@@ -108,7 +108,7 @@ def write_measured(
         made: where, when and with which code, see `environment`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_suffix(".csv"), frame.round(6).to_csv(index=False).encode())
+    replace_file(out.with_name(f"{out.name}.csv"), frame.round(6).to_csv(index=False).encode())
     text = render(template, table=shown.to_markdown(index=False), about=about, provenance=provenance(made))
-    replace_file(out.with_suffix(".md"), text.encode())
+    replace_file(out.with_name(f"{out.name}.md"), text.encode())
     _partial(out).unlink(missing_ok=True)

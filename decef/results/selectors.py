@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from decef.results.comparisons import experiments
-from decef.training.config import REPLACEMENT_OPTIONS
+from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS
 from decef.training.record import LAYER_TRAINING, Record
 
 
@@ -58,13 +58,14 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
 
 
 def twins(records: Iterable[Record], runs: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """The control's experiments by `twin_key`.
+    """The control's experiments by `twin_key`; with the default weight decay, unless the control names another.
 
     Raises:
         ValueError: two experiments have the same key.
     """
     found: dict[str, list[Record]] = {}
-    for group in experiments(r for r in records if selects(control, r)):
+    usual = {} if "train.decay" in control else {"train.decay": [None, DEFAULT_DECAY]}
+    for group in experiments(r for r in records if selects({**control, **usual}, r)):
         other = found.setdefault(twin_key(group[0], runs, control), group)
         if other is not group:
             both = f"{other[0].id} and {group[0].id}"

@@ -25,7 +25,7 @@ import yaml
 from decef.costs import total_cost
 from decef.training.build import dense_network
 from decef.training.config import RunConfig
-from decef.training.record import SUMMARY, run_id
+from decef.training.record import CHECKPOINT, SUMMARY, run_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,9 +183,15 @@ def gpu_hours(jobs: Sequence[Job]) -> float:
 
 
 def is_done(results: Path, job: Job) -> bool:
-    """Whether a job's run is finished, and also measured if its entry asks for that."""
+    """Whether a job's run is finished, and measured and released if its entry asks for that.
+
+    A finished run without a checkpoint, as in a fresh clone, can't be released any more.
+    """
     measured = job.entry.after is None or (results / job.entry.after / f"{job.run_id}.csv").is_file()
-    return measured and _summary(results, job).get("status") == "finished"
+    checkpoint = results / "runs" / job.run_id / CHECKPOINT
+    network = results / "networks" / f"{job.release}.safetensors"
+    released = job.release is None or network.is_file() or not checkpoint.is_file()
+    return measured and released and _summary(results, job).get("status") == "finished"
 
 
 def missing(jobs: Sequence[Job], results: Path) -> list[Job]:

@@ -86,6 +86,7 @@ class Summary(TypedDict, total=False):
     git_dirty: bool
     started: str
     resumed: list[str]
+    earlier_sessions: list[dict[str, Any]]  # of a run that was resumed: where, with which code and when each began
     finished: str
     python: str
     packages: dict[str, str | None]

@@ -40,6 +40,7 @@ from decef.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+SESSION = ("started", "git_commit", "git_dirty", "python", "packages", "device", "threads", "machine")
 
 
 class Recorder:
@@ -130,10 +131,14 @@ class Recorder:
             known: what is known about the run before it is trained.
             epochs: how many are done. Metrics of later ones, written after the last checkpoint, are dropped.
             wandb_mode: see `Tracker`.
+
+        Raises:
+            InputError: the disk is full or cannot be written.
         """
         previous = self.read_summary()
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
-        replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        with self._writing():
+            replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.summary = {
             "id": self.id,
             "status": "running",
@@ -148,10 +153,19 @@ class Recorder:
             **environment(known["device"], known["threads"]),
         }
         if epochs:
+            session = {key: previous[key] for key in SESSION if key in previous}  # type: ignore[literal-required]
+            session["started"] = [previous["started"], *previous.get("resumed", [])][-1]
+            self.summary["earlier_sessions"] = [*previous.get("earlier_sessions", []), session]
             self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
             self.summary["started"] = previous["started"]
+            if previous.get("threads") != known["threads"]:
+                log.warning(
+                    "%s began with %s threads and goes on with %s, which round differently: no run can repeat it",
+                    self.id, previous.get("threads"), known["threads"],
+                )  # fmt: skip
         self._earlier = self.summary["wall_seconds"]
-        self._write()
+        with self._writing():
+            self._write()
         if epochs:
             log.info("%s goes on after epoch %d", self.id, epochs)
         else:
@@ -204,7 +218,15 @@ class Recorder:
         with suppress(OSError):  # the disk may be what went wrong
             self._write()
         self._tracker.finish(self.summary, failed=True)
-        if isinstance(error, OSError):
+        with self._writing():
+            if isinstance(error, OSError):
+                raise error
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
             raise InputError(
                 f"{self.path} cannot be written ({error.strerror or error}): make room or say results=FOLDER; the "
                 "last whole checkpoint is kept and the same command resumes from it"
