@@ -144,10 +144,12 @@ def measured(monkeypatch, tmp_path):
 
     def measure(model, test, **options):
         asked.append({"mean": list(test.mean), "std": list(test.std)})
-        return iter(())
+        return []
 
     monkeypatch.setattr("decef.training.networks.load_networks", lambda name, weights: [(name, CifarResNet(8))])
     monkeypatch.setattr("decef.results.without_finetuning.without_finetuning", measure)
+    monkeypatch.setattr("decef.results.pages.collect", lambda rows, *_: rows)
+    monkeypatch.setattr("decef.results.without_finetuning.write_rows", lambda *_: None)
     few = dataclasses.replace(DATASETS["cifar10"], read=lambda root: DIGITS)
     monkeypatch.setitem(DATASETS, "cifar10", few)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
@@ -164,10 +166,12 @@ def measured(monkeypatch, tmp_path):
 
 def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path, capsys):
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    assert measured("resnet20") == imagenet
+    (tmp_path / "w.th").touch()
+    named = ["resnet20", "--weights", str(tmp_path / "w.th")]
+    assert measured(*named) == imagenet
     given = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     options = ["--mean", "0.1", "0.2", "0.3", "--std", "0.4", "0.5", "0.6"]
-    assert measured("resnet20", *options) == given
+    assert measured(*named, *options) == given
 
     def write(**settings):
         (tmp_path / "run").mkdir(exist_ok=True)
