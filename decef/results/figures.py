@@ -175,10 +175,9 @@ def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Draw
     tables = _rank_tables(results)
     for name, title, group in _networks(records):
         for runs in experiments(group):
-            found = {run.id: tables[run.id] for run in runs if run.id in tables}
-            found = {name: table for name, table in found.items() if table.epoch.nunique() > 1}
+            found = [run.id for run in runs if run.id in tables and tables[run.id].epoch.nunique() > 1]
             if found:
-                frame = pd.concat(table.assign(run=name) for name, table in found.items())
+                frame = pd.concat(tables[run_id].assign(run=run_id) for run_id in found)
                 what = f"{runs[0].layer}, {runs[0].setting}"
                 shows = (
                     f"{title}, {what}: effective rank ({_counted(frame)}) after every epoch, a line a convolution; "
@@ -186,7 +185,7 @@ def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Draw
                     "greatest mean, where n > 1."
                 )
                 figure = plots.plot_ranks_in_training(frame, frame.counted_from.iloc[0])
-                sources = [f"ranks/{name}.{ending}" for name in found for ending in ("csv", "json")]
+                sources = [f"ranks/{run_id}.{ending}" for run_id in found for ending in ("csv", "json")]
                 yield Drawing(f"ranks-by-epoch-{name}-{_slug(what)}", figure, shows, sources)
 
 

@@ -72,8 +72,9 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
     }
     rows = [row for group in groups for row in group["rows"]]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
     environment.filters |= {"code": _code, "quote": lambda text: quote(text, safe=""), "slug": _slug}
-    return environment.from_string(_file("page.html")).render(
+    page = environment.from_string(_file("page.html")).render(
         css=Markup(_file("page.css")),
         js=Markup(_file("page.js")),
         vega=Markup(charts.script()),
@@ -90,6 +91,8 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         tally={verdict: found[verdict] for verdict in VERDICTS if found[verdict]},
         files=(CONFIG, METRICS, SUMMARY),
     )
+    tags, data_and_scripts = page.split('<script type="application/json"', 1)
+    return "".join([re.sub(r"\n\s+(?=<)", "\n", tags), '<script type="application/json"', data_and_scripts])
 
 
 def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[str, str]) -> dict[str, Any]:
