@@ -162,10 +162,24 @@ def test_tables_claims_and_records_stand_in_the_html_itself():
         assert f'id="claim-{claim.id}"' in text
     untested = next(claim for claim in load_claims() if claim.id == "cpac-significance")
     assert untested.experiment in words
-    assert 'href="runs/cifar10-decef-0.667-s1/metrics.jsonl"' in text
-    settings = {key: value for key, value in grid()[0].settings.items() if key != "seed"}
-    assert f"configuration, seeds 0, 1, 2 {' '.join(yaml.safe_dump(settings, sort_keys=False).split())} " in words
-    assert words.count("format: 2") == len({json.dumps(record.experiment) for record in grid()})
+    assert 'href="runs/cifar10-decef-0.667-s1/"' in text
+
+
+def test_configurations_are_told_once_for_a_table_and_in_what_a_row_differs():
+    records = [*grid(), run("decef", 3, 90.0, share=0.75)]
+    words = " ".join(Parsed(page(*records)).words.split())
+    assert words.count("crop_padding:") == 2  # of CIFAR-10 and of the digits
+    shares = re.findall(
+        r"its own configuration, seeds? ([\d, ]+) layer: \{name: (\w+)(?:, [^{}]*?flops: ([\d.]+))?", words
+    )
+    assert ("0, 1, 2", "conv2d", "") in shares
+    assert ("0, 1, 2", "decef", "0.667") in shares
+    assert ("3", "decef", "0.75") in shares
+    alone = run("decef", 0, 90.0)
+    words = " ".join(Parsed(build([alone], [])).words.split())
+    settings = {key: value for key, value in alone.settings.items() if key != "seed"}
+    assert " ".join(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None).split()) in words
+    assert "its own configuration" not in words
 
 
 def test_verdicts_stand_with_how_many_comparisons_were_decided():
@@ -199,7 +213,7 @@ def test_what_json_lacks_is_left_out():
     record.metrics[1]["train_loss"] = float("nan")
     flops, _, training = charts(record)[0]
     (curve,) = training["data"]["values"]
-    assert curve["train_loss"] == [2.0, None, pytest.approx(0.666667)]
+    assert curve["train_loss"] == [2.0, None, 0.6667]
     assert "val_top1" not in curve
     assert flops["data"]["values"][0]["low"] is None
 

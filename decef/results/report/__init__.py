@@ -25,7 +25,7 @@ from decef.results.look import look_of
 from decef.results.published import load_papers, published_lines
 from decef.results.report import charts
 from decef.results.tables import table_rows
-from decef.training.record import CONFIG, METRICS, SUMMARY, Record
+from decef.training.record import Record
 
 #: The metrics of `metrics.jsonl` that can be drawn, and their names on the page.
 CURVES = {
@@ -89,7 +89,6 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         sorted_by=SORTED_BY,
         claims=[_claim(claim, verdict) for claim, verdict in verdicts],
         tally={verdict: found[verdict] for verdict in VERDICTS if found[verdict]},
-        files=(CONFIG, METRICS, SUMMARY),
     )
     tags, data_and_scripts = page.split('<script type="application/json"', 1)
     return "".join([re.sub(r"\n\s+(?=<)", "\n", tags), '<script type="application/json"', data_and_scripts])
@@ -98,6 +97,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
 def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[str, str]) -> dict[str, Any]:
     """One comparison: a table and its charts."""
     found = table_rows(records)
+    shared = _shared([_seedless(record) for record in records])
     one_network = len({row.first.model for row in found}) == 1
     rows = []
     for i, row in enumerate(found):
@@ -118,7 +118,7 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
                 "numbers": {key: _finite(numbers[key]) for key in (*SORTED_BY.values(), "top1_high")},
                 "source": row.source,
                 "runs": row.runs,
-                "configurations": _configurations(row.runs),
+                "configurations": _configurations(row.runs, shared),
                 "curves": [_curves(run, curves) for run in row.runs],
             }
         )
@@ -132,6 +132,7 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
         "name": name,
         "train": records[0].config.train,
         "rows": rows,
+        "configuration": _yaml(shared),
         "dashes": {row_id: " ".join(map(str, dashes)) for row_id, dashes in charts.dashes(rows).items()},
         "charts": [
             {"id": f"{number}-{i}", "title": title, "spec": spec} for i, (title, spec) in enumerate(drawn.items())
@@ -141,7 +142,7 @@ def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[st
 
 def _curves(run: Record, curves: Mapping[str, str]) -> dict[str, Any]:
     """A run's metrics, each a list over its epochs."""
-    values = {key: [_finite(epoch.get(key)) for epoch in run.metrics] for key in curves}
+    values = {key: [_finite(epoch.get(key), digits=4) for epoch in run.metrics] for key in curves}
     return {"seed": run.config.seed, "epoch": [epoch["epoch"] for epoch in run.metrics], **values}
 
 
@@ -158,11 +159,11 @@ def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> float | None:
-    """The number for JSON: six digits, integers unchanged, None for NaN, infinity and None."""
+def _finite(value: Any, digits: int = 6) -> float | None:
+    """The number for JSON: so many digits, integers unchanged, None for NaN, infinity and None."""
     if value is None or not math.isfinite(value):
         return None
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+    return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
 def _code(text: str) -> Markup:
@@ -176,14 +177,49 @@ def _slug(text: str) -> str:
     return re.sub(r"\W+", "-", text)
 
 
-def _configurations(runs: Sequence[Record]) -> dict[str, list[int]]:
-    """Configurations without seeds, as YAML, and the seeds of the runs that have each."""
+def _configurations(runs: Sequence[Record], shared: Mapping[str, Any]) -> dict[str, list[int]]:
+    """What these runs' configurations have beside the shared part, as YAML, and the seeds of the runs that have it."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
-        shared = {key: value for key, value in run.settings.items() if key != "seed"}
-        text = yaml.safe_dump(shared, sort_keys=False, allow_unicode=True)
-        seeds.setdefault(text, []).append(run.config.seed)
+        if own := _without(_seedless(run), shared):
+            seeds.setdefault(_yaml(own), []).append(run.config.seed)
     return seeds
+
+
+def _seedless(run: Record) -> dict[str, Any]:
+    return {key: value for key, value in run.settings.items() if key != "seed"}
+
+
+def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of these nested settings have in common."""
+    first, *others = settings
+    shared = {}
+    for key, value in first.items():
+        if not all(key in other for other in others):
+            continue
+        values = [value, *(other[key] for other in others)]
+        if all(isinstance(item, Mapping) for item in values):
+            shared[key] = _shared(values)
+        elif all(item == value for item in values):
+            shared[key] = value
+    return {key: value for key, value in shared.items() if value != {}}
+
+
+def _without(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not among the shared ones."""
+    own = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            value = _without(value, shared.get(key, {}))
+            if value:
+                own[key] = value
+        elif key not in shared:
+            own[key] = value
+    return own
+
+
+def _yaml(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def _file(name: str) -> str:
