@@ -254,7 +254,7 @@ def test_what_deploy_refuses(monkeypatch):
         decef.deploy(model, x, engines=["tensorrt"])
     with pytest.raises(ValueError, match="one tensor"):
         decef.deploy(Pair(), x)
-    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "available", lambda device, precision: [])
+    monkeypatch.setattr("decef.inference.engines.available", lambda device, precision: [])
     with pytest.raises(ValueError, match="no engine here runs in int8: that needs a CPU"):
         decef.deploy(model, x, precision="int8")
 

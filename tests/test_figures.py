@@ -164,6 +164,7 @@ def drawn(call, tmp_path_factory):
     ((label, network),) = load_networks(str(dense))
     rank_table(network).assign(network=label).to_csv(results / "ranks" / f"{dense.name}.csv", index=False)
     (results / "ranks" / f"{dense.name}.json").write_text(json.dumps({"threshold": 0.3}))
+    (results / "ranks" / "mine.csv").write_text("network,name,threshold,threshold_init\nnet,conv,1,2\n")
     (results / "without_finetuning").mkdir()
     shutil.copy(ROOT / "results" / "without_finetuning" / "resnet20.csv", results / "without_finetuning")
     (results / "frontier").mkdir()
@@ -178,6 +179,7 @@ def test_the_script_draws_every_kind_and_says_from_what(drawn):
     results, done, _ = drawn
     assert "there is no data" not in done.stderr
     assert "frontier/dense.csv has the dense network alone" in done.stderr
+    assert "left out: ranks/mine.csv, as its .json does not say" in done.stderr
     written = {path.stem for path in (results / "figures").glob("*.png")}
     assert written == {path.stem for path in (results / "figures").glob("*.svg")}
     kinds = (

@@ -20,7 +20,7 @@ def trained():
 
 def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
-    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+    monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     images, test = DIGITS
     points = decomposed(
         trained, ["decef", "auto"], [0.6], exclude="conv1", seen=images.subset(slice(0, 200)), augmented=images
@@ -45,7 +45,7 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
 
 def test_networks_of_equal_shapes_run_as_the_first(trained, monkeypatch):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
-    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: ["eager"])
+    monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     measured = []
     deploy = Deployer.deploy
     monkeypatch.setattr(Deployer, "deploy", lambda self, *given: measured.append(self) or deploy(self, *given))

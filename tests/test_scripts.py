@@ -111,7 +111,7 @@ def test_random_networks_are_refused(main_of, typed, capsys):
 def test_frontier(main_of, trained, tmp_path, monkeypatch, caplog, capsys):
     """With three released networks, of which one is measured too: it began so, by this schedule, on such inputs."""
     engines = {"fp32": ["eager"], "int8": []}
-    monkeypatch.setattr("decef.results.frontier.available", lambda device, precision: engines[precision])
+    monkeypatch.setattr("decef.inference.engines.available", lambda device, precision="fp32": engines[precision])
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     small = {"dataset__name": "cifar10", "dataset__train_size": 64, "train__epochs": 1, "train__lr": 1e-3}

@@ -17,12 +17,12 @@ from decef.files import replace_file
 from decef.inference.engines import (
     Loadable,
     Runner,
-    available,
     check_engine,
     check_equal,
     check_precision,
     load,
     load_all,
+    need_engines,
 )
 from decef.inference.folding import fold_batch_norms
 from decef.inference.forms import FORMS, arranged, forms_of
@@ -258,10 +258,7 @@ def _checked(
         raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
     if engines is not None:
         return [check_engine(engine, x, precision) for engine in engines]
-    found = available(x.device, precision)
-    if not found:
-        raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
-    return found
+    return need_engines(x.device, precision)
 
 
 def _left_out(what: str, error: Exception) -> None:

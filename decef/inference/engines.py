@@ -38,6 +38,18 @@ def available(device: torch.device, precision: str = "fp32") -> list[str]:
     return [engine for engine in found if engine in PRECISIONS[precision]]
 
 
+def need_engines(device: torch.device, precision: str) -> list[str]:
+    """`available`, if there is any.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = available(device, precision)
+    if not found:
+        raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
+    return found
+
+
 def onnx_readers() -> list[str]:
     """Those of `ONNX_READERS` that are installed."""
     return [name for name in ONNX_READERS if importlib.util.find_spec(name) is not None]

@@ -287,11 +287,14 @@ def _plan(record: Record) -> pd.DataFrame:
 def _rank_tables(results: Path) -> dict[str, pd.DataFrame]:
     """Tables of results/ranks by name, with columns `epoch`, where they say it, and `counted_from`, the threshold."""
     tables = {}
-    for path in sorted((results / "ranks").glob("*.csv")):
-        frame = pd.read_csv(path)
+    measured = load_measurements(results)
+    for name, frame in measured.ranks.items():
+        threshold = measured.origins[name].get("threshold")
+        if threshold is None:
+            log.warning("left out: ranks/%s.csv, as its .json does not say from which threshold ranks count", name)
+            continue
         epoch = frame.network.astype(str).str.extract(r"^epoch (\d+)$", expand=False).astype(float)
-        threshold = json.loads(path.with_suffix(".json").read_text())["threshold"]
-        tables[path.stem] = frame.assign(epoch=epoch, counted_from=threshold)
+        tables[name] = frame.assign(epoch=epoch, counted_from=threshold)
     return tables
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from decef.conversion import convert
 from decef.data import Data
 from decef.inference.deploy import Deployed, Deployer
-from decef.inference.engines import available
+from decef.inference.engines import need_engines
 from decef.inference.timing import inference_call, interleaved_times
 from decef.models.released import load, read
 from decef.moments import input_moments
@@ -147,11 +147,10 @@ def measure(
     calibration = [seen.normalize(images) for images, _ in seen.views(batch)]
     x = calibration[0]
 
-    engines = {}
-    for precision in ("fp32", *precisions):
-        engines[precision] = [engine for engine in available(x.device, precision) if engine != "compile"]  # too slow
-        if not engines[precision]:
-            raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
+    engines = {
+        precision: [engine for engine in need_engines(x.device, precision) if engine != "compile"]  # too slow
+        for precision in ("fp32", *precisions)
+    }
     chosen: dict[Any, dict[str, Any]] = {}
 
     def deployed(deployer: Deployer, shapes: list[Any], precision: str) -> Deployed:
