@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from decef.layers import FactorizedConv2d
-from decef.moments import moments_on
+from decef.layers import Basis2021Conv2d, FactorizedConv2d
+from decef.moments import NO_BATCH, check_batches, moments_on
 from decef.plans import Plan, layer_type, plan
 from decef.progress import bar
 from decef.sites import count_parameters, shared_weights
@@ -93,21 +94,46 @@ def convert(
     return replace_modules(model, replaced)
 
 
+@torch.no_grad()
 def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATION) -> nn.Module:
     """Measure the statistics of a converted network's batch norms again, in place; no labels, no training.
 
     Decomposed layers give other means and variances than the ones they replace. The images must be augmented as in
-    training: on images that are not, even a dense network's new statistics are worse than its own.
+    training: on images that are not, even a dense network's new statistics are worse than its own. The norms inside
+    `Basis2021Conv2d` keep theirs, which are part of the decomposed kernel.
 
     Args:
-        model: the network, on the device of the data.
-        data: training batches, or tuples that begin with one, as a DataLoader yields them.
+        model: the network.
+        data: training batches, or tuples that begin with one, as a DataLoader yields them. They are moved to the
+            network's device.
         count: how many of them to use.
 
     Returns:
         `model`, in evaluation mode.
+
+    Raises:
+        ValueError: `data` yields no batch, or is one tensor; or `count` is less than 1. The statistics are then as they
+            were.
     """
-    update_bn(islice(data, count), model)
+    check_batches(data)
+    batches = islice(data, max(0, count))
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(NO_BATCH if count > 0 else f"count={count} must be 1 or more")
+    inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    device = next((p.device for p in model.parameters()), None)
+    for batch in chain([first], batches):
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        model(images.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
 MEMORY = 2**30  # bytes of moments collected in one pass
+NO_BATCH = "the data yields no batch: give a few hundred images, as a list or DataLoader"
 
 
 def input_moments(
@@ -36,22 +37,41 @@ def input_moments(
 
     Returns:
         Moments by name, `(groups, d, d)` in float64 with `d = in_channels // groups * kh * kw`, in the order of a
-        kernel's weights. Convolutions that do not run are left out.
+        kernel's weights. Convolutions that share a weight have the same, over the patches of all of them. Those that do
+        not run are left out.
 
     Raises:
-        ValueError: `inputs` yields nothing, or is an iterator that is exhausted when a further pass begins.
+        ValueError: `inputs` is one tensor, yields nothing, is an iterator that is exhausted when a further pass begins,
+            or makes a convolution's inputs NaN or infinite.
         KeyError: the network has no module of such a name.
     """
+    check_batches(inputs)
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     passes = list(_passes({name: modules[name] for name in names}, memory))
     for wanted in bar(passes, "moments", progress):
-        sums, counts, batches = _collect(model, wanted, inputs)
-        if not batches:
-            raise ValueError("the data yields no batch: give a few hundred images, as a list or DataLoader")
-        found |= {name: total / counts[name] for name, total in sums.items()}
-    return found
+        if not _collect(model, wanted, inputs, sums, counts):
+            raise ValueError(NO_BATCH)
+    sharing: dict[tuple[int, int], list[str]] = {}
+    for name in sums:
+        if not sums[name].isfinite().all():
+            raise ValueError(f"on these data the inputs of '{name}' are NaN or infinite")
+        conv = modules[name]
+        sharing.setdefault((id(conv._parameters.get("weight", conv)), int(conv.groups)), []).append(name)
+    means = {
+        name: torch.stack([sums[other] for other in names]).sum(0) / sum(counts[other] for other in names)
+        for names in sharing.values()
+        for name in names
+    }
+    return {name: means[name] for name in sums}
+
+
+def check_batches(data: object) -> None:
+    """Raise ValueError for one tensor where batches are wanted: to iterate over it would give single images."""
+    if isinstance(data, Tensor):
+        raise ValueError("data must be batches, such as a list or a DataLoader, not one tensor: give [images]")
 
 
 def moments_on(
@@ -84,11 +104,13 @@ def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[st
 
 @torch.no_grad()
 def _collect(
-    model: nn.Module, wanted: dict[str, nn.Conv2d], inputs: Iterable[object]
-) -> tuple[dict[str, Tensor], dict[str, int], int]:
-    """Sum of moments and number of patches of each convolution, and the number of batches."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    model: nn.Module,
+    wanted: dict[str, nn.Conv2d],
+    inputs: Iterable[object],
+    sums: dict[str, Tensor],
+    counts: dict[str, int],
+) -> int:
+    """Add each convolution's sum of moments and number of patches; return the number of batches."""
     batches = 0
     hooks = []
     for name, conv in wanted.items():
@@ -107,7 +129,7 @@ def _collect(
     finally:
         for hook in hooks:
             hook.remove()
-    return sums, counts, batches
+    return batches
 
 
 def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
@@ -115,16 +137,17 @@ def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
 
     Args:
         conv: the convolution, of any padding, stride, dilation and groups.
-        x: its input `(B, in_channels, H, W)`.
+        x: its input `(B, in_channels, H, W)`, or one without the batch dimension.
 
     Yields:
         `(groups, d, patches)`, with d as in `input_moments`.
     """
+    x = x if x.dim() == 4 else x[None]
     pads = conv._reversed_padding_repeated_twice
     if any(pads):
         x = F.pad(x, pads, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
     kernel, dilation, stride = ((v[0], v[1]) for v in (conv.kernel_size, conv.dilation, conv.stride))
     unfolded_size = math.prod(x.shape[1:]) * math.prod(kernel) // math.prod(stride)
-    for part in x.split(max(1, PATCHES_AT_ONCE // unfolded_size)):
+    for part in x.split(max(1, PATCHES_AT_ONCE // max(1, unfolded_size))):
         patches = F.unfold(part, kernel, dilation, 0, stride)  # (b, in kh kw, positions)
         yield patches.unflatten(1, (conv.groups, -1)).permute(1, 2, 0, 3).flatten(2).float()

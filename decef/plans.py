@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from decef.costs import total_cost
 from decef.extras import need
-from decef.layers import LAYERS
+from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import moments_on
 from decef.progress import bar
-from decef.ranks import Budget, Candidate, Latency, Rule, Totals, as_rule
+from decef.ranks import Budget, Candidate, Latency, PerLayer, Rule, Totals, as_rule
+from decef.ranks.rules import checked_rank
 from decef.ranks.steps import Step, frontier, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
 
@@ -77,8 +78,21 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` returned as plain data."""
-        return cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
+        """The plan that `to_dict` returned as plain data.
+
+        Raises:
+            ValueError: this is no plan, or a row has an action that does not exist or is converted without a rank.
+        """
+        try:
+            read = cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan: {error}") from error
+        for row in read.rows:
+            if row.action not in ("convert", "keep"):
+                raise ValueError(f"'{row.name}' has the action {row.action!r}: it must be convert or keep")
+            if row.action == "convert" and (not isinstance(row.rank, int) or isinstance(row.rank, bool)):
+                raise ValueError(f"'{row.name}' is converted at rank {row.rank!r}: it must be a whole number")
+        return read
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, to read, edit and load again; raises ImportError if PyYAML is not installed."""
@@ -89,7 +103,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that `save` wrote; raises ImportError if PyYAML is not installed."""
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ImportError: PyYAML is not installed.
+            ValueError: see `from_dict`.
+        """
         need("train", "yaml")
         import yaml
 
@@ -155,7 +174,10 @@ def plan(
     changing = [site for site in sites if not site.reason]
     add_units(changing, layer_class, options)
     candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
-    if candidates or getattr(rule, "names_layers", False):
+    if isinstance(rule, PerLayer):
+        rule = PerLayer(_by_first(rule.ranks, changing))
+    of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_class, FactorizedConv2d)
+    if candidates or of_network or getattr(rule, "names_layers", False):
         chosen = _choose(rule, candidates, _totals(model, input_size))
         for site in changing:
             site.rank, site.reason = chosen[site.first]
@@ -189,9 +211,10 @@ class TypeChoice:
         self._candidates: list[tuple[str, Candidate]] = []
         self._energies: dict[tuple[str, str], dict[int, float]] = {}
         moments = None
+        included, excluded = _patterns(include), _patterns(exclude) or ()
         for name in AUTO_TYPES:
             found = find_sites(model, input_size)
-            note_kept(found, layer_type(name), _patterns(include), _patterns(exclude) or (), min_kernel_size)
+            note_kept(found, layer_type(name), included, excluded, min_kernel_size)
             changing = [site for site in found if not site.reason]
             add_units(changing, layer_type(name), options)
             if moments is None:  # every type needs them of the same convolutions, and `data` may last for one pass only
@@ -253,13 +276,19 @@ def layer_type(name: str) -> type[nn.Module]:
 
 
 def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict[str, tuple[int | None, str]]:
-    """For every candidate by name: its rank and an empty reason, or None and the reason why it stays dense."""
+    """For every candidate by name: its rank and an empty reason, or None and the reason why it stays dense.
+
+    Raises:
+        ValueError: the rule gives a rank that is not possible, or one to a layer that was not asked for.
+    """
     ranks = rule(candidates, totals)
+    if unknown := sorted(set(ranks) - {candidate.name for candidate in candidates}):
+        raise ValueError(f"{rule!r} gives ranks to {', '.join(unknown)}, which it was not asked for")
     final = getattr(rule, "ranks_are_final", False)
     chosen: dict[str, tuple[int | None, str]] = {}
     for candidate in candidates:
         rank = ranks.get(candidate.name)
-        at = 1 if rank is None else rank
+        at = 1 if rank is None else checked_rank(candidate, rank)
         if not candidate.saves(at) and (rank is None or not final):
             chosen[candidate.name] = None, f"rank {at} would cost no less than dense"
         elif rank is None:
@@ -267,6 +296,21 @@ def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict
         else:
             chosen[candidate.name] = rank, ""
     return chosen
+
+
+def _by_first(ranks: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:
+    """Ranks by layer name, of the layers that share a weight only the first's.
+
+    Raises:
+        ValueError: two of them have different ranks.
+    """
+    firsts = {site.name: site.first for site in sites}
+    found: dict[str, int] = {}
+    for name, rank in ranks.items():
+        first = firsts.get(name, name)
+        if found.setdefault(first, rank) != rank:
+            raise ValueError(f"'{name}' shares its weight with '{first}': both must have the same rank")
+    return found
 
 
 def _weighing(rule: object) -> Budget | Latency:

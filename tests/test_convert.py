@@ -6,13 +6,14 @@ import pytest
 import torch
 from test_layers import used
 from torch import nn
+from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
-from decef.conversion import convert, fold
+from decef.conversion import convert, fold, recalibrate
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.plans import Plan, plan
-from decef.ranks import Budget, Fixed, PerLayer, Share
+from decef.ranks import Budget, Fixed, Latency, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 #: Every network but the deeper CIFAR ResNets, in every form that changes its convolutions.
@@ -193,6 +194,45 @@ def test_only_a_rule_that_names_layers_is_called_where_there_is_no_candidate():
         plan(model, "conv2d", rank={"0": 1})
 
 
+def test_a_budget_that_cannot_be_met_where_nothing_can_be_converted():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1))
+    with pytest.raises(ValueError, match=r"0.1 of the dense network's parameters can't be met"):
+        plan(model, "decef", rank=Budget(params=0.1))
+    with pytest.raises(ValueError, match="a time budget needs times"):
+        plan(model, "decef", rank=Latency(0.1))
+    assert plan(model, "decef", rank=Budget(params=1.0)).ranks == {}
+
+
+def test_ranks_of_a_rule_of_ones_own_are_checked():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    for ranks, says in (({"0": 0}, "rank 0 is not possible in layer '0'"), ({"0": 10}, "rank 10"), ({"2": 1}, "to 2,")):
+        with pytest.raises(ValueError, match=says):
+            plan(model, "decef", rank=lambda candidates, totals, ranks=ranks: ranks)
+
+
+def test_patterns_may_be_generators():
+    model = network()
+    for layer, rank in (("decef", 1), ("auto", Budget(params=0.95))):
+        made = plan(
+            model, layer, rank=rank, include=(n for n in ["layer1.*", "layer2.*"]), exclude=(n for n in ["*conv2"])
+        )
+        assert made.ranks
+        assert all(name.startswith(("layer1", "layer2")) and name.endswith("conv1") for name in made.ranks)
+        assert {row.reason for row in made.rows if row.name.startswith("layer3") and "conv1" in row.name} == {
+            "not included"
+        }
+
+
+def test_ranks_of_a_plan_are_ranks_of_another_where_weights_are_shared():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3))
+    model[1].weight = model[0].weight
+    made = plan(model, "decef", rank=2)
+    assert made.ranks == {"0": 2, "1": 2, "2": 2}
+    assert plan(model, "decef", rank=made.ranks) == plan(model, "decef", rank={"0": 2, "2": 2}) == made
+    with pytest.raises(ValueError, match="'1' shares its weight with '0': both must have the same rank"):
+        plan(model, "decef", rank={**made.ranks, "1": 1})
+
+
 def test_per_layer_ranks_that_do_not_fit():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
     with pytest.raises(ValueError, match="no rank for 1; no such layer: 2"):
@@ -229,6 +269,22 @@ def test_plan_round_trip(tmp_path):
     again, x = convert(network(), loaded, from_scratch=True), images()
     again.load_state_dict(converted.state_dict())
     assert torch.equal(again.eval()(x), converted(x))
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"action": "Convert"}, "'layer1.0.conv1' has the action 'Convert'"),
+        ({"rank": None}, "'layer1.0.conv1' is converted at rank None"),
+        ({"rank": "2"}, "at rank '2'"),
+        ({"ranks": 2}, "this is no plan"),
+    ],
+)
+def test_an_edited_plan_that_says_nothing_clear(row, says):
+    data = plan(network(), "decef", rank=2).to_dict()
+    next(r for r in data["rows"] if r["name"] == "layer1.0.conv1").update(row)
+    with pytest.raises(ValueError, match=says):
+        Plan.from_dict(data)
 
 
 # Convert and fold -------------------------------------------------------------------------------------------------
@@ -384,3 +440,40 @@ def test_a_computed_weight_is_kept(wrap):
     assert "computed" in made.rows[0].reason or "not a plain Conv2d" in made.rows[0].reason
     x = torch.randn(2, 4, 8, 8)
     assert_close(convert(model, made)[0](x), model[0](x))
+
+
+# Batch norm's statistics ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_recalibrated_at_full_rank_a_network_is_the_dense_one_recalibrated(layer):
+    model = network()
+    batches = [torch.randn(16, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    whole = convert(model, layer, rank=Share(1), implementation="factorized")
+    kernels = {name: m.compose() for name, m in whole.named_modules() if isinstance(m, FactorizedConv2d)}
+    dense = recalibrate(copy.deepcopy(model), [(x, "labels") for x in batches])
+    update_bn(batches, model)
+    x = images()
+    assert_close(dense(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+    assert_close(recalibrate(whole, batches)(x), dense(x), rtol=1e-4, atol=1e-4)
+    for name, kernel in kernels.items():
+        assert_close(whole.get_submodule(name).compose(), kernel)
+    assert not any(module.training for module in whole.modules())
+    assert {m.momentum for m in whole.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    batches = [images() for _ in range(3)]
+    for data, count, says in (
+        ([], 50, "no batch"),
+        (iter([]), 50, "no batch"),
+        (batches, 0, "count=0"),
+        (images(), 1, "not one"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            recalibrate(model, data, count)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    two, first_two = recalibrate(copy.deepcopy(model), batches, 2), recalibrate(model, batches[:2])
+    assert torch.equal(two(batches[2]), first_two(batches[2]))

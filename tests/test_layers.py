@@ -237,6 +237,15 @@ def test_a_start_from_nothing_can_leave_it(cls):
     assert getattr(layer, cls.scale_factor).grad.norm() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", TYPES)
+def test_layers_in_half_precision_start_at_the_scale_of_others(cls, dtype):
+    """The squared norm of a large kernel overflows in half precision."""
+    layer = cls(256, 256, 3, rank=8, dtype=dtype).eval()
+    std = layer.compose().double().square().mean().sqrt().item()
+    assert std == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cls", TYPES)
 def test_squared_norm_is_the_composed_kernels_and_so_is_its_gradient(cls, groups):

@@ -119,9 +119,22 @@ def test_channels_that_are_always_zero(cls):
 
 def test_moments_that_do_not_fit():
     layer = BasisConv2d(4, 8, 3, rank=2)
-    for bad in (torch.eye(36), torch.full((1, 36, 36), torch.nan)):
-        with pytest.raises(ValueError, match=r"moments must be finite and have shape \(1, 36, 36\)"):
+    for bad, says in ((torch.eye(36), r"shape \(1, 36, 36\)"), (torch.full((1, 36, 36), torch.nan), "NaN or infinite")):
+        with pytest.raises(ValueError, match=f"moments (must )?have .*{says}"):
             layer.decompose_(torch.randn(8, 4, 3, 3), moments=bad)
+
+
+def test_data_that_can_not_be_used():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    for data, says in (
+        ([torch.full((2, 3, 8, 8), torch.nan)], "inputs of '0' are NaN or infinite"),
+        ([torch.full((2, 3, 8, 8), 3e38)], "inputs of '0' are NaN or infinite"),  # their squares are
+        (torch.randn(2, 3, 8, 8), r"give \[images\]"),
+        ([], "no batch"),
+    ):
+        for rank in (2, decef.ranks.Budget(params=0.5)):
+            with pytest.raises(ValueError, match=says):
+                decef.plan(model, "decef", rank=rank, data=data)
 
 
 def network():
@@ -200,3 +213,27 @@ def test_a_convolution_that_does_not_run_is_converted_by_its_kernel():
     model = Unused()
     converted = decef.convert(model, decef.plan(model, "decef", rank=2), data=[torch.randn(4, 2, 6, 6)])
     assert_close(converted.unused.compose(), DeCEFConv2d.from_conv2d(model.unused, 2).compose())
+
+
+def test_layers_that_share_a_weight_are_fitted_to_the_inputs_of_all():
+    """Their inputs use other channels, so what is nearest for one alone is far for the other."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1, bias=False)).double()
+    model[2].weight = model[0].weight
+    model[1].weight.data[:2] *= 5
+    x = torch.randn(64, 4, 5, 5, dtype=F64) * torch.tensor([0.1, 0.1, 1, 1])[:, None, None]
+    with torch.no_grad():
+        patches = [x.transpose(0, 1).flatten(1), model[:2](x).transpose(0, 1).flatten(1)]
+    both = torch.cat(patches, 1)
+    found = input_moments(model, ["0", "2"], [x])
+    assert_close(found["0"], found["2"])
+    assert_close(found["0"][0], both @ both.T / both.shape[1], rtol=1e-4, atol=1e-6)
+    small = decef.convert(model, "basisconv", rank={"0": 2, "2": 2}, exclude="1", data=[x])
+    weight = model[0].weight[:, :, 0, 0]
+    u, s, v = torch.linalg.svd(weight @ both, full_matrices=False)
+    best = u[:, :2] * s[:2] @ v[:2]
+    assert_close(small[0].weight[:, :, 0, 0] @ both, best, rtol=1e-3, atol=1e-3)
+
+
+def test_one_image_without_a_batch_dimension():
+    conv, x = nn.Conv2d(2, 4, 3, stride=2, padding=1), torch.randn(2, 5, 5)
+    assert torch.equal(*(torch.cat(list(input_patches(conv, images)), -1) for images in (x, x[None])))

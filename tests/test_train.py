@@ -4,7 +4,9 @@ import math
 import pytest
 import torch
 from support import DIGITS, TRAIN, Memory, network, train
+from torch import nn
 
+from decef.conversion import convert
 from decef.data import DATASETS, Images
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.training.loop import evaluate, fit
@@ -149,6 +151,16 @@ def test_kernel_decay_is_the_dense_networks(layer):
     by_factors = dataclasses.replace(config, decay="factors")
     assert penalties(model, by_factors) == 0
     assert len(make_optimizer(model, by_factors).param_groups) == 1
+
+
+def test_shared_factors_are_decayed_once():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    small = convert(model, "decef", rank=4)
+    config = dataclasses.replace(TRAIN, decay="kernel", weight_decay=0.02)
+    torch.testing.assert_close(penalties(small, config), 0.01 * model[0].weight.square().sum())
+    once = small[0].orthogonality()
+    torch.testing.assert_close(penalties(small, TRAIN, 0.5), 0.5 * once)
 
 
 def test_kernel_decay_trains_another_network():

@@ -234,7 +234,10 @@ class FactorizedConv2d(nn.Module):
         if getattr(self, self.scale_factor).device.type != "meta":
             self._init_factors()
             with evaluating(self):
-                drawn = math.sqrt(self.squared_norm().item() / math.prod(self.weight_shape))
+                squared = self.squared_norm().item()
+                if not 0 < squared < math.inf:  # half precision overflows
+                    squared = self.compose().double().square().sum().item()
+            drawn = math.sqrt(squared / math.prod(self.weight_shape))
             getattr(self, self.scale_factor).mul_((math.sqrt(2 / fan_in) if std is None else std) / drawn)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
@@ -332,8 +335,8 @@ class FactorizedConv2d(nn.Module):
             return self._relative_error(weight, None)
         dim = math.prod(self.weight_shape[1:])
         needed = (self.groups, dim, dim)
-        if tuple(moments.shape) != needed or not moments.isfinite().all():
-            raise ValueError(f"moments must be finite and have shape {needed}, not {tuple(moments.shape)}")
+        if tuple(moments.shape) != needed:
+            raise ValueError(f"moments must have shape {needed}, not {tuple(moments.shape)}")
         metric = conditioned(moments.to(weight))
         found = []
         for factors in (*self._factorize_on(weight, metric, nearest), nearest):

@@ -50,7 +50,12 @@ def conditioned(moments: Tensor) -> Tensor:
 
     The ridge is for directions that the data do not have, such as channels that are always 0. Patches are summed in
     single precision, so these directions may even come out negative. The ridge is therefore raised until it suffices.
+
+    Raises:
+        ValueError: moments are NaN or infinite.
     """
+    if not moments.isfinite().all():
+        raise ValueError("moments have NaN or infinite values: so has the data, or what the network makes of it")
     scale = moments.diagonal(dim1=1, dim2=2).mean()
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     if scale <= 0:

@@ -25,7 +25,7 @@ class Fixed:
     ranks_are_final: ClassVar[bool] = True
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        return {c.name: _checked(c, self.rank) for c in candidates}
+        return {c.name: checked_rank(c, self.rank) for c in candidates}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PerLayer:
             parts = [f"no rank for {', '.join(missing)}"] if missing else []
             parts += [f"no such layer: {', '.join(unknown)}"] if unknown else []
             raise ValueError(f"ranks by layer name don't fit the network: {'; '.join(parts)}")
-        return {c.name: _checked(c, self.ranks[c.name]) for c in candidates}
+        return {c.name: checked_rank(c, self.ranks[c.name]) for c in candidates}
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
     raise TypeError(f"rank={rank!r} is neither a whole number, nor ranks by layer name, nor a rule of decef.ranks")
 
 
-def _checked(candidate: Candidate, rank: int) -> int:
+def checked_rank(candidate: Candidate, rank: int) -> int:
     """`rank`; raises ValueError if it is not possible for the candidate."""
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= candidate.max_rank:
         raise ValueError(

@@ -47,9 +47,10 @@ def penalties(model: nn.Module, config: TrainConfig, orthogonality: float = 0.0)
     Frobenius decay is `weight_decay / 2 * ||W||^2`, summed over the composed kernels W (Khodak, Tenenholtz, Mackey,
     Fusi: "Initialization and regularization of factorized neural layers", ICLR 2021). Its gradient in W is the one that
     a dense kernel gets from the same `weight_decay`. With Adam it passes through the moments, like Adam's own weight
-    decay.
+    decay. Factors that layers share count once.
     """
-    layers = [m for m in model.modules() if isinstance(m, FactorizedConv2d)]
+    by_factors = {tuple(map(id, m.factors().values())): m for m in model.modules() if isinstance(m, FactorizedConv2d)}
+    layers = list(by_factors.values())
     terms = []
     if config.decay == "kernel" and config.weight_decay:
         terms += [config.weight_decay / 2 * layer.squared_norm() for layer in layers]
