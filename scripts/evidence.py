@@ -92,11 +92,13 @@ def main() -> None:
 def _measure(results: Path, job: Job) -> list[list[str]]:
     """The commands for a finished run: its effective ranks, or the significance of its components; its release."""
     run, commands = results / "runs" / job.run_id, []
+    root = [] if job.config.dataset.root is None else ["--root", job.config.dataset.root]
     if job.entry.after is not None:
         out = results / "ranks" / job.run_id if job.entry.after == "ranks" else results / job.entry.after
-        commands.append([f"{job.entry.after}.py", str(run), "--out", str(out)])
+        needs_data = root if job.entry.after == "significance" else []
+        commands.append([f"{job.entry.after}.py", str(run), "--out", str(out), *needs_data])
     if job.release is not None:
-        commands.append(["release.py", str(run), job.release, "--out", str(results / "networks")])
+        commands.append(["release.py", str(run), job.release, "--out", str(results / "networks"), *root])
     return [[sys.executable, str(Path(__file__).with_name(script)), *rest] for script, *rest in commands]
 
 

@@ -72,6 +72,9 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     (_, last) = load_networks(str(folder))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, state[name]) for name, value in last[1].state_dict().items())
+    for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
+        with pytest.raises(ValueError, match="is a run with weights of its own"):
+            load_networks(str(folder), **given)
 
 
 @pytest.mark.parametrize("name", ["resnet21", "timm/no_such_model", "torchvision/no_such_model"])

@@ -58,8 +58,9 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
 
 
 WAITS = """
-import sys, time
+import os, sys, time
 try:
+    assert os.getpgrp() == os.getpid()  # or Ctrl-C in a terminal would come twice
     open(sys.argv[1] + ".begun", "w")
     time.sleep(60)
 except KeyboardInterrupt:
@@ -67,9 +68,13 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize(("hours", "interrupt"), [(3 / 3600, False), (1.0, True)])
+@pytest.mark.parametrize(
+    ("hours", "interrupt"), [(3 / 3600, None), (1.0, signal.SIGINT), (1.0, signal.SIGTERM), (1.0, signal.SIGHUP)]
+)
 def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hours, interrupt):
     """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     entry = Entry("e", "", "", 3, 1.0)
     jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}", config("results", seed=seed)) for seed in range(3)]
     said, began = [], time.monotonic()
@@ -81,13 +86,15 @@ def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hou
         def press():
             while len(list(tmp_path.glob("run-*.begun"))) < 2:
                 time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), interrupt)
 
         threading.Thread(target=press).start()
         with pytest.raises(KeyboardInterrupt):
             run_jobs(jobs, tmp_path, **here)
     else:
         assert run_jobs(jobs, tmp_path, **here) == []
+    for number, handler in before.items():
+        signal.signal(number, handler)
     assert time.monotonic() - began < 30
     assert sorted(said) == [
         *(f"begins: run-{i}" for i in (0, 1)),

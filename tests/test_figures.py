@@ -254,6 +254,12 @@ def test_cost_bars_are_the_ranks_that_ran(records):
         assert total[layer.get_label()] + linear == pytest.approx(macs[layer.get_label()])
 
 
+def test_of_auto_alone_there_are_no_cost_bars(records):
+    group = [r for r in records["cifar10-recover"] if r.model == "resnet20" and r.layer in ("conv2d", "auto")]
+    assert {r.layer for r in group} == {"conv2d", "auto"}
+    assert list(figures.costs(ROOT / "results", group)) == []
+
+
 def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(call, tmp_path):
     done = call("figures.py", "--results", tmp_path)
     assert done.returncode == 0, done.stderr

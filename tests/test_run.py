@@ -142,6 +142,19 @@ def test_two_processes_cannot_be_at_one_run(tmp_path):
         run(config(tmp_path))
 
 
+def test_a_run_that_never_began_hinders_none(tmp_path):
+    """As when there were no data. One that did begin goes on as it began."""
+    first, other = (Recorder(config(tmp_path, layer__implementation=i).resolved()) for i in ("factorized", "auto"))
+    assert first.path == other.path
+    with first.open():
+        pass
+    with other.open():
+        other.summary = {"status": "running"}
+        (other.path / "summary.json").write_text('{"status": "running"}')
+    with pytest.raises(ValueError, match="is of the same run done otherwise"), first.open():
+        pass
+
+
 def test_an_unwritable_results_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written to"):
@@ -168,6 +181,8 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
     ]  # fmt: skip
     assert len({first, *(name(**other) for other in others)}) == 1 + len(others)
     assert name(layer__rank=None) == name(layer__rank=None, layer__flops=0.667)
+    assert name(train__lr=1) == name(train__lr=1.0) != first
+    assert name(layer__rank=None, layer__flops=1) == name(layer__rank=None, layer__flops=1.0)
     step = {"train__schedule": "step"}
     assert name(**step) == name(**step, train__warmup=0.0) != name(**step, train__milestones=[0.9])
     adam = {"train__adam": True}
@@ -262,7 +277,17 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
             {"layer__rank": None, "layer__flops": 0.1},
             r"0\.1 of the dense network's FLOPs can't be met.*it has 0\.1\d\d",
         ),
-        ({"layer__rank": None, "layer__flops": 2}, "flops=2 is not a share"),
+        ({"layer__rank": None, "layer__flops": 2}, "layer.flops=2 must be a share of the dense network's FLOPs"),
+        ({"layer__rank": None, "layer__flops": 0}, "layer.flops=0 must be a share"),
+        ({"layer__rank": None, "layer__flops": True}, "layer.flops=True must be a share"),
+        ({"layer__rank": None, "layer__energy": "most"}, "layer.energy='most' must be a share of each kernel's"),
+        ({"dataset__flip": "no"}, "dataset.flip='no' must be true or false"),
+        ({"dataset__size": 64}, "dataset.size=64 would do nothing: digits has its own"),
+        (
+            {"dataset": {"name": "imagenet", "size": 64, "num_classes": 10, "crop_padding": 4}},
+            "dataset.crop_padding=4 would do nothing",
+        ),
+        ({"seed": 2**32}, "seed=4294967296 must be at most"),
         ({"layer__implementation": "fast"}, "implementation='fast'"),
         ({"layer__name": "decaf"}, "unknown layer type 'decaf'"),
         ({"model__name": "resnet21"}, "unknown model"),

@@ -89,7 +89,7 @@ def dataset(
     Args:
         name: a key of `DATASETS` or `FOLDERS`.
         mean, std: per channel; None means the dataset's own.
-        size, num_classes: image size in pixels and number of classes; required for `FOLDERS`, else ignored.
+        size, num_classes: image size in pixels and number of classes; required for `FOLDERS`, else not allowed.
         **options: those of `OPTIONS`.
 
     Raises:
@@ -101,6 +101,9 @@ def dataset(
         if on and key not in OPTIONS.get(name, ()):
             raise ValueError(f"dataset.{key}={on!r} would do nothing: {name} has no such option")
     if name in DATASETS:
+        for key, value in (("size", size), ("num_classes", num_classes)):
+            if value is not None:
+                raise ValueError(f"dataset.{key}={value!r} would do nothing: {name} has its own")
         known = DATASETS[name]
         if chosen := {key: on for key, on in options.items() if on}:
             known = replace(known, read=partial(known.read, **chosen))

@@ -98,7 +98,8 @@ def training(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
 def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
     """MACs of every convolution at the ranks that ran, for networks with several layer types, at least one low-rank."""
     for name, title, group in _networks(records):
-        ran = {record.layer: record for record in reversed(group) if record.summary.get("ranks")}
+        low_rank = [record for record in group if record.layer in LAYERS and record.summary.get("ranks")]
+        ran = {record.layer: record for record in reversed(low_rank)}  # "auto" has more to say than ranks
         if len({record.layer for record in group}) < 2 or not ran:
             continue
         order = [layer for layer in LAYERS if layer in ran]

@@ -90,7 +90,7 @@ def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:
         return Fixed(layer.rank)
     if layer.energy is not None:
         return Energy(layer.energy)
-    return Budget(flops=layer.flops or 1.0, uniform=not trained)
+    return Budget(flops=1.0 if layer.flops is None else layer.flops, uniform=not trained)
 
 
 def _excluded(model: ModelConfig, dense: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from decef.data import Dataset, count_classes, dataset
+from decef.data import FOLDERS, Dataset, count_classes, dataset
 from decef.models import MODELS
 from decef.models.weights import find_weights, md5_of
 from decef.plans import AUTO, layer_type
@@ -19,6 +19,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("factors", "kernel")
 DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", for a layer with neither rank, budget nor energy
 DEFAULT_DECAY = "factors"
+MAX_SEED = 2**32 - 1  # numpy's limit
 #: Model options that say which layers are replaced. They mean nothing for a dense network.
 REPLACEMENT_OPTIONS = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
 
@@ -43,7 +44,7 @@ class DatasetConfig:
     """Which images. `configs/dataset/*.yaml` explains the settings.
 
     Raises:
-        ValueError: a number is negative or not whole.
+        ValueError: a number is negative or not whole, or a flag is neither true nor false.
     """
 
     name: str
@@ -62,6 +63,9 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         for key in ("train_size", "crop_padding", "workers"):
             _check_whole(f"dataset.{key}", getattr(self, key))
+        for key in ("flip", "split_test", "as_published"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"dataset.{key}={getattr(self, key)!r} must be true or false")
 
     @property
     def folder(self) -> Path | None:
@@ -74,6 +78,10 @@ class DatasetConfig:
         Raises:
             ValueError: see `decef.data.dataset`.
         """
+        if self.crop_padding and self.name in FOLDERS:
+            raise ValueError(
+                f"dataset.crop_padding={self.crop_padding} would do nothing: {self.name} has its own crops"
+            )
         return dataset(
             self.name,
             mean=self.mean,
@@ -170,8 +178,11 @@ class LayerConfig:
             return  # a sweep over layer types gives them to conv2d too
         if not isinstance(self.orthogonality, (int, float)) or self.orthogonality < 0:
             raise ValueError(f"layer.orthogonality={self.orthogonality!r} must be a number, 0 or more")
-        if self.flops is not None and not isinstance(self.flops, (int, float)):
-            raise ValueError(f"layer.flops={self.flops!r} must be a share of the dense network's FLOPs, such as 0.667")
+        for key, what in (("flops", "the dense network's FLOPs"), ("energy", "each kernel's squared norm")):
+            share = getattr(self, key)
+            good = isinstance(share, (int, float)) and not isinstance(share, bool) and 0 < share <= 1
+            if share is not None and not good:
+                raise ValueError(f"layer.{key}={share!r} must be a share of {what}, such as 0.667")
         _check_whole("layer.rank", self.rank)
         given = [f"layer.{k}={v}" for k, v in vars(self).items() if k in ("rank", "flops", "energy") and v is not None]
         if len(given) > 1:
@@ -292,7 +303,7 @@ class RunConfig:
     """The config of one run, composed from `configs/train.yaml`, which explains the settings.
 
     Raises:
-        ValueError: `seed` or `threads` is negative or not whole.
+        ValueError: `seed` or `threads` is negative, not whole or, for a seed, above `MAX_SEED`.
     """
 
     dataset: DatasetConfig
@@ -311,6 +322,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key in ("seed", "threads", "keep_checkpoints"):
             _check_whole(key, getattr(self, key))
+        if self.seed > MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be at most {MAX_SEED}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:

@@ -236,7 +236,8 @@ def run_jobs(
     def call(arguments: Sequence[str], log: Path) -> int | None:
         """The exit status, or None if time was up."""
         with log.open("a") as file:
-            process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT)
+            # In a group of its own, as a terminal would send Ctrl-C to it too, in the midst of its coming to an end.
+            process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, process_group=0)
             while not time_is_up.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(1.0)
@@ -281,8 +282,14 @@ def run_jobs(
 
 
 def interruptible() -> None:
-    """Let the processes started from here be interrupted, even if a shell started this one in the background."""
+    """Let Ctrl-C stop this process and those that it starts, even if a shell started it in the background.
+
+    To be killed, or to lose its terminal, then does the same, unless it is told to survive that (nohup).
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
 
 
 def one_thread_each() -> None:

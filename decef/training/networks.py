@@ -25,14 +25,16 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
     Args:
         name: a run's folder, or a name that `create_model` knows. A run gives a network for every checkpoint that it
             kept, in order, or only that of its last checkpoint.
-        weights: file with trained weights; not used for a run.
+        weights: file with trained weights.
         pretrained: let timm or torchvision download trained weights.
 
     Raises:
-        ValueError: there is no such network, or the weights don't fit it.
+        ValueError: there is no such network, the weights don't fit it, or they are for a run, which has its own.
         FileNotFoundError: there is no such file of weights, or the run has no checkpoint.
     """
     if Path(name).is_dir():
+        if weights is not None or pretrained:
+            raise ValueError(f"{name} is a run with weights of its own: give no others")
         return list(_networks_of_run(Path(name)))
     try:
         # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10

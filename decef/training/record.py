@@ -225,7 +225,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     idle += ["momentum", "nesterov"] if config.train.adam else []
     for key in idle:
         del kept["train"][key]
-    return without_off(kept)
+    return without_off(_whole_as_int(kept))
 
 
 def run_id(config: RunConfig) -> str:

@@ -86,21 +86,28 @@ class Recorder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / LOCK).open("w")
-            if not config.is_file():
-                replace_file(config, yaml.safe_dump(self._recorded, sort_keys=False).encode())
         except OSError as error:
-            raise ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
+            raise self._cannot_write(error) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is at this run: {self.path}") from None
+            # A config without summary and checkpoint is of a run that never began: it must not hinder this one.
+            if not (config.is_file() and ((self.path / SUMMARY).is_file() or self.checkpoint.is_file())):
+                try:
+                    replace_file(config, yaml.safe_dump(self._recorded, sort_keys=False).encode())
+                except OSError as error:
+                    raise self._cannot_write(error) from error
             if differing := _differences(yaml.safe_load(config.read_text()), self._recorded):
                 raise ValueError(
                     f"{config} is of the same run done otherwise ({', '.join(differing)}): go on as it says, or move "
                     f"{self.path} away to start anew"
                 )
             yield
+
+    def _cannot_write(self, error: OSError) -> ValueError:
+        return ValueError(f"the results cannot be written to {self.path}: {error.strerror or error}")
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state after the last finished epoch; None if there is none yet.
