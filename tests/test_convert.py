@@ -352,6 +352,9 @@ def test_from_scratch_draws_new_factors(layer):
         assert (weight - kernels[0]).norm() > weight.norm()
         assert not torch.allclose(*kernels)
     assert torch.equal(one.linear.weight, model.linear.weight)
+    model.conv1.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="layer 'conv1': std=nan is not finite"):
+        convert(model, made, from_scratch=True)
 
 
 def rms(kernel):

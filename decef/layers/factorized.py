@@ -229,7 +229,12 @@ class FactorizedConv2d(nn.Module):
         Args:
             std: root mean square of the composed kernel's weights. The default is `sqrt(2 / fan_in)` (He et al. 2015,
                 eq. 10).
+
+        Raises:
+            ValueError: `std` is NaN or infinite.
         """
+        if std is not None and not math.isfinite(std):
+            raise ValueError(f"std={std} is not finite: the weights that it was measured of have NaN or infinite values")
         fan_in = math.prod(self.weight_shape[1:])
         if getattr(self, self.scale_factor).device.type != "meta":
             self._init_factors()
@@ -255,8 +260,8 @@ class FactorizedConv2d(nn.Module):
 
         Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
         backward pass if gradients are needed. The answer is kept for the life of the process. Where timing is not
-        possible (tracing, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with fewer MACs
-        is taken.
+        possible (`torch.jit.trace`, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with
+        fewer MACs is taken. `torch.fx` cannot trace the choice: say "factorized" or "reconstructed" for it.
         """
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *self.factors().values()))):
