@@ -120,6 +120,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     first = next(batches, None)
     if first is None:
         raise ValueError(NO_BATCH if count > 0 else f"count={count} must be 1 or more")
+    # torch's update_bn would run the norms inside layers in training mode too, where they are no part of a kernel.
     inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
     momenta = [norm.momentum for norm in norms]
@@ -129,12 +130,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         norm.momentum = None  # the mean over all batches
         norm.train()
     device = next((p.device for p in model.parameters()), None)
-    for batch in chain([first], batches):
-        images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        model(images.to(device))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
+    try:
+        for batch in chain([first], batches):
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(images.to(device))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+    return model
 
 
 def fold(model: nn.Module) -> nn.Module:

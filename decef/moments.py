@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.progress import bar
+from decef.sites import shared_weights
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
 MEMORY = 2**30  # bytes of moments collected in one pass
@@ -54,18 +55,14 @@ def input_moments(
     for wanted in bar(passes, "moments", progress):
         if not _collect(model, wanted, inputs, sums, counts):
             raise ValueError(NO_BATCH)
-    sharing: dict[tuple[int, int], list[str]] = {}
-    for name in sums:
-        if not sums[name].isfinite().all():
+    sharing = shared_weights(model)
+    found = {}
+    for name, total in sums.items():
+        if not total.isfinite().all():
             raise ValueError(f"on these data the inputs of '{name}' are NaN or infinite")
-        conv = modules[name]
-        sharing.setdefault((id(conv._parameters.get("weight", conv)), int(conv.groups)), []).append(name)
-    means = {
-        name: torch.stack([sums[other] for other in names]).sum(0) / sum(counts[other] for other in names)
-        for names in sharing.values()
-        for name in names
-    }
-    return {name: means[name] for name in sums}
+        same = [n for n in sharing.get(name, [name]) if n in sums and sums[n].shape == total.shape]  # the same groups
+        found[name] = torch.stack([sums[n] for n in same]).sum(0) / sum(counts[n] for n in same)
+    return found
 
 
 def check_batches(data: object) -> None:

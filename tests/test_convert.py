@@ -353,7 +353,7 @@ def test_from_scratch_draws_new_factors(layer):
         assert not torch.allclose(*kernels)
     assert torch.equal(one.linear.weight, model.linear.weight)
     model.conv1.weight.data[0] = torch.nan
-    with pytest.raises(ValueError, match="layer 'conv1': std=nan is not finite"):
+    with pytest.raises(ValueError, match="layer 'conv1': std=nan must be finite"):
         convert(model, made, from_scratch=True)
 
 

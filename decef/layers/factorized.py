@@ -234,7 +234,7 @@ class FactorizedConv2d(nn.Module):
             ValueError: `std` is NaN or infinite.
         """
         if std is not None and not math.isfinite(std):
-            raise ValueError(f"std={std} is not finite: so are the weights that it was measured of")
+            raise ValueError(f"std={std} must be finite: do the weights that it is of have NaN or infinite values?")
         fan_in = math.prod(self.weight_shape[1:])
         if getattr(self, self.scale_factor).device.type != "meta":
             self._init_factors()

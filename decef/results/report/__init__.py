@@ -97,7 +97,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
 def _group(number: int, name: str, records: Sequence[Record], curves: Mapping[str, str]) -> dict[str, Any]:
     """One comparison: a table and its charts."""
     found = table_rows(records)
-    shared = _shared([_seedless(record) for record in records])
+    shared = _shared(records)
     one_network = len({row.first.model for row in found}) == 1
     rows = []
     for i, row in enumerate(found):
@@ -178,48 +178,28 @@ def _slug(text: str) -> str:
 
 
 def _configurations(runs: Sequence[Record], shared: Mapping[str, Any]) -> dict[str, list[int]]:
-    """What these runs' configurations have beside the shared part, as YAML, and the seeds of the runs that have it."""
+    """What these runs' settings have beside the shared ones, as YAML, and the seeds of the runs that have it."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
-        if own := _without(_seedless(run), shared):
+        if own := {key: value for key, value in _settings(run).items() if key not in shared}:
             seeds.setdefault(_yaml(own), []).append(run.config.seed)
     return seeds
 
 
-def _seedless(run: Record) -> dict[str, Any]:
-    return {key: value for key, value in run.settings.items() if key != "seed"}
+def _settings(run: Record) -> dict[str, Any]:
+    """A run's settings but for its seed, by dotted key as on the command line."""
+    groups = {name: group for name, group in run.settings.items() if isinstance(group, Mapping)}
+    return {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
 
 
-def _shared(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all of these nested settings have in common."""
-    first, *others = settings
-    shared = {}
-    for key, value in first.items():
-        if not all(key in other for other in others):
-            continue
-        values = [value, *(other[key] for other in others)]
-        if all(isinstance(item, Mapping) for item in values):
-            shared[key] = _shared(values)
-        elif all(item == value for item in values):
-            shared[key] = value
-    return {key: value for key, value in shared.items() if value != {}}
-
-
-def _without(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not among the shared ones."""
-    own = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            value = _without(value, shared.get(key, {}))
-            if value:
-                own[key] = value
-        elif key not in shared:
-            own[key] = value
-    return own
+def _shared(runs: Sequence[Record]) -> dict[str, Any]:
+    """The settings that all runs have in common."""
+    first, *others = map(_settings, runs)
+    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
 
 
 def _yaml(settings: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _file(name: str) -> str:
