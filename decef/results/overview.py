@@ -16,7 +16,7 @@ from decef.training.config import DEFAULT_DECAY
 from decef.training.record import Record, load_records
 
 NETWORK, DATASET = "resnet20", "cifar10"
-FROM_SCRATCH, FINETUNED = ("quick", "0.667 of FLOPs"), ("recover", "0.5 of FLOPs")  # schedule and budget
+FROM_SCRATCH, FINETUNED = ("standard", "0.667 of FLOPs"), ("recover", "0.5 of FLOPs")  # schedule and budget
 DECOMPOSED = "0.500"  # budget
 TIMED = ("torchvision/resnet18", 1, "fp32")  # network, batch size and precision
 NONE = "-"
