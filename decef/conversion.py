@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from decef.costs import shared_weights
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import NO_BATCH, check_batches, moments_on
 from decef.plans import Plan, layer_type, plan
 from decef.progress import bar
-from decef.sites import count_parameters, shared_weights
+from decef.sites import count_parameters
 
 RECALIBRATION = 50  # batches
 

@@ -175,3 +175,20 @@ def _forward(model: nn.Module, input_size: Sequence[int]) -> None:
     # timm's vision transformers assert the image size, and unpack a shape that may be too short.
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(f"the network does not run on an input of size {tuple(input_size)}: {error}") from error
+
+
+def shared_weights(model: nn.Module) -> dict[str, list[str]]:
+    """For every Conv2d with a weight parameter, by name: the names of all modules with that parameter.
+
+    These include the Conv2d itself. All names are in the network's order.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return {
+        name: owners[id(module._parameters["weight"])]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None
+    }

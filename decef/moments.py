@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decef.costs import shared_weights
 from decef.progress import bar
-from decef.sites import shared_weights
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
 MEMORY = 2**30  # bytes of moments collected in one pass

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decef.costs import input_shapes, layer_macs
+from decef.costs import input_shapes, layer_macs, shared_weights
 from decef.layers import FactorizedConv2d
 from decef.ranks import Candidate
 
@@ -182,23 +182,6 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
             )
         )
     return candidates
-
-
-def shared_weights(model: nn.Module) -> dict[str, list[str]]:
-    """For every Conv2d with a weight parameter, by name: the names of all modules with that parameter.
-
-    These include the Conv2d itself. All names are in the network's order.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
-    return {
-        name: owners[id(module._parameters["weight"])]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module._parameters.get("weight") is not None
-    }
 
 
 def count_parameters(layer: FactorizedConv2d, *, factors: bool = True) -> int:
