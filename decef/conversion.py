@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from decef.copies import copied
 from decef.costs import shared_weights
+from decef.inputs import NO_BATCH, check_batches, inputs_of
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
-from decef.moments import NO_BATCH, check_batches, moments_on
+from decef.moments import moments_on
 from decef.plans import Plan, layer_type, plan
 from decef.progress import bar
 from decef.sites import count_parameters
@@ -65,7 +67,7 @@ def convert(
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     types = {row.name: layer_type(row.layer or how.layer) for row in how.rows if row.action == "convert"}
-    model = copy.deepcopy(model)
+    model = copied(model)
     modules = dict(model.named_modules())
     for name, layer_class in types.items():
         if not isinstance(modules.get(name), nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
@@ -113,8 +115,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         `model`, in evaluation mode.
 
     Raises:
-        ValueError: `data` yields no batch, or is one tensor; or `count` is less than 1. The statistics are then as they
-            were.
+        ValueError: `data` yields no batch, something else or is one tensor; or `count` is less than 1. Then, as after
+            any other error, the statistics are as they were.
     """
     check_batches(data)
     batches = islice(data, max(0, count))
@@ -124,17 +126,23 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     # torch's update_bn would run the norms inside layers in training mode too, where they are no part of a kernel.
     inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
-    momenta = [norm.momentum for norm in norms]
+    momenta, before = [norm.momentum for norm in norms], [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    device = next((p.device for p in model.parameters()), None)
+    largest = 0
     try:
         for batch in chain([first], batches):
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            model(images.to(device))
+            x = inputs_of(batch, model)
+            largest = max(largest, len(x))
+            if len(x) > 1 or largest == 1:  # a single image that is left over has no variance where maps are 1x1
+                model(x)
+    except BaseException:
+        for norm, state in zip(norms, before, strict=True):
+            norm.load_state_dict(state)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
@@ -148,7 +156,7 @@ def fold(model: nn.Module) -> nn.Module:
     Hooks move as in `convert`. Layers that share factors become convolutions that share a weight, unless they contain
     batch norms: their kernels then differ.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     replaced: dict[int, nn.Module] = {}
     weights: dict[tuple[int, ...], Tensor] = {}
     for layer in model.modules():
@@ -162,7 +170,7 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace modules in place, wherever they occur in `model`.
+    """Replace modules in place, wherever they occur in `model`: as its parts, or in lists and dicts of its parts.
 
     Args:
         model: the network.
@@ -177,7 +185,24 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
         for name, child in list(parent._modules.items()):
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
+        for name, value in list(vars(parent).items()):
+            if name != "_modules" and (other := _replaced(value, new)) is not value:
+                vars(parent)[name] = other
     return model
+
+
+def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
+    """`value` with the replacements of modules in it; lists and dicts are changed in place, as others may hold them."""
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
+    if type(value) is tuple:
+        items = tuple(_replaced(item, new) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    if type(value) in (list, dict):
+        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
+            if (other := _replaced(item, new)) is not item:
+                value[key] = other
+    return value
 
 
 def _check_shared_ranks(ranks: Mapping[str, int], sharing: Mapping[str, list[str]]) -> None:

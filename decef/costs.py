@@ -6,7 +6,6 @@ products count, not normalisation, activations, pooling or additions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from decef.copies import copied_to_meta
 from decef.extras import need
 from decef.layers import FactorizedConv2d
 
@@ -152,7 +152,7 @@ def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, i
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copied_to_meta(model)
     for module in model.modules():
         if isinstance(module, FactorizedConv2d):
             module.implementation = "factorized"

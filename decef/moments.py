@@ -7,7 +7,6 @@ norm of W - V in the metric S. A few hundred images without labels are enough to
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -15,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decef.copies import copied
 from decef.costs import shared_weights
+from decef.inputs import NO_BATCH, check_batches, inputs_of
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
 MEMORY = 2**30  # bytes of moments collected in one pass
-NO_BATCH = "the data yields no batch: give a few hundred images, as a list or DataLoader"
 
 
 def input_moments(
@@ -31,8 +31,8 @@ def input_moments(
     Args:
         model: any network; it does not change.
         names: names of `torch.nn.Conv2d` modules in it.
-        inputs: batches for the network, on its device: tensors `(B, ...)`, or tuples that begin with one, as a
-            DataLoader yields them. Every pass iterates over them once, see `memory`.
+        inputs: batches for the network: tensors `(B, ...)`, or tuples that begin with one, as a DataLoader yields them.
+            They are moved to the network's device. Every pass iterates over them once, see `memory`.
         memory: bytes of moments to collect in one pass over `inputs`; if they don't all fit, more passes follow.
         progress: show a progress bar.
 
@@ -42,12 +42,12 @@ def input_moments(
         not run are left out.
 
     Raises:
-        ValueError: `inputs` is one tensor, yields nothing, is an iterator that is exhausted when a further pass begins,
-            or makes a convolution's inputs NaN or infinite.
+        ValueError: `inputs` is one tensor, yields nothing or something else than batches, is an iterator that is
+            exhausted when a further pass begins, or makes a convolution's inputs NaN or infinite.
         KeyError: the network has no module of such a name.
     """
     check_batches(inputs)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -63,12 +63,6 @@ def input_moments(
         same = [n for n in sharing.get(name, [name]) if n in sums and sums[n].shape == total.shape]  # the same groups
         found[name] = torch.stack([sums[n] for n in same]).sum(0) / sum(counts[n] for n in same)
     return found
-
-
-def check_batches(data: object) -> None:
-    """Raise ValueError for one tensor where batches are wanted: to iterate over it would give single images."""
-    if isinstance(data, Tensor):
-        raise ValueError("data must be batches, such as a list or a DataLoader, not one tensor: give [images]")
 
 
 def moments_on(
@@ -121,7 +115,7 @@ def _collect(
         hooks.append(conv.register_forward_pre_hook(remember))
     try:
         for batch in inputs:
-            model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            model(inputs_of(batch, model))
             batches += 1
     finally:
         for hook in hooks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from decef.costs import total_cost
 from decef.extras import need
+from decef.files import replace_file
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import moments_on
 from decef.progress import bar
@@ -99,7 +100,7 @@ class Plan:
         need("train", "yaml")
         import yaml
 
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        replace_file(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -62,7 +62,11 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     from decef.training.config import DatasetConfig, ModelConfig, group
     from decef.training.run import find_device
 
-    if settings["threads"]:
+    for key, least in (("threads", 1), ("seed", 0)):
+        value = settings[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{key}={value} must be a whole number, at least {least}")
+    if settings["threads"] is not None:
         torch.set_num_threads(settings["threads"])
     budget = _budget(settings["budget"])
     dataset_config = group("dataset", DatasetConfig, settings["dataset"]).resolved()
@@ -134,7 +138,7 @@ if __name__ == "__main__":
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:], CONFIG)
     for argument in sys.argv[1:]:
-        if argument.startswith(IDLE):
+        if argument.lstrip("+~").startswith(IDLE):
             fail(f"{argument} would do nothing here: ranks follow from the budget; model.exclude= leaves layers dense")
     try:
         main()

@@ -272,6 +272,72 @@ def test_the_search_says_what_can_be_reached():
         search(too_small, lambda made: value_of(made, 1.0, 0.0), 0.4)
 
 
+def test_no_epoch_is_done_again_with_another_rate_but_a_diverged_one(trained, options, tmp_path):
+    given = {**options, "out": tmp_path, "finetune": 1}
+    with pytest.raises(FloatingPointError, match=r"not finite .*: try a learning rate \(lr\) below 1e\+08"):
+        compress(trained, loader(count=400), lr=1e8, **given)
+    made = (tmp_path / "plan.yaml").stat().st_mtime_ns
+    compress(trained, loader(count=400), lr=1e-3, **given)
+    assert (tmp_path / "plan.yaml").stat().st_mtime_ns == made
+    with pytest.raises(ValueError, match=r"holds another compression \(lr 0\.001, not 0\.01\)"):
+        compress(trained, loader(count=400), **given)
+
+
+def test_generators_are_left_as_they_were(trained, options):
+    data = [*loader(count=300, shuffle=False)]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    compress(trained, data, finetune=1, **options)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_accuracies_are_of_the_test_images_given(trained, options, tmp_path):
+    given = {**options, "out": tmp_path, "finetune": 0}
+    Compression(trained, loader(), **given).plan()
+    done = compress(trained, loader(), test=loader(1, shuffle=False), **given)  # only planned before: anew
+    assert list(done.numbers["top1"]) == ["dense", "converted", "recalibrated"]
+    Compression(trained, loader(), test=loader(1), **given)  # the same in another order
+    with pytest.raises(ValueError, match=r"holds another compression \(test '360 images of classes .*', not '100 im"):
+        Compression(trained, loader(), test=loader(1, count=100), **given)
+    with pytest.raises(ValueError, match=r"holds another compression \(test '360 images of classes .*', not None"):
+        Compression(trained, loader(), **given)
+
+
+def test_a_last_batch_of_one_image_and_labels_of_any_integer_type(options):
+    images, labels = next(iter(loader(count=33, shuffle=False)))
+    narrow = nn.Sequential(
+        nn.Conv2d(1, 16, 3, 2), nn.BatchNorm2d(16), nn.Conv2d(16, 24, 3), nn.BatchNorm2d(24), nn.Flatten()
+    )
+    data = [(images[:32], labels[:32].int()), (images[32:], labels[32:].int())]
+    done = compress(nn.Sequential(*narrow, nn.Linear(24, 10)), data, **{**options, "exclude": None, "finetune": 1})
+    assert all(value.isfinite().all() for value in done.network.state_dict().values())
+
+
+class Auxiliary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 16, 3)
+        self.more = nn.Conv2d(16, 10, 3)
+
+    def forward(self, x):
+        y = self.more(self.conv(x)).mean((2, 3))
+        return (y, y) if self.training else y
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda net: Auxiliary(), "in training mode it gives tuple: turn off auxiliary heads"),
+        (lambda net: net.requires_grad_(False), r"are frozen: model.requires_grad_\(\) lets them train"),
+        (lambda net: net.bfloat16(), r"the network is in torch.bfloat16: give it as model.float\(\)"),
+    ],
+)
+def test_networks_that_can_t_be_fine_tuned_are_refused_first(options, change, message):
+    with pytest.raises(ValueError, match=message):
+        Compression(change(network()), loader(), **{**options, "exclude": None})
+
+
 def float_labels():
     return [(images, labels.float()) for images, labels in loader()]
 
@@ -291,7 +357,7 @@ def colour_images():
         (lambda: [torch.ones(2, 1, 8, 8)], {}, r"must yield batches \(images, labels\)"),
         (float_labels, {}, "one class index for each image, not torch.float32"),
         (labels_too_large, {}, "labels go from 5 to 14, but the network has 10 outputs"),
-        (colour_images, {}, r"doesn't run on images of \(\d+, 3, 8, 8\)"),
+        (colour_images, {}, r"doesn't run on images of \(1, 3, 8, 8\)"),
         (loader, {"budget": 0.5}, "budget=0.5 is no budget"),
         (loader, {"layer": "conv2d"}, "would change nothing"),
         (loader, {"layer": "tucker"}, "unknown layer type 'tucker'"),
@@ -353,6 +419,9 @@ def test_the_command_line(call, trained, tmp_path):
         (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
         (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),
         (["layer=decef", "layer.rank=3"], "layer.rank=3 would do nothing here"),
+        (["layer=decef", "++layer.rank=3"], "layer.rank=3 would do nothing here"),
+        (["budget.flops=0.5", "model.weights=w.pt", "threads=0"], "threads=0 must be a whole number, at least 1"),
+        (["budget.flops=0.5", "model.weights=w.pt", "seed=a"], "seed=a must be a whole number, at least 0"),
         (["model.dense_stem=false"], "model.dense_stem=false would do nothing here"),
         (["model=nowhere:make", "model.weights=w.pt", "budget.flops=0.5"], "importable from here: No module named"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_layers import used
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
@@ -435,7 +436,11 @@ def test_hooks_of_a_convolution_go_over_to_its_layer_and_back():
         assert calls == [("before", cls), ("after", (2, 6, 3, 3)), ("backward", (2, 6, 3, 3))]
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+def pruned(conv):
+    return prune.l1_unstructured(conv, "weight", 0.3)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, pruned])
 def test_a_computed_weight_is_kept(wrap):
     model = nn.Sequential(wrap(nn.Conv2d(4, 8, 3)), nn.Conv2d(8, 8, 3))
     made = plan(model, "decef", rank=2)
@@ -480,3 +485,74 @@ def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     two, first_two = recalibrate(copy.deepcopy(model), batches, 2), recalibrate(model, batches[:2])
     assert torch.equal(two(batches[2]), first_two(batches[2]))
+
+
+def test_recalibrate_leaves_the_statistics_if_a_batch_fails():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    for bad, error in (({"image": images()}, ValueError), (torch.randn(4, 5, 8, 8), RuntimeError)):
+        with pytest.raises(error, match=r"must be a tensor, or a tuple .* not dict|channels"):
+            recalibrate(model, [images().double(), bad])
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_recalibrate_leaves_out_a_single_image_that_is_left_over():
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4))  # its maps are 1x1
+    x = images().float()
+    left, whole = (recalibrate(copy.deepcopy(model), data) for data in ([x, x[:1]], [x]))
+    assert torch.equal(left[1].running_var, whole[1].running_var)
+
+
+# Networks that hold their parts in other ways ---------------------------------------------------------------------
+
+
+class InLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.order, self.named, self.pair = [self.a], {"b": [self.b]}, (self.a, "a")
+
+    def forward(self, x):
+        return self.named["b"][0](self.order[0](x))
+
+
+def test_convolutions_that_stand_in_lists_and_dicts_too_are_converted_there():
+    model = InLists()
+    small = convert(model, "decef", rank=1)
+    assert small.order == [small.a]
+    assert small.named == {"b": [small.b]}
+    assert small.pair == (small.a, "a")
+    assert isinstance(small.order[0], DeCEFConv2d)
+    assert model.order == [model.a]
+    x = images().float()
+    assert not torch.allclose(small(x), model(x))
+    assert_close(fold(small)(x), small(x), rtol=1e-4, atol=1e-4)
+
+
+class Keeps(nn.Module):
+    """Keeps a constant that is no buffer, and its last activation, which has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.conv, self.seen = torch.full((3, 1, 1), 0.5), nn.Conv2d(3, 8, 3), None
+
+    def forward(self, x):
+        self.seen = self.conv(x - self.mean)
+        return self.seen
+
+
+def test_networks_that_keep_tensors_are_planned_converted_and_left_alone():
+    model = Keeps()
+    x = images().float()
+    seen = model(x)
+    small = convert(model, "decef", rank=4, input_size=(3, 8, 8))
+    assert model.seen is seen
+    assert small(x).shape == seen.shape
+    assert small.mean.device == model.mean.device
+
+
+def test_data_come_to_the_precision_of_the_network():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double()
+    small = convert(model, "decef", rank=2, data=[images().float()])
+    assert recalibrate(small, [images().float()])(images().double()).dtype == torch.float64

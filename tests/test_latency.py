@@ -123,6 +123,14 @@ def test_processes_that_share_the_cache_keep_each_others_times(tmp_path):
     assert latency._Cache(tmp_path / "times.json", "here") == {}
 
 
+def test_a_cache_that_can_t_be_written_loses_no_times(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    times = latency._Cache(tmp_path / "file" / "times.json", "here")
+    times.add({"a": 0.5})
+    assert times == {"a": 0.5}
+    assert "times are not kept for later" in caplog.text
+
+
 def test_a_rank_in_mid_block_is_never_worth_less_than_the_end_of_its_block():
     """Where engines compute whole blocks, the rest of a block costs nothing, so a plan takes it."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Conv2d(64, 64, 3, bias=False))

@@ -131,6 +131,7 @@ def test_data_that_can_not_be_used():
         ([torch.full((2, 3, 8, 8), 3e38)], "inputs of '0' are NaN or infinite"),  # their squares are
         (torch.randn(2, 3, 8, 8), r"give \[images\]"),
         ([], "no batch"),
+        ([{"image": torch.randn(2, 3, 8, 8)}], "begins with one, not dict"),
     ):
         for rank in (2, decef.ranks.Budget(params=0.5)):
             with pytest.raises(ValueError, match=says):

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DISTRIBUTIONS = packages_distributions()
-EXTRAS = ("train", "deploy", "openvino", "results")
+EXTRAS = ("train", "deploy", "results")
 
 
 def plain(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from decef.copies import copied
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
 from decef.training.optim import lr_at
@@ -42,7 +44,7 @@ def batches(data: Loader, classes: int | None = None) -> Iterator[tuple[Tensor, 
             raise ValueError(
                 f"the labels go from {int(labels.min())} to {int(labels.max())}, but the network has {classes} outputs"
             )
-        yield images, labels
+        yield images, labels.long()
     if empty:
         raise ValueError("the data yields no batch: give a loader that can be iterated again and again")
 
@@ -56,24 +58,52 @@ def count_batches(data: Loader) -> int:
 
 
 def head_size(model: nn.Module, images: Tensor) -> int:
-    """Number of the network's outputs.
+    """Number of the network's outputs; the network is left in evaluation mode.
 
     Raises:
         ValueError: the network doesn't run on these images, or gives something else than logits `(B, classes)`.
     """
-    device = next(model.parameters()).device
+    return _logits(model.eval(), images[:1]).shape[1]
+
+
+def check_trainable(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError if fine-tuning would fail: frozen parameters, or no logits in training mode."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("the network's parameters are frozen: model.requires_grad_() lets them train, or finetune=0")
+    _logits(copied(model).train(), images[:2])
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    device, mode = next(model.parameters()).device, "training" if model.training else "evaluation"
     try:
-        with torch.no_grad():
-            logits = model.eval()(images[:1].to(device))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"the network doesn't run on images of {tuple(images.shape)}: {error}") from error
+        with torch.no_grad(), forked_generator(device):
+            logits = model(images.to(device))
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"in {mode} mode the network doesn't run on images of {tuple(images.shape)}: {error}"
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError("the network must give logits of shape (images, classes)")
-    return logits.shape[1]
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"the network must give logits of shape (images, classes), but in {mode} mode it gives {got}: turn off "
+            "auxiliary heads, or wrap it"
+        )
+    return logits
+
+
+@contextmanager
+def forked_generator(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators, on the CPU and on the device, as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 def top1(model: nn.Module, data: Loader) -> float:
-    """Accuracy in percent, in evaluation mode."""
+    """Accuracy in percent; the network is left in evaluation mode.
+
+    Raises:
+        ValueError: see `batches`.
+    """
     device = next(model.parameters()).device
     right = seen = 0
     model.eval()
@@ -97,8 +127,9 @@ def finetune(
 ) -> None:
     """Train `model` in place for `config.epochs`, from where `saved` left off.
 
-    The loader decides about batches, their order and augmentation. Before every epoch torch's generator is seeded, so a
-    loader that shuffles by it yields the same after a stop.
+    The loader decides about batches, their order and augmentation. In every epoch torch's generator is seeded anew, so
+    a loader that shuffles by it yields the same after a stop; after training it is as it was. A single image that is
+    left over as the last batch is left out, as batch norm may find no variance in it.
 
     Args:
         model: on the device to train on.
@@ -112,7 +143,7 @@ def finetune(
 
     Raises:
         ValueError: see `batches`.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite; what to do about it is for the caller to say.
     """
     device = next(model.parameters()).device
     first = saved["epoch"] if saved else 0
@@ -120,18 +151,21 @@ def finetune(
         return
     steps = count_batches(data)
     training = Training(model, config, device, saved=saved["training"] if saved else None)
-    with tqdm(
-        total=steps * config.epochs, initial=first * steps, desc="fine-tune", disable=None if progress else True
-    ) as bar:
+    largest = 0
+    with (
+        forked_generator(device),
+        tqdm(
+            total=steps * config.epochs, initial=first * steps, desc="fine-tune", disable=None if progress else True
+        ) as bar,
+    ):
         for epoch in range(first, config.epochs):
             torch.manual_seed(seed * 1_000_003 + epoch)
             training.start_epoch()
             for step, (images, labels) in enumerate(islice(batches(data, classes), steps), start=epoch * steps):
                 lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                x = images.to(device)
-                if config.channels_last and x.dim() == 4:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                training.step(x, labels.to(device), lr, step)
+                largest = max(largest, len(images))
+                if len(images) > 1 or largest == 1:
+                    training.step(_on(images, device, config), labels.to(device), lr, step)
                 bar.update()
             loss, accuracy = training.finish_epoch()
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", top1=f"{accuracy:.2f}")
@@ -139,13 +173,18 @@ def finetune(
 
 
 def step_seconds(model: nn.Module, data: Loader, config: TrainConfig) -> float:
-    """Seconds that one step takes here, on a copy of the network's layout; `model` is trained by it."""
+    """Seconds of the fastest of three training steps; `model` is trained by them."""
     device = next(model.parameters()).device
     training = Training(model, config, device)
     training.start_epoch()
     taken = []
     for step, (images, labels) in enumerate(islice(batches(data), 3)):
         started = time.perf_counter()
-        training.step(images.to(device), labels.to(device), config.lr, step)
+        training.step(_on(images, device, config), labels.to(device), config.lr, step)
         taken.append(time.perf_counter() - started)
     return min(taken)
+
+
+def _on(images: Tensor, device: torch.device, config: TrainConfig) -> Tensor:
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return images.to(device).contiguous(memory_format=layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -18,11 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decef.compression.budgets import AnyBudget, Memory, Reached, Size, search, words
-from decef.compression.finetune import Loader, batches, count_batches, finetune, head_size, step_seconds
+from decef.compression.budgets import AnyBudget, Memory, Milliseconds, Reached, Size, search, words
+from decef.compression.finetune import (
+    Loader,
+    batches,
+    check_trainable,
+    count_batches,
+    finetune,
+    forked_generator,
+    head_size,
+    step_seconds,
+)
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.report import write_report
 from decef.conversion import convert, recalibrate
+from decef.copies import copied
 from decef.costs import total_cost
 from decef.files import replace_file
 from decef.inference.deploy import Deployed, deploy
@@ -42,6 +51,7 @@ from decef.training.recorder import environment
 log = logging.getLogger(__name__)
 
 PLAN, FORMS, STATE, CHECKPOINT, REPORT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt", "report.md"
+TUNING = {"finetune", "lr"}  # what is asked of fine-tuning alone
 NETWORK = "network"  # .safetensors, and .onnx or .pt2
 
 
@@ -125,13 +135,17 @@ class Compression:
         for key, value, least in (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
-        self._model, self._data, self._test = copy.deepcopy(model).eval(), data, test
+        if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
+            raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
+        self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = _listed(include), _listed(exclude)
         self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
         self._epochs = finetune
         self._first = next(batches(data))[0]
         self._classes = head_size(self._model, self._first)
+        if finetune:
+            check_trainable(self._model, self._first)
         for given in (data, test) if test is not None else (data,):
             next(batches(given, self._classes))
         x = self._first[:1].to(next(model.parameters()).device)
@@ -153,7 +167,10 @@ class Compression:
             "engine": self._engine,
             "seed": seed,
             "data": self._data_words(),
+            "test": None if test is None else self._test_words(test),
         }
+        if isinstance(budget, (Latency, Milliseconds)):
+            asked |= {"threads": torch.get_num_threads(), "device": str(self._x.device)}
         self._kept = None if out is None else Path(out)
         self._folder = Path(tempfile.mkdtemp()) if self._kept is None else self._kept
         if self._kept is None:
@@ -170,7 +187,8 @@ class Compression:
         if "reached" not in self._state:
             if self._test is not None and "dense" not in self._accuracies():
                 self._note_top1("dense", self._model)
-            reached = self._reach()
+            with forked_generator(self._x.device):
+                reached = self._reach()
             reached.plan.save(path)
             self._state["reached"] = {"asked": reached.asked, "value": reached.value}
         return Plan.load(path)
@@ -187,21 +205,17 @@ class Compression:
 
         Raises:
             ValueError: the budget can't be met, or the data don't fit the network.
-            FloatingPointError: fine-tuning diverged.
+            FloatingPointError: fine-tuning diverged. If that was in the first epoch, the same with a smaller `lr` goes
+                on from the converted network.
             OSError: the folder can't be written to; what was done before is still there.
         """
-        made = self.plan()
+        with forked_generator(self._x.device):
+            return self._run(self.plan())
+
+    def _run(self, made: Plan) -> Compressed:
         network, saved = self._converted(made)
-        finetune(
-            network,
-            self._data,
-            replace(self._train, epochs=self._epochs or 1),
-            classes=self._classes,
-            seed=self._seed,
-            saved=saved if self._epochs else {"epoch": 1},
-            save=lambda training: self._save(network, training),
-            progress=self._progress,
-        )
+        if self._epochs:
+            self._finetune(network, saved)
         network.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
         made = Plan.load(self._folder / PLAN)
         if self._epochs and self._test is not None:
@@ -276,6 +290,14 @@ class Compression:
         known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
         return f"{known} {count_batches(self._data)} batches of {tuple(self._first.shape)}".strip()
 
+    def _test_words(self, test: Loader) -> str:
+        """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""
+        counts = torch.zeros(self._classes, dtype=torch.int64)
+        for _, labels in batches(test, self._classes):
+            counts += labels.cpu().bincount(minlength=self._classes)
+        digest = hashlib.md5(counts.numpy().tobytes(), usedforsecurity=False).hexdigest()[:8]
+        return f"{int(counts.sum())} images of classes {digest}"
+
     def _some_images(self) -> list[Tensor]:
         """The first so many images, in batches."""
         device, found, left = self._x.device, [], self._images
@@ -290,7 +312,7 @@ class Compression:
     @contextmanager
     def _seeded(self) -> Iterator[None]:
         """Let a loader that draws by torch's generator draw the same every time, and leave the generator as it was."""
-        with torch.random.fork_rng(devices=[]):
+        with forked_generator(self._x.device):
             torch.manual_seed(self._seed)
             yield
 
@@ -315,6 +337,22 @@ class Compression:
         self._save(network.eval(), None)
         return network, None
 
+    def _finetune(self, network: nn.Module, saved: dict[str, Any] | None) -> None:
+        try:
+            finetune(
+                network,
+                self._data,
+                self._train,
+                classes=self._classes,
+                seed=self._seed,
+                saved=saved,
+                save=lambda training: self._save(network, training),
+                progress=self._progress,
+            )
+        except FloatingPointError as error:
+            said = str(error).partition(":")[0]
+            raise FloatingPointError(f"{said}: try a learning rate (lr) below {self._train.lr:g}") from error
+
     def _save(self, network: nn.Module, training: dict[str, Any] | None) -> None:
         save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})
 
@@ -333,7 +371,7 @@ class Compression:
         ending = ".onnx" if self._engine == "onnxruntime" else ".pt2"
         path = self._folder / f"{NETWORK}{ending}"
         try:
-            for line in export(copy.deepcopy(network).cpu(), path, tuple(self._x.shape), form=deployed.forms):
+            for line in export(copied(network).cpu(), path, tuple(self._x.shape), form=deployed.forms):
                 log.info("%s", line)
         except ValueError as error:
             log.warning("%s is not written: %s", path, error)
@@ -347,7 +385,7 @@ class Compression:
             try:
                 load("onnxruntime", Loadable(to_convolutions(self._model), self._x))
                 return "onnxruntime"
-            except ValueError as error:
+            except Exception as error:  # an engine may fail in any way
                 log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)
         return "eager"
 
@@ -398,14 +436,17 @@ class _State:
         self._path, self.asked = folder / STATE, asked
         self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         before = self._known.get("asked", {})
-        changed = [f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v]
-        if changed and (folder / CHECKPOINT).is_file():
-            raise ValueError(f"{folder} holds another compression ({'; '.join(changed)}): give another folder")
-        if changed:
+        changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v}
+        saved = load_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).is_file() else None
+        if saved and changed and (saved["training"] or not TUNING.issuperset(changed)):
+            words = "; ".join(changed.values())
+            raise ValueError(f"{folder} holds another compression ({words}): give another folder")
+        if changed and not saved:
             folder.mkdir(parents=True, exist_ok=True)
             for planned in (PLAN, FORMS):
                 (folder / planned).unlink(missing_ok=True)
             self._known = {}
+        if changed:
             self["asked"] = asked
 
     def __contains__(self, key: str) -> bool:
@@ -447,5 +488,5 @@ def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else b"")
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

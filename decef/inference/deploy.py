@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from decef.copies import copied
 from decef.files import replace_file
 from decef.inference.engines import (
     Loadable,
@@ -166,14 +166,14 @@ class Deployer:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, example_input: Tensor, *, progress: bool = False) -> None:
-        self._x, self._progress = example_input, progress
-        self._model = copy.deepcopy(model).eval()
-        self._expected = self._model(example_input)
+        self._x, self._progress = example_input.clone(), progress  # a network may change its input in place
+        self._model = copied(model).eval()
+        self._expected = self._model(self._x.clone())
         if not isinstance(self._expected, Tensor):
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._layers = fold_batch_norms(self._model)
-        self._timer = _LayerTimer(self._layers, layer_inputs(self._model, example_input, self._layers))
+        self._timer = _LayerTimer(self._layers, layer_inputs(self._model, self._x.clone(), self._layers))
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class Deployer:
             for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
                 try:
                     network = load(engine, self._arranged(forms), precision, calibration)
-                    output = inference_call(network, x)()
+                    output = inference_call(network, x.clone())()
                     if precision == "fp32":
                         check_equal(output, self._expected)
                 except Exception as error:
@@ -211,7 +211,7 @@ class Deployer:
                 networks[engine, name], chosen[engine, name] = network, forms
         if not networks:
             raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
-        steps = {key: inference_call(network, x) for key, network in networks.items()}
+        steps = {key: inference_call(network, x.clone()) for key, network in networks.items()}
         best, seconds = _fastest(steps, dense=[key for key in steps if key[1] == "reconstructed"])
         times = [{"engine": engine, "arrangement": name, "seconds": seconds[engine, name]} for engine, name in networks]
         return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
@@ -232,7 +232,7 @@ class Deployer:
             raise ValueError("this was chosen for a network with other low-rank layers")
         (engine,) = _checked(self._x, [choice["engine"]], choice["precision"], calibration)
         network = load(engine, self._arranged(choice["forms"]), choice["precision"], calibration)
-        return Deployed(network, **choice, error=_error(inference_call(network, self._x)(), self._expected))
+        return Deployed(network, **choice, error=_error(inference_call(network, self._x.clone())(), self._expected))
 
     def _arranged(self, forms: Mapping[str, str]) -> Loadable:
         key = tuple(forms.items())
@@ -252,6 +252,8 @@ def _checked(
     check_precision(precision)
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
+    if isinstance(calibration, Tensor):
+        raise ValueError("calibration must be several inputs, such as a list of batches, not one tensor: give [images]")
     if calibration is not None and not calibration:
         raise ValueError("calibration must have at least one input: leave it out to calibrate on the example")
     if any(batch.shape != x.shape for batch in calibration or ()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.util
 import io
 import logging
@@ -15,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from decef.copies import copied
 from decef.inference.memory import stored_bytes
 from decef.inference.quantize import quantize, quantized_share
 
@@ -25,16 +25,13 @@ if TYPE_CHECKING:
 ENGINES = ("eager", "compile", "onnxruntime")
 #: The precisions that each engine runs in.
 PRECISIONS = {"fp32": ENGINES, "bf16": ("eager", "compile"), "int8": ("onnxruntime",)}
-#: Libraries that read ONNX files. OpenVINO is not among the engines: after a `DataLoader` with workers it corrupted the
-#: memory of the process (OpenVINO 2026.4, torch 2.13; seen in our tests, gone without either).
-ONNX_READERS = ("onnxruntime", "openvino")
 
 
 def available(device: torch.device, precision: str = "fp32") -> list[str]:
     """The engines that are installed and run on `device` in one of `PRECISIONS`."""
     found = ["eager", "compile"]
-    if device.type == "cpu" and importlib.util.find_spec("onnxscript") is not None:
-        found += [engine for engine in ENGINES if engine in onnx_readers()]
+    if device.type == "cpu" and all(importlib.util.find_spec(name) for name in ("onnxscript", "onnxruntime")):
+        found.append("onnxruntime")
     return [engine for engine in found if engine in PRECISIONS[precision]]
 
 
@@ -48,11 +45,6 @@ def need_engines(device: torch.device, precision: str) -> list[str]:
     if not found:
         raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")
     return found
-
-
-def onnx_readers() -> list[str]:
-    """Those of `ONNX_READERS` that are installed."""
-    return [name for name in ONNX_READERS if importlib.util.find_spec(name) is not None]
 
 
 def check_engine(engine: str, example_input: Tensor, precision: str = "fp32") -> str:
@@ -112,10 +104,10 @@ def load(
         (proto,) = protos([network])
         if precision == "int8":
             proto = quantize(proto, [x] if calibration is None else calibration)
-        runner = onnx_runner(engine, proto, x)
+        runner = OnnxRuntime(proto, x)
         runner.quantized = quantized_share(proto)
         return runner
-    module, dtype = copy.deepcopy(network.module), torch.bfloat16 if precision == "bf16" else None
+    module, dtype = copied(network.module), torch.bfloat16 if precision == "bf16" else None
     return _Compiled(module, dtype) if engine == "compile" else _ChannelsLast(module, dtype)
 
 
@@ -161,11 +153,6 @@ def protos(networks: Sequence[Loadable]) -> list[onnx.ModelProto]:
         for network, (one, other) in zip(missing, names, strict=True):
             network._proto = extractor.extract_model([one], [other])
     return [network._proto for network in networks if network._proto is not None]
-
-
-def onnx_runner(reader: str, proto: onnx.ModelProto, example_input: Tensor) -> Runner:
-    """An ONNX network as a module that one of `ONNX_READERS` runs, for inputs of the example's shape."""
-    return (_OnnxRuntime if reader == "onnxruntime" else _OpenVINO)(proto, example_input)
 
 
 def check_equal(output: Tensor, expected: Tensor) -> None:
@@ -230,21 +217,9 @@ class _Compiled(_ChannelsLast):
         return y.clone() if self._graph else y
 
 
-class _Fixed(Runner):
-    """A network that runs outside torch and takes inputs of one shape only."""
+class OnnxRuntime(Runner):
+    """An ONNX network that ONNX Runtime runs, for inputs of the example's shape."""
 
-    shape: torch.Size
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape != self.shape:
-            raise ValueError(f"this network was deployed for inputs of {tuple(self.shape)}, not {tuple(x.shape)}")
-        return self._infer(x)
-
-    def _infer(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class _OnnxRuntime(_Fixed):
     def __init__(self, proto: onnx.ModelProto, example: Tensor) -> None:
         import onnxruntime
 
@@ -254,7 +229,9 @@ class _OnnxRuntime(_Fixed):
         self.bytes = len(stored)
         self._session = onnxruntime.InferenceSession(stored, session_options(), providers=["CPUExecutionProvider"])
 
-    def _infer(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape != self.shape:
+            raise ValueError(f"this network was deployed for inputs of {tuple(self.shape)}, not {tuple(x.shape)}")
         return torch.from_numpy(self._session.run(None, {self._session.get_inputs()[0].name: x.numpy()})[0])
 
 
@@ -268,26 +245,6 @@ def session_options() -> onnxruntime.SessionOptions:
     # Otherwise its threads keep spinning for milliseconds after a call, and whatever runs next lacks their cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-class _OpenVINO(_Fixed):
-    def __init__(self, proto: onnx.ModelProto, example: Tensor) -> None:
-        import openvino
-
-        super().__init__()
-        self.shape = example.shape
-        settings = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # no silent bf16, which would change the output
-        }
-        core = openvino.Core()
-        stored = proto.SerializeToString()
-        self.bytes = len(stored)
-        self._compiled = core.compile_model(core.read_model(stored), "CPU", settings)
-
-    def _infer(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self._compiled(x.numpy())[0].copy())
 
 
 class _SideBySide(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decef.inference.deploy import deploy
-from decef.inference.engines import available, check_equal, onnx_readers, onnx_runner, to_onnx
+from decef.inference.engines import OnnxRuntime, available, check_equal, to_onnx
 from decef.inference.forms import FORMS, to_convolutions
 from decef.inference.timing import inference_call, interleaved_times
 
@@ -66,7 +66,9 @@ def export(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    checked = f"equal to the original in {', '.join(runners)}" if runners else "not checked: nothing here reads ONNX"
+    checked = (
+        f"equal to the original in {', '.join(runners)}" if runners else "not checked: ONNX Runtime is not installed"
+    )
     yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), {checked}"
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
@@ -79,8 +81,7 @@ def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dic
     import onnx
 
     onnx.save_model(to_onnx(network, x, dynamic_batch=dynamic_batch), path)
-    written = onnx.load_model(path)
-    return {name: onnx_runner(name, written, x) for name in onnx_readers()}
+    return {"onnxruntime": OnnxRuntime(onnx.load_model(path), x)} if "onnxruntime" in available(x.device) else {}
 
 
 def _program(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:

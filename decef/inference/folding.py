@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from operator import attrgetter
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -51,7 +52,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and batch norms, where one feeds only the other and both are called exactly once."""
+    """Names of convolutions and batch norms, where one feeds only the other; each is called once and used in no other way."""
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
@@ -61,6 +62,7 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
         return []
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
+    by_hand = {id(attrgetter(str(node.target))(model)) for node in graph.nodes if node.op == "get_attr"}
     count: dict[int, int] = {}
     for node in calls:
         count[id(modules[node.target])] = count.get(id(modules[node.target]), 0) + 1
@@ -72,7 +74,8 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
         foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_plain(conv) and _is_plain(norm)
-        if once and foldable:
+        used_elsewhere = any(id(p) in by_hand for module in (conv, norm) for p in module.parameters(recurse=False))
+        if once and foldable and not used_elsewhere:
             found.append((str(before.target), str(node.target)))
     return found
 

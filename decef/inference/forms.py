@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from decef.conversion import replace_modules, take_over
+from decef.copies import copied
 from decef.inference.folding import fold_batch_norms
 from decef.layers import FactorizedConv2d
 
@@ -25,7 +25,7 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
     Raises:
         ValueError: an unknown form or layer.
     """
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     layers = fold_batch_norms(model)
     forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
     missing = set(forms) - set(layers)
@@ -71,7 +71,7 @@ def arranged(
     forms: Mapping[str, str],
 ) -> nn.Module:
     """A copy of the network with every factorised layer in the requested form."""
-    model = copy.deepcopy(model)
+    model = copied(model)
     modules = dict(model.named_modules())
     replaced: dict[int, nn.Module] = {}
     for name, form in forms.items():

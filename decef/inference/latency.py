@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+from decef.copies import copied
 from decef.files import replace_file
 from decef.inference.deploy import layer_inputs
 from decef.inference.engines import Loadable, available, check_engine, load_all
@@ -26,6 +27,8 @@ from decef.progress import bar
 from decef.ranks import Share
 from decef.ranks.latency import LayerTimes, Times
 from decef.ranks.steps import spaced
+
+log = logging.getLogger(__name__)
 
 ROUNDS = 5
 DENSE, WHOLE = "dense", "the whole network"
@@ -65,7 +68,7 @@ def measure_times(
     """
     there = available(example_input.device)
     engine = check_engine(engine or ("onnxruntime" if "onnxruntime" in there else "eager"), example_input)
-    model = copy.deepcopy(model).eval()
+    model = copied(model).eval()
     sites = plan(model, layer, rank=Share(1.0), include=include, exclude=exclude, input_size=example_input.shape[1:])
     inputs = layer_inputs(model, example_input, list(sites.ranks))
     known = _Cache(cache or cache_file(), _where(engine, example_input))
@@ -131,12 +134,15 @@ class _Cache(dict[str, float]):
         self.update(self._stored().get(where, {}))
 
     def add(self, found: Mapping[str, float]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._path.with_suffix(".lock")):
-            stored = self._stored()
-            stored.setdefault(self._where, {}).update(found)
-            replace_file(self._path, (json.dumps(stored, indent=1) + "\n").encode())
         self.update(found)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self._path.with_suffix(".lock")):
+                stored = self._stored()
+                stored.setdefault(self._where, {}).update(found)
+                replace_file(self._path, (json.dumps(stored, indent=1) + "\n").encode())
+        except OSError as error:
+            log.warning("times are not kept for later: %s can't be written (%s)", self._path, error)
 
     def _stored(self) -> dict[str, dict[str, float]]:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from decef.copies import copied_to_meta
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -28,7 +29,7 @@ def activation_bytes(model: nn.Module, input_shape: Sequence[int]) -> int:
         model: any network that takes one tensor and runs on the meta device; it does not change.
         input_shape: `(B, ...)`.
     """
-    model = copy.deepcopy(model).to("meta").eval()
+    model = copied_to_meta(model)
     x = torch.empty(*input_shape, device="meta")
     with torch.no_grad(), _Living(x) as living:
         model(x)

@@ -6,15 +6,9 @@ their weights can be loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from decef.layers import FactorizedConv2d
-
-ConvFactory = Callable[..., nn.Module]
 
 
 class BasicBlock(nn.Module):
@@ -24,11 +18,11 @@ class BasicBlock(nn.Module):
     CIFAR), and "B" is a 1x1 convolution with batch norm.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str, conv: ConvFactory) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, shortcut: str) -> None:
         super().__init__()
-        self.conv1 = conv(in_channels, channels, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = conv(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride, self.new_channels = stride, channels - in_channels
         self.shortcut: nn.Module | None = None
@@ -56,7 +50,6 @@ class CifarResNet(nn.Module):
         num_classes: number of outputs.
         in_channels: channels of the image.
         shortcut: "A" or "B", see `BasicBlock`.
-        conv: makes the 3x3 convolutions of the blocks; takes `torch.nn.Conv2d`'s arguments.
         conv_classifier: make the classifier an equivalent 1x1 convolution, so that it can be factorised.
 
     Shape: `(B, in_channels, H, W)` to `(B, num_classes)`; H and W at least 4.
@@ -71,7 +64,6 @@ class CifarResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         shortcut: str = "A",
-        conv: ConvFactory = nn.Conv2d,
         conv_classifier: bool = False,
     ) -> None:
         super().__init__()
@@ -85,7 +77,7 @@ class CifarResNet(nn.Module):
 
         def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
             shapes = [(in_channels, stride)] + [(channels, 1)] * (blocks - 1)
-            return nn.Sequential(*[BasicBlock(c, channels, s, shortcut, conv) for c, s in shapes])
+            return nn.Sequential(*[BasicBlock(c, channels, s, shortcut) for c, s in shapes])
 
         self.layer1 = stage(16, 16, 1)
         self.layer2 = stage(16, 32, 2)
@@ -94,12 +86,10 @@ class CifarResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """He initialisation of every convolution and of the classifier; factorised layers use their own."""
+        """He initialisation of every convolution and of the classifier."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
-            if isinstance(module, FactorizedConv2d):
-                module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))

@@ -24,6 +24,7 @@ from decef.training.record import Record
 
 HOLDS, MIXED, FAILS = "holds", "holds in some, not in others", "doesn't hold"
 UNDECIDED, ONE_SEED, NOT_TESTED = "too few seeds to say", "one seed", "not tested yet"
+HOLDS_IF = ("all", "any")  # of the comparisons hold
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Claim:
     asks: Mapping[str, Any]
     experiment: str
     published: tuple[Published, ...] = ()
+    holds_if: str = "all"
     note: str = ""
 
 
@@ -112,6 +114,7 @@ def load_claims() -> tuple[Claim, ...]:
             raise ValueError(f"claims.yaml: claim {entry.get('id')} cannot be read: {error}") from error
         _known("paper", claim.paper, load_papers(), claim.id)
         _known("kind", claim.asks.get("kind"), KINDS, claim.id)
+        _known("holds_if", claim.holds_if, HOLDS_IF, claim.id)
         if claim.id in claims:
             raise ValueError(f"claims.yaml: claim {claim.id} stands there twice")
         claims[claim.id] = claim
@@ -123,7 +126,7 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
 
     Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound. The p-values of
     a claim are corrected together by Holm's method. So the chance of even one wrong decision among them is at most
-    `ALPHA`.
+    `ALPHA`, as long as the number of seeds was fixed before their results were seen.
 
     Args:
         claim: one of `load_claims()`.
@@ -142,14 +145,16 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     tests = list(dict.fromkeys(c for finding in findings for c in finding.comparisons if len(c.values) > 1))
     corrected = dict(zip(tests, holm([p_value(c.values, c.bound) for c in tests]), strict=True))
     evidence = tuple(_evidence(finding, corrected) for finding in findings)
-    return Verdict(_overall(e.verdict for e in evidence), evidence)
+    return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
 
 
-def _overall(verdicts: Iterable[str]) -> str:
-    """One verdict from those of all experiments that were tested: a claim is about all of them."""
+def _overall(verdicts: Iterable[str], holds_if: str) -> str:
+    """One verdict from those of all experiments that were tested."""
     found = set(verdicts) - {NOT_TESTED}
     if not found:
         return NOT_TESTED
+    if holds_if == "any" and HOLDS in found:
+        return HOLDS
     if {HOLDS, FAILS} <= found:
         return MIXED
     return next(iter(found)) if found in ({HOLDS}, {FAILS}) else UNDECIDED

@@ -36,14 +36,15 @@ def asks_words(claim: Claim) -> str:
     runs = selector_words(asks.get("runs", {})) + (f" at {' and '.join(shares)}" if shares else "")
     control = selector_words(asks.get("control") or {"layer.name": "conv2d"})
     if asks["kind"] == "non_inferior":
-        bound = f"at most {_points(asks['margin'])} below" if asks["margin"] else "not below"
-        return f"top-1 of {runs} is {bound} that of {control}, same seeds, precision and training"
+        bound = f"at most {_points(asks['margin'])} below" if asks["margin"] else "above"
+        where = " in some experiment" if claim.holds_if == "any" else ""
+        return f"top-1 of {runs} is {bound} that of {control}{where}, same seeds, precision and training"
     if asks["kind"] == "trains":
         where = f" where {control} stays at {asks['control_at_most']:g} % or less" if "control" in asks else ""
         return f"top-1 of {runs} is {asks['at_least']:g} % or more{where}"
     if asks["kind"] == "reaches":
         bound = f"at most {_points(asks['tolerance'])} below"
-        return f"top-1 is {bound} the published values, same task, network, layer and setting"
+        return f"top-1 of {runs} is {bound} the published values, same task, network, layer and setting"
     if asks["kind"] == "monotone_rank":
         what = "fall from layer to layer" if asks["over"] == "depth" else "change less from checkpoint to checkpoint"
         ranks = "effective ranks (each definition in results/ranks/*.csv of known networks)"

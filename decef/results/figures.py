@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SIGNIFICANCE = {
     "product": "norm of the component, the product of its four vectors' norms",
-    "channels": "norm of its channel vector, the paper's magnitude",
+    "channels": "norm of its channel vector, which the authors' notebook prints",
 }
 
 
@@ -181,9 +181,9 @@ def ranks_in_training(results: Path, records: Sequence[Record]) -> Iterator[Draw
                 frame = pd.concat(tables[run_id].assign(run=run_id) for run_id in found)
                 what = f"{runs[0].layer}, {runs[0].setting}"
                 shows = (
-                    f"{title}, {what}: effective rank ({_counted(frame)}) after every epoch, a line a convolution; "
-                    f"black: mean over convolutions. Mean over n = {len(found)} seeds; band: from the least to the "
-                    "greatest mean, where n > 1."
+                    f"{title}, {what}: effective rank ({_counted(frame)}) at epochs whose weights were kept, a line "
+                    f"a convolution; black: mean over convolutions. Mean over n = {len(found)} seeds; band: from the "
+                    "least to the greatest mean, where n > 1."
                 )
                 figure = plots.plot_ranks_in_training(frame, frame.counted_from.iloc[0])
                 sources = [f"ranks/{run_id}.{ending}" for run_id in found for ending in ("csv", "json")]

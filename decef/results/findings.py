@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from decef.ranks import DEFINITIONS
 from decef.results.comparisons import experiments, precision_words
 from decef.results.published import Published, load_known_weights
-from decef.results.selectors import chosen, selector_words, twin_key, twins
-from decef.results.statistics import Estimate, differences, estimate, rank_correlation
+from decef.results.selectors import chosen, selector_words, selects, twin_key, twins
+from decef.results.statistics import PERCENT, differences, estimate, rank_correlation
 from decef.training.record import Record
 
 if TYPE_CHECKING:
@@ -111,11 +111,13 @@ def _non_inferior(
 ) -> Iterator[Finding]:
     """Top-1 is at most `margin` points below the control's: a difference, paired by seed and precision.
 
+    A margin of 0 asks that it is above.
+
     Args:
         runs, control: which runs, as config values by dotted key, see `selects`. The control is Conv2d by default. A
             run is paired with the control's run of the same seed, precision, data, network and training. They may
             differ in the layer, and in training options that `runs` or `control` name or that Conv2d lacks.
-        margin: in percentage points of top-1; 0 asks for an improvement.
+        margin: in percentage points of top-1.
         shares: limits [from, to] on `params`, `trainable_params` or `flops` of the runs, as shares of the dense
             network's.
     """
@@ -123,15 +125,14 @@ def _non_inferior(
     controls = twins(records, runs, control)
     for group in experiments(chosen(records, runs, control, shares)):
         against = {record.pair: record for record in controls.get(twin_key(group[0], runs, control), [])}
-        found = differences(((r.pair, r.top1) for r in group), _top1(against))
-        result = f"{_words(_mean(group))}, {_costs(group[0])}{_other_precision(group, against, control)}"
+        found = differences(((r.pair, r.top1) for r in group), {pair: other.top1 for pair, other in against.items()})
+        result = f"{_percent(_top1s(group))}, {_costs(group[0])}{_other_precision(group, against, control)}"
         if not found:
             yield _finding(group, f"{result}; no run of {selector_words(control)} to compare with")
             continue
         difference = estimate(found)
         pairs = [against[r.pair] for r in group if r.pair in against]
-        words = f"{difference.mean:+.2f} {difference.interval('+.2f')}".rstrip()
-        words += f" against {_words(_mean(pairs))} of {selector_words(control)}"
+        words = f"{difference.words('+.2f')} against {_percent(_top1s(pairs))} of {selector_words(control)}"
         words += f", over {difference.n} of the seeds" if difference.n < len(group) else ""
         comparison = Comparison(words, tuple(found), -margin, _ids(group, pairs))
         yield _finding(group, result, comparison, others=pairs)
@@ -155,7 +156,7 @@ def _trains(
     """
     controls = twins(records, runs, control) if control else {}
     for group in experiments(chosen(records, runs, control, shares)):
-        ours = Comparison(_words(_mean(group)), _values(group), at_least, _ids(group))
+        ours = Comparison(_percent(_top1s(group)), _top1s(group), at_least, _ids(group))
         if control is None or control_at_most is None:
             yield _finding(group, "", ours)
             continue
@@ -163,20 +164,37 @@ def _trains(
         if not others:
             yield _finding(group, f"{ours.words}; no run of {selector_words(control)} to compare with")
             continue
-        words = f"{selector_words(control)} has {_words(_mean(others))}"
-        stuck = Comparison(words, tuple(-value for value in _values(others)), -control_at_most, _ids(others))
+        words = f"{selector_words(control)} has {_percent(_top1s(others))}"
+        stuck = Comparison(words, tuple(-value for value in _top1s(others)), -control_at_most, _ids(others))
         yield _finding(group, "", ours, stuck, others=others)
 
 
+#: What a published top-1 is of, and the same of a run.
+_TOP1: dict[str, Callable[[Record], float]] = {
+    "top1": lambda record: record.top1,
+    "top1_best": lambda record: max(row["test_top1"] for row in record.metrics),
+}
+
+
 def _reaches(
-    published: Sequence[Published], records: Sequence[Record], measured: Measurements, *, tolerance: float
+    published: Sequence[Published],
+    records: Sequence[Record],
+    measured: Measurements,
+    *,
+    runs: Mapping[str, Any],
+    tolerance: float,
 ) -> Iterator[Finding]:
-    """Top-1 is at most `tolerance` points below the published value for the same task, network, layer and setting."""
+    """Top-1 is at most `tolerance` points below the published value for the same task, network, layer and setting.
+
+    A published best epoch is compared with the runs' best epochs.
+    """
     for one in published:
-        if one.metric == "top1":
-            for group in experiments(r for r in records if one.fits(r)):
-                words = f"{_words(_mean(group))}, {_costs(group[0])}; {one.id} has {one.value:.2f} %"
-                yield _finding(group, "", Comparison(words, _values(group), one.value - tolerance, _ids(group)))
+        if one.metric in _TOP1:
+            for group in experiments(r for r in records if one.fits(r) and selects(runs, r)):
+                values = tuple(map(_TOP1[one.metric], group))
+                best = " in the best epoch" if one.metric == "top1_best" else ""
+                words = f"{_percent(values)}{best}, {_costs(group[0])}; {one.id} has {one.value:.2f} %"
+                yield _finding(group, "", Comparison(words, values, one.value - tolerance, _ids(group)))
 
 
 def _monotone_rank(
@@ -184,8 +202,8 @@ def _monotone_rank(
 ) -> Iterator[Finding]:
     """Effective ranks fall with depth, or change less and less over training; a finding for each of `DEFINITIONS`.
 
-    Spearman's correlation is taken in every network; its mean over networks of one architecture must be below 0. Each
-    of these correlations is one comparison:
+    Spearman's correlation is taken in every network; its mean over networks of one architecture and training must be
+    below 0. Each of these correlations is one comparison:
     over="depth": of the layer's number with its rank at the end, and with the ratio of that to a random kernel's rank.
     over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before.
     """
@@ -195,8 +213,7 @@ def _monotone_rank(
         comparisons = []
         for measure in next(iter(trends.values()), {}):
             values = [trend[measure] for trend in trends.values()]
-            mean = estimate(values)
-            words = f"rank correlation of {measure} {mean.mean:+.2f} {mean.interval('+.2f')}".rstrip()
+            words = f"rank correlation of {measure} {estimate(values, within=(-1, 1)).words('+.2f')}"
             comparisons.append(Comparison(words, tuple(-value for value in values), 0, sources))
         if comparisons:
             yield Finding(f"{network}, {definition} rank", len(trends), "", tuple(comparisons), sources)
@@ -209,29 +226,31 @@ def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, 
     are logged.
 
     Returns:
-        By architecture, such as "resnet20, 19 convolutions", the tables by their name.
+        By architecture and training, such as "resnet20, 19 convolutions, schedule standard", the tables by their name.
     """
-    layers = {record.id: record.layer for record in records}
-    models = {record.id: record.model for record in records}
+    runs = {record.id: record for record in records}
     tables: dict[str, dict[str, pd.DataFrame]] = {}
     seen: dict[str, str] = {}
     for name, table in measured.ranks.items():
         made = measured.origins.get(name, {})
         md5 = next(iter(re.findall(r"\(MD5 (\w+)\)$", str(made.get("weights")))), "")  # see describe_file
-        if name not in layers and load_known_weights().get(md5, "") != made.get("network"):
+        if name not in runs and load_known_weights().get(md5, "") != made.get("network"):
             log.warning(
                 "left out: ranks/%s.csv is of unknown origin: it has no finished run's id for a name, and its .json "
                 "names no weights that published.yaml knows",
                 name,
             )
             continue
-        first = seen.setdefault(name if name in layers else md5, name)
+        first = seen.setdefault(name if name in runs else md5, name)
         if first != name:
             log.warning("left out: ranks/%s.csv is of the same network as ranks/%s.csv", name, first)
-        elif layers.get(name, "conv2d") == "conv2d":  # the claims are about dense kernels
+        elif name not in runs or runs[name].layer == "conv2d":  # the claims are about dense kernels
             last = table[table.network == table.network.iloc[-1]]
-            network = models.get(name) or made["network"]
-            tables.setdefault(f"{network}, {len(last)} convolutions", {})[name] = table
+            if name in runs:
+                network, trained = runs[name].model, f"schedule {runs[name].config.train.name}"
+            else:
+                network, trained = made["network"], "trained by others"
+            tables.setdefault(f"{network}, {len(last)} convolutions, {trained}", {})[name] = table
     return dict(sorted(tables.items()))
 
 
@@ -273,8 +292,7 @@ def _significance(
             if found:
                 trends.append(sum(found) / len(found))
         if trends:
-            mean = estimate(trends)
-            words = f"rank correlation {mean.mean:+.2f} {mean.interval('+.2f')}".rstrip()
+            words = f"rank correlation {estimate(trends, within=(-1, 1)).words('+.2f')}"
             words += f" of {measure} with the loss that removal adds"
             yield _finding(group, "", Comparison(words, tuple(trends), 0, _ids(group)))
 
@@ -291,11 +309,7 @@ KINDS: dict[Any, Callable[..., Iterator[Finding]]] = {
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def _top1(records: Mapping[Any, Record]) -> dict[Any, float]:
-    return {pair: record.top1 for pair, record in records.items()}
-
-
-def _values(records: Iterable[Record]) -> tuple[float, ...]:
+def _top1s(records: Iterable[Record]) -> tuple[float, ...]:
     return tuple(record.top1 for record in records)
 
 
@@ -303,12 +317,8 @@ def _ids(*groups: Iterable[Record]) -> tuple[str, ...]:
     return tuple(record.id for group in groups for record in group)
 
 
-def _mean(records: Sequence[Record]) -> Estimate:
-    return estimate(_values(records))
-
-
-def _words(mean: Estimate) -> str:
-    return f"{mean.mean:.2f} % {mean.interval()}".rstrip()
+def _percent(values: Sequence[float]) -> str:
+    return estimate(values, within=PERCENT).words(unit=" %")
 
 
 def _costs(record: Record) -> str:

@@ -35,7 +35,7 @@ def overview_table(results: Path) -> str:
                 "layer": f"`{layer}`",
                 "trained, 2/3 of the FLOPs: top-1 %": _mean(row),
                 "n": _count(row),
-                "minus `conv2d`, paired": _difference(row),
+                "minus `conv2d`, paired": (row and row.difference_words) or NONE,
                 "decomposed at 1/2: top-1 %": _number(decomposed.get(layer)),
                 "and fine-tuned": _mean(tuned),
                 "n ": _count(tuned),
@@ -101,18 +101,11 @@ def _time(results: Path) -> dict[str, float]:
 
 
 def _mean(row: Row | None) -> str:
-    return f"{row.top1.mean:.2f} {row.top1.interval()}".rstrip() if row else NONE
+    return row.top1.words() if row else NONE
 
 
 def _count(row: Row | None) -> str:
     return str(len(row.runs)) if row else NONE
-
-
-def _difference(row: Row | None) -> str:
-    if row is None or row.difference is None:
-        return NONE
-    fewer = f"(n={row.difference.n})" if row.difference.n < len(row.runs) else ""
-    return " ".join(filter(None, [f"{row.difference.mean:+.2f}", row.difference.interval("+.2f"), fewer]))
 
 
 def _number(value: float | None) -> str:

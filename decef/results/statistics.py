@@ -10,7 +10,9 @@ from typing import Any
 
 LEVEL = 0.95
 ALPHA = 0.05  # how often tests may reject a true hypothesis
-MOST_SEEDS = 1000  # `seeds_needed` looks no further
+POWER = 0.8  # how often `seeds_needed` values should decide
+MOST_SEEDS = 50  # `seeds_needed` looks no further
+PERCENT = (0.0, 100.0)
 ROUNDING = 1e-9  # values of about 1 to 100 that differ by no more count as equal
 
 
@@ -27,9 +29,17 @@ class Estimate:
         """ "[low, high]", or an empty text for one value."""
         return f"[{self.low:{format_spec}}, {self.high:{format_spec}}]" if self.n > 1 else ""
 
+    def words(self, format_spec: str = ".2f", unit: str = "") -> str:
+        """ "mean [low, high]", or the mean alone for one value; `unit` follows the mean."""
+        return f"{self.mean:{format_spec}}{unit} {self.interval(format_spec)}".rstrip()
 
-def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
+
+def estimate(
+    values: Sequence[float], level: float = LEVEL, within: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate:
     """The mean and its two-sided t interval: mean ± t * sd / sqrt(n); sd and t have n - 1 degrees of freedom.
+
+    The interval is cut off at the ends of `within`, where the quantity's own range ends, as at 100 %.
 
     Raises:
         ValueError: there is no value, or the level is not in (0, 1).
@@ -45,7 +55,7 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     if n == 1:
         return Estimate(mean, math.nan, math.nan, n)
     half = float(t.ppf((1 + level) / 2, n - 1)) * _sd(values) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half, n)
+    return Estimate(mean, max(mean - half, within[0]), min(mean + half, within[1]), n)
 
 
 def differences(values: Iterable[tuple[Hashable, float]], control: Mapping[Any, float]) -> list[float]:
@@ -85,7 +95,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) -> int | None:
-    """How many values of this mean and spread it takes until `p_value` is at most `alpha`.
+    """How many values it takes until `p_value` is at most `alpha` with probability `POWER`.
+
+    That is if they are normal with the mean and spread of `values`, which a few values only guess at. Values that don't
+    differ go on not to differ.
 
     Returns:
         The smallest such number, from 2 on; None if it is above `MOST_SEEDS`.
@@ -94,15 +107,15 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
         ValueError: fewer than two values.
     """
     import numpy as np
-    from scipy.stats import t
+    from statsmodels.stats.power import TTestPower
 
     if len(values) < 2:
         raise ValueError("one value has no spread to estimate from")
-    n = np.arange(2, MOST_SEEDS + 1)
     if max(values) - min(values) <= ROUNDING:
         return None if p_value(values, bound) == 1 else math.ceil(1 - math.log2(alpha))
-    half = t.ppf(1 - alpha / 2, n - 1) * _sd(values) / np.sqrt(n)
-    enough = n[half + ROUNDING < abs(fmean(values) - bound)]
+    n = np.arange(2, MOST_SEEDS + 1)
+    effect = abs(fmean(values) - bound) / _sd(values)
+    enough = n[TTestPower().power(effect, n, alpha) >= POWER]
     return int(enough[0]) if len(enough) else None
 
 

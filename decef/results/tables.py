@@ -15,7 +15,7 @@ from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups, experiments, precision_words
 from decef.results.pages import made_on, render
 from decef.results.published import Published, load_published
-from decef.results.statistics import Estimate, differences, estimate
+from decef.results.statistics import PERCENT, Estimate, differences, estimate
 from decef.training.record import Record, finished_record
 from decef.training.tracking import check_account
 
@@ -58,6 +58,14 @@ class Row:
         known = self.published
         return f"{known.where}{f'; {known.training}' if known.training else ''}" if known else None
 
+    @property
+    def difference_words(self) -> str:
+        """The difference to Conv2d with its interval and, if it has fewer seeds than the row, their number."""
+        if self.difference is None:
+            return ""
+        fewer = f" (n={self.difference.n})" if self.difference.n < len(self.runs) else ""
+        return f"{self.difference.words('+.2f')}{fewer}"
+
     def to_dict(self) -> dict[str, Any]:
         """The row of the CSV file, by column."""
         first, difference, known = self.first, self.difference, self.published
@@ -97,7 +105,7 @@ class Row:
             "top-1 %": f"{self.top1.mean:.2f}" + ("" if self.top1_sd is None else f" ± {self.top1_sd:.2f}"),
             "95 % interval": self.top1.interval(),
             "n": str(n),
-            "vs Conv2d": _difference(self.difference, n),
+            "vs Conv2d": self.difference_words,
             "precision": self.precision,
             "params": f"{first.cost('params'):,}",
             "x dense": f"{first.ratio('params'):.3f}",
@@ -123,7 +131,7 @@ def table_rows(records: Sequence[Record]) -> list[Row]:
         rows.append(
             Row(
                 runs=tuple(runs),
-                top1=estimate(top1),
+                top1=estimate(top1, within=PERCENT),
                 top1_sd=stdev(top1) if len(top1) > 1 else None,
                 difference=estimate(pairs) if pairs and first.layer != "conv2d" else None,
                 precision=precision_words(runs),
@@ -189,10 +197,3 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:
         raise ValueError(f"W&B's project {path} cannot be read: {error}") from error
     return [finished[name] for name in sorted(finished)]
-
-
-def _difference(difference: Estimate | None, n: int) -> str:
-    if difference is None:
-        return ""
-    fewer = f"(n={difference.n})" if difference.n < n else ""
-    return " ".join(filter(None, [f"{difference.mean:+.2f}", difference.interval("+.2f"), fewer]))

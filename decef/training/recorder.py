@@ -151,7 +151,7 @@ class Recorder:
             "status": "running",
             "schedule": self._config.train.name,
             "test_top1": None,
-            "test_top1_is": "the test accuracy of the last epoch; nothing was chosen on the test set",
+            "test_top1_is": "the test accuracy of the last epoch; no epoch was chosen on the test set",
             "val_top1": None,
             **known,
             "epochs": epochs,

@@ -1,0 +1,30 @@
+"""Batches of inputs, as a DataLoader yields them, for a network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+NO_BATCH = "the data yields no batch: give a few hundred images, as a list or DataLoader"
+
+
+def check_batches(data: object) -> None:
+    """Raise ValueError for one tensor where batches are wanted: to iterate over it would give single images."""
+    if isinstance(data, Tensor):
+        raise ValueError("data must be batches, such as a list or a DataLoader, not one tensor: give [images]")
+
+
+def inputs_of(batch: object, model: nn.Module) -> Tensor:
+    """A batch's inputs `(B, ...)`, on the device and in the precision of the network's parameters.
+
+    Raises:
+        ValueError: the batch is neither a tensor nor a tuple or list that begins with one.
+    """
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"a batch must be a tensor, or a tuple or list that begins with one, not {type(batch).__name__}"
+        )
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return x
+    return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
