@@ -12,7 +12,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def copied(model: _Module) -> _Module:
-    """A deep copy. Tensors that were computed with gradients, as by pruning, which torch doesn't copy, become values."""
+    """A deep copy. Tensors that were computed with gradients, as by pruning, become values: torch doesn't copy them."""
     computed = {
         id(value): value.detach().clone()
         for module in model.modules()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -18,3 +20,8 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as JSON, by `replace_file`."""
+    replace_file(path, (json.dumps(data, indent=1) + "\n").encode())

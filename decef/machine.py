@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+
+class Environment(TypedDict, total=False):
+    """When, where and with what something was made."""
+
+    git_commit: str | None
+    git_dirty: bool
+    started: str
+    python: str
+    packages: dict[str, str | None]
+    device: str
+    threads: int
+    machine: str
 
 
 def cpu_name() -> str:
@@ -34,3 +54,33 @@ def keep_freed_memory() -> bool:
     wanted = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 2**26}
     done = [mallopt(what, value) for what, value in wanted.items()]
     return all(done)
+
+
+def environment(device: str) -> Environment:
+    """What this is made with, now."""
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        # Changes in results/ don't count: runs make them, and no run depends on them.
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cpu_name()}",
+    }
+
+
+def _git(*args: str) -> str | None:
+    try:
+        root = Path(__file__).resolve().parents[1]
+        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -55,7 +55,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     import torch
 
     from decef.compression.loaders import TestBatches, TrainingBatches
-    from decef.data.search import stratified_subset
+    from decef.data.subsets import stratified_subset
     from decef.models.released import Card
     from decef.models.weights import load_weights
     from decef.training.build import dense_network

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cli import fail
 
-FORMATS = {".onnx": "onnxruntime", ".pt2": "eager"}  # by ending, the engine in which the network should be fast
+FORMATS = (".onnx", ".pt2")
 
 
 def main() -> None:

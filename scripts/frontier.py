@@ -17,7 +17,7 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="a model of configs/model")
+    parser.add_argument("network", help="a name in decef.models.MODELS")
     parser.add_argument("--weights", required=True, help="file with its trained weights")
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
@@ -33,19 +33,17 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    import torch
-
     from decef.data import IMAGENET_MEAN, IMAGENET_STD, dataset
-    from decef.data.search import stratified_subset
+    from decef.data.subsets import stratified_subset
     from decef.inference.engines import check_precision
+    from decef.machine import environment
     from decef.models import stem_name
     from decef.models.weights import describe_file, find_weights, md5_of
     from decef.results.frontier import decomposed, finetuned, measure, write_frontier
     from decef.results.pages import collect
     from decef.training.networks import load_networks
-    from decef.training.recorder import environment
 
-    made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
+    made = environment("cpu")  # now, as the code on disk may change during the run
 
     def show(row: Mapping[str, Any]) -> None:
         words = " ".join(f"{row[key]:10}" for key in ("layer", "budget", "stage", "precision"))

@@ -15,7 +15,7 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="a run's folder, a model of configs/model, timm/<name> or torchvision/<name>")
+    parser.add_argument("network", help="a run's folder, one of decef.models.MODELS, timm/<name> or torchvision/<name>")
     parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument(
@@ -27,13 +27,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     import pandas as pd
-    import torch
 
+    from decef.machine import environment
     from decef.models.weights import describe_file
     from decef.results.effective_ranks import rank_table
     from decef.results.plots import plot_ranks, save
     from decef.training.networks import load_networks
-    from decef.training.recorder import environment
 
     try:
         networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)
@@ -53,7 +52,7 @@ def main() -> None:
         )
         network = Path(arguments.network).name if Path(arguments.network).is_dir() else arguments.network
         made = {"network": network, "weights": source, "threshold": arguments.threshold}
-        made |= environment("cpu", torch.get_num_threads())
+        made |= environment("cpu")
         Path(f"{arguments.out}.json").write_text(json.dumps(made, indent=2) + "\n")
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 

@@ -17,12 +17,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
     arguments = parser.parse_args()
 
-    import torch
-
+    from decef.machine import environment
     from decef.results.significance import removal_table
     from decef.training.networks import load_networks
     from decef.training.record import load_config
-    from decef.training.recorder import environment
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:
@@ -36,7 +34,7 @@ def main() -> None:
         print(f"{run.name}:")
         print(table.round(3).to_string(index=False))
         table.round(6).to_csv(arguments.out / f"{run.name}.csv", index=False)
-        made = {"run": run.name, **environment("cpu", torch.get_num_threads())}
+        made = {"run": run.name, **environment("cpu")}
         (arguments.out / f"{run.name}.json").write_text(json.dumps(made, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from cli import fail
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="a model of configs/model, for CIFAR-10; or a run's folder, for its data")
+    parser.add_argument("network", help="a name in decef.models.MODELS, for CIFAR-10; or a run's folder, for its data")
     parser.add_argument("--weights", type=Path, help="file with trained weights")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
@@ -29,10 +29,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
 
-    import torch
-
     from decef.data import IMAGENET_MEAN, IMAGENET_STD
-    from decef.data.search import stratified_subset
+    from decef.data.subsets import stratified_subset
+    from decef.machine import environment
     from decef.models import stem_name
     from decef.models.weights import describe_file
     from decef.results.pages import collect
@@ -40,9 +39,8 @@ def main() -> None:
     from decef.training.config import DatasetConfig
     from decef.training.networks import load_networks
     from decef.training.record import load_config
-    from decef.training.recorder import environment
 
-    made = environment("cpu", torch.get_num_threads())  # now, as the code on disk may change during the run
+    made = environment("cpu")  # now, as the code on disk may change during the run
     name, run = arguments.network, Path(arguments.network)
     trained_on = DatasetConfig("cifar10", crop_padding=4, flip=True, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 

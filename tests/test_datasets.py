@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from decef.data import Images, count_classes, dataset
-from decef.data.search import stratified_subset
 from decef.data.small import read_idx
+from decef.data.subsets import stratified_subset
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
 

@@ -6,9 +6,9 @@ from support import DIGITS, network, train
 
 from decef.conversion import convert
 from decef.inference.deploy import Deployer
+from decef.machine import environment
 from decef.results.frontier import DECOMPOSED, FINETUNED, Point, decomposed, measure, top1, write_frontier
 from decef.training.loop import evaluate
-from decef.training.recorder import environment
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
     assert rows[2]["top1"] > 50
     assert rows[1]["bytes"] < 0.6 * rows[0]["bytes"]
     assert min(row["time"] for row in rows) > 0
-    write_frontier(rows, tmp_path / "made" / "net", "a test", environment("cpu", 1))
+    write_frontier(rows, tmp_path / "made" / "net", "a test", environment("cpu"))
     assert "| 0.6 of FLOPs | decomposed |" in (tmp_path / "made" / "net.md").read_text()
 
 

@@ -33,7 +33,7 @@ from decef.compression.report import write_report
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import total_cost
-from decef.files import replace_file
+from decef.files import write_json
 from decef.inference.deploy import Deployed, deploy
 from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
@@ -41,12 +41,12 @@ from decef.inference.forms import to_convolutions
 from decef.inference.latency import measure_times
 from decef.inference.memory import activation_bytes, stored_bytes
 from decef.inference.timing import inference_call, interleaved_times
+from decef.machine import environment
 from decef.models.released import Card, save
 from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
 from decef.ranks import Budget, Latency, Rule
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import TrainConfig
-from decef.training.recorder import environment
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ class Compression:
             ],
             "input": list(self._x.shape),
             "files": sorted(path.name for path in self._folder.iterdir() if path.stem == NETWORK or path.name == PLAN),
-            "made": environment(str(self._x.device), torch.get_num_threads()),
+            "made": environment(str(self._x.device)),
         }
 
 
@@ -457,7 +457,7 @@ class _State:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._known[key] = value
-        replace_file(self._path, (json.dumps(self._known, indent=1) + "\n").encode())
+        write_json(self._path, self._known)
 
     def get(self, key: str, default: Any) -> Any:
         return self._known.get(key, default)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from decef.files import replace_file
+from decef.files import replace_file, write_json
 from decef.results.pages import provenance, render
 
 STEPS = {
@@ -34,7 +33,7 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
         numbers: see `Compressed.numbers`.
         own: whether the network is the user's own, which `decef.load` has to be given.
     """
-    replace_file(path.with_suffix(".json"), (json.dumps(numbers, indent=1) + "\n").encode())
+    write_json(path.with_suffix(".json"), numbers)
     asked, top1 = numbers["asked"], numbers["top1"]
     steps = [f"{words} {top1[key]:.2f}" for key, words in STEPS.items() if key in top1]
     text = render(

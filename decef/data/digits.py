@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from decef.data.images import Images
-from decef.data.search import stratified_split
+from decef.data.subsets import stratified_split
 from decef.extras import need
 
 TEST_IMAGES = 360

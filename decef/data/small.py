@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from decef.data.images import Images
-from decef.data.search import download, search_path, stratified_split
+from decef.data.search import download, search_path
+from decef.data.subsets import stratified_split
 from decef.data.torchvision_cpu import import_torchvision
 
 SPLIT_TEST_IMAGES = 1_500  # test images with `split_test`, of the 10,000 in MNIST's test part

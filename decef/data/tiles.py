@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from decef.data.images import Images
-from decef.data.search import search_path, stratified_split
+from decef.data.search import search_path
+from decef.data.subsets import stratified_split
 from decef.extras import need
 
 CLASSES = ("blowhole", "break", "crack", "fray", "free", "uneven")

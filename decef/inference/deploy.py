@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decef.copies import copied
-from decef.files import replace_file
+from decef.files import write_json
 from decef.inference.engines import (
     Loadable,
     Runner,
@@ -81,7 +81,7 @@ class Deployed(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write what was chosen as JSON, so that `load` need not measure again."""
-        replace_file(Path(path), (json.dumps(self.choice, indent=1) + "\n").encode())
+        write_json(Path(path), self.choice)
 
     @classmethod
     def load(
@@ -173,7 +173,7 @@ class Deployer:
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._layers = fold_batch_norms(self._model)
-        self._timer = _LayerTimer(self._layers, layer_inputs(self._model, self._x.clone(), self._layers))
+        self._timer = _FormTimer(self._layers, layer_inputs(self._model, self._x.clone(), self._layers))
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Deployer:
         """See `deploy`."""
         x = self._x
         engines = _checked(x, engines, precision, calibration)
-        alone: dict[str, _LayerTimes] = {}
+        alone: dict[str, _FormTimes] = {}
         errors: dict[tuple[str, str], float] = {}
         networks: dict[tuple[str, str], Runner] = {}
         chosen: dict[tuple[str, str], Mapping[str, str]] = {}
@@ -287,14 +287,14 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
 
 
 @dataclass(frozen=True)
-class _LayerTimes:
+class _FormTimes:
     """Of layers timed alone: the fastest form of each, and for every form the seconds of all layers in it."""
 
     fastest: dict[str, str]
     totals: dict[str, float]
 
 
-class _LayerTimer:
+class _FormTimer:
     """Times the layers of a network in each of their forms; equal layers with equal input shapes are one."""
 
     def __init__(self, layers: Mapping[str, FactorizedConv2d], seen: Mapping[str, Tensor]) -> None:
@@ -310,9 +310,9 @@ class _LayerTimer:
             for form, module in forms_of(layers[name]).items()
         }
 
-    def time(self, engine: str, precision: str, progress: bool) -> _LayerTimes:
+    def time(self, engine: str, precision: str, progress: bool) -> _FormTimes:
         if not self._variants:
-            return _LayerTimes(self._all_in("reconstructed"), {})
+            return _FormTimes(self._all_in("reconstructed"), {})
         loaded = dict(zip(self._variants, load_all(engine, list(self._variants.values()), precision), strict=True))
         steps: dict[str, dict[str, Callable[[], object]]] = {}
         for (name, form), runner in loaded.items():
@@ -327,9 +327,9 @@ class _LayerTimer:
             everywhere = self._all_in(form)
             totals[form] = sum(seconds[one, everywhere[name]] for name, one in self._same.items())
         chosen = {name: fastest[one] for name, one in self._same.items()}
-        return _LayerTimes(self._all_in("reconstructed") | chosen, totals)
+        return _FormTimes(self._all_in("reconstructed") | chosen, totals)
 
-    def candidates(self, times: _LayerTimes, *, uniform: bool) -> dict[str, Mapping[str, str]]:
+    def candidates(self, times: _FormTimes, *, uniform: bool) -> dict[str, Mapping[str, str]]:
         """The whole networks worth timing: for each by name, the form of every layer.
 
         Args:

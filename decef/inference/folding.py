@@ -52,7 +52,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of convolutions and batch norms, where one feeds only the other; each is called once and used in no other way."""
+    """Names of convolutions and batch norms, where one feeds only the other and both are used only once."""
     try:
         graph = _Tracer().trace(model)
     except Exception as error:

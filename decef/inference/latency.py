@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from decef.copies import copied
-from decef.files import replace_file
+from decef.files import write_json
 from decef.inference.deploy import layer_inputs
 from decef.inference.engines import Loadable, available, check_engine, load_all
 from decef.inference.forms import forms_of, to_convolutions
@@ -140,7 +140,7 @@ class _Cache(dict[str, float]):
             with FileLock(self._path.with_suffix(".lock")):
                 stored = self._stored()
                 stored.setdefault(self._where, {}).update(found)
-                replace_file(self._path, (json.dumps(stored, indent=1) + "\n").encode())
+                write_json(self._path, stored)
         except OSError as error:
             log.warning("times are not kept for later: %s can't be written (%s)", self._path, error)
 

@@ -353,7 +353,7 @@ class FactorizedConv2d(nn.Module):
 
     def _factorize_on(self, weight: Tensor, metric: Tensor, nearest: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Candidates for the nearest factors in a metric `(groups, d, d)`; `nearest` is what `_factorize` found."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} can't be fitted to data, as it has no `_factorize_on`: leave data out")
 
     def _relative_error(self, weight: Tensor, metric: Tensor | None) -> float:
         with evaluating(self):

@@ -15,10 +15,10 @@ from decef.conversion import convert
 from decef.files import replace_file
 from decef.layers import CPACConv2d, FactorizedConv2d
 from decef.layers.decef import stack_filters
+from decef.machine import environment
 from decef.models import stem_name
 from decef.ranks import Budget
 from decef.results.effective_ranks import kernels
-from decef.training.recorder import environment
 
 SHARE = 2 / 3  # of its FLOPs, to which a dense network is decomposed
 
@@ -102,7 +102,7 @@ def write_filters(
     kinds = ("product", "channels") if _has_cpac(model) else () if factorized else ("product",)
     data = {
         **made_from,
-        **environment("cpu", torch.get_num_threads()),
+        **environment("cpu"),
         "layer": layer,
         "eigenfilters": asdict(eigenfilters(weight, groups=groups)),
         "significance": {kind: significance(model, input_size, kind) for kind in kinds},

@@ -20,6 +20,7 @@ from decef.data import Data
 from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import need_engines
 from decef.inference.timing import inference_call, interleaved_times
+from decef.machine import Environment
 from decef.models.released import load, read
 from decef.moments import input_moments
 from decef.plans import plan
@@ -27,7 +28,7 @@ from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.results.without_finetuning import recalibrated_on
 from decef.training.loop import EVAL_BATCH
-from decef.training.record import Summary, load_records
+from decef.training.record import load_records
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def top1(network: nn.Module, test: Data, batch: int) -> float:
     return 100 * right / total
 
 
-def write_frontier(rows: Sequence[dict[str, Any]], out: Path, about: str, made: Summary) -> None:
+def write_frontier(rows: Sequence[dict[str, Any]], out: Path, about: str, made: Environment) -> None:
     """Write rows of `measure`; see `write_measured`."""
     frame = pd.DataFrame(rows)
     shown = frame.assign(ms=1e3 * frame.seconds, MB=frame.bytes / 1e6).drop(columns=["seconds", "bytes"])

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from decef.files import replace_file
+from decef.files import replace_file, write_json
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 def render(template: str, **values: Any) -> str:
     """Fill in the page `templates/<template>.md.j2`."""
-    folder = files("decef.results") / "templates"
-    sources = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.name.endswith(".j2")}
     environment = Environment(
-        loader=DictLoader(sources),
+        loader=PackageLoader("decef.results"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -86,8 +83,7 @@ def write_bench(
         made: where, when and with which code, see `environment`; with `dtype`, and `share` of the dense FLOPs.
         **values: for the template.
     """
-    data = json.dumps({"environment": made, "rows": rows}, indent=1) + "\n"
-    replace_file(out.with_name(f"{out.name}.json"), data.encode())
+    write_json(out.with_name(f"{out.name}.json"), {"environment": made, "rows": rows})
     share = f"{made['share']:g} of the FLOPs"
     text = render(template, provenance=provenance(made, made["dtype"], share), **values)
     replace_file(out.with_name(f"{out.name}.md"), text.encode())

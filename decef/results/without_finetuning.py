@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from decef.conversion import convert, recalibrate
 from decef.costs import total_cost
 from decef.data import Data
+from decef.machine import Environment
 from decef.moments import input_moments
 from decef.plans import AUTO, plan
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.training.loop import EVAL_BATCH, evaluate
-from decef.training.record import Summary
 
 ENERGY, UNIFORM = "energy", "uniform"
 
@@ -95,7 +95,7 @@ def recalibrated_on(augmented: Data, network: nn.Module) -> nn.Module:
     return recalibrate(network, (augmented.normalize(images) for images, _ in batches))
 
 
-def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: Summary) -> None:
+def write_rows(rows: Sequence[dict[str, object]], out: Path, about: str, made: Environment) -> None:
     """Write rows of `without_finetuning`; see `write_measured`."""
     frame = pd.DataFrame(rows)
     plain = frame.assign(statistics="")

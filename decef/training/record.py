@@ -23,6 +23,7 @@ from typing import Any, TypedDict
 
 import yaml
 
+from decef.machine import Environment
 from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Metrics(TypedDict):
     seconds: float
 
 
-class Summary(TypedDict, total=False):
+class Summary(Environment, total=False):
     """The contents of `summary.json`. Costs are of the network as deployed; `dense` has those of its dense twin."""
 
     id: str
@@ -82,17 +83,9 @@ class Summary(TypedDict, total=False):
     epochs: int
     wall_seconds: float
     images_per_second: float | None
-    git_commit: str | None
-    git_dirty: bool
-    started: str
     resumed: list[str]
     earlier_sessions: list[dict[str, Any]]  # of a run that was resumed: where, with which code and when each began
     finished: str
-    python: str
-    packages: dict[str, str | None]
-    device: str
-    threads: int
-    machine: str
 
 
 @dataclass(frozen=True)

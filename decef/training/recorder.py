@@ -6,13 +6,10 @@ import fcntl
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import yaml
 
 from decef.files import replace_file
-from decef.machine import cpu_name
+from decef.machine import environment
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import InputError, RunConfig
 from decef.training.record import (
@@ -157,7 +154,8 @@ class Recorder:
             "epochs": epochs,
             "wall_seconds": previous.get("wall_seconds", 0.0) if epochs else 0.0,
             "images_per_second": _rate(rows),
-            **environment(known["device"], known["threads"]),
+            **environment(known["device"]),
+            "threads": known["threads"],
         }
         if epochs:
             session = {key: previous[key] for key in SESSION if key in previous}  # type: ignore[literal-required]
@@ -264,36 +262,6 @@ class Recorder:
 def _rate(rows: Sequence[Metrics]) -> float | None:
     """Images per second over all epochs, which have the same number of images."""
     return round(harmonic_mean([row["images_per_second"] for row in rows]), 1) if rows else None
-
-
-def environment(device: str, threads: int) -> Summary:
-    """When, where and with what something was made, for a summary: time, machine, commit, versions."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "git_commit": _git("rev-parse", "HEAD"),
-        # Changes in results/ don't count: runs make them, and no run depends on them.
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "packages": packages,
-        "device": device,
-        "threads": threads,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {cpu_name()}",
-    }
-
-
-def _git(*args: str) -> str | None:
-    try:
-        root = Path(__file__).resolve().parents[2]
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

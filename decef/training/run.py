@@ -14,7 +14,7 @@ from torch import nn
 
 from decef.costs import total_cost
 from decef.data import Data, Dataset
-from decef.data.search import stratified_subset
+from decef.data.subsets import stratified_subset
 from decef.machine import keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import build, rebuild
