@@ -40,6 +40,7 @@ def test_a_run_leaves_its_record(finished):
     assert summary["flops"] == 2 * summary["macs"]
     assert set(summary["ranks"].values()) == {2}
     assert "conv1" not in summary["ranks"]
+    assert summary["images"] == {"train": 256, "test": 360}
     for key in ("git_commit", "git_dirty", "packages", "machine", "wall_seconds", "started", "finished", "schedule"):
         assert summary[key] is not None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -75,6 +76,9 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
         file.write('{"epoch": 2, "test_top1": 0.0}\n{"epo')  # logged, then killed before the checkpoint
     monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
     stopped = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**stopped, "images": {"train": 9, "test": 9}}))
+    with pytest.raises(InputError, match="was begun on .*9, .*not .*: set dataset.root to the same data"):
+        run(config(tmp_path))
     (folder / "summary.json").write_text(json.dumps({**stopped, "threads": 99, "git_commit": "of another day"}))
     summary = run(config(tmp_path))
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])

@@ -78,6 +78,7 @@ class Summary(Environment, total=False):
     flops: int
     dense: dict[str, int]
     ranks: dict[str, int]
+    images: dict[str, int]  # how many there are to train and to test on
     precision: str
     processes: int
     epochs: int

@@ -137,9 +137,14 @@ class Recorder:
             wandb_mode: see `Tracker`.
 
         Raises:
-            InputError: the disk is full or cannot be written.
+            InputError: the run was begun on other data, or the disk is full or cannot be written.
         """
         previous = self.read_summary()
+        if epochs and previous.get("images", known["images"]) != known["images"]:
+            raise InputError(
+                f"{self.path} was begun on {previous['images']} images, not {known['images']}: set dataset.root to the "
+                "same data, or results= to another folder"
+            )
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
         with self._writing():
             replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -155,7 +160,6 @@ class Recorder:
             "wall_seconds": previous.get("wall_seconds", 0.0) if epochs else 0.0,
             "images_per_second": _rate(rows),
             **environment(known["device"]),
-            "threads": known["threads"],
         }
         if epochs:
             session = {key: previous[key] for key in SESSION if key in previous}  # type: ignore[literal-required]
@@ -163,10 +167,10 @@ class Recorder:
             self.summary["earlier_sessions"] = [*previous.get("earlier_sessions", []), session]
             self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
             self.summary["started"] = previous["started"]
-            if previous.get("threads") != known["threads"]:
+            if previous.get("threads") != self.summary["threads"]:
                 log.warning(
                     "%s began with %s threads and goes on with %s, which round differently: no run can repeat it",
-                    self.id, previous.get("threads"), known["threads"],
+                    self.id, previous.get("threads"), self.summary["threads"],
                 )  # fmt: skip
         self._earlier = self.summary["wall_seconds"]
         with self._writing():

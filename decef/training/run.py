@@ -141,7 +141,7 @@ def _train_and_record(
         precision=precision,
         processes=processes.count,
         device=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
-        threads=torch.get_num_threads(),
+        images={"train": len(train), "test": len(test)},
     )
     recorder.start(known, checkpoint["epoch"] if checkpoint else 0, job.wandb_mode)
 
