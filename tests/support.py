@@ -64,9 +64,6 @@ class Memory:
     def __init__(self, stop_after=None):
         self.saved, self.stop_after = None, stop_after
 
-    def load(self):
-        return self.saved
-
     def save(self, state):
         clone = lambda v: v.clone() if isinstance(v, torch.Tensor) else v  # noqa: E731
         self.saved = torch.utils._pytree.tree_map(clone, dict(state))
@@ -85,10 +82,10 @@ def network(layer="conv2d", seed=0, **options):
 def train(model, config=TRAIN, state=None, seed=0, size=512, orthogonality=0.0):
     """Train on some of the digits; returns the epochs' metrics."""
     images, test = DIGITS
-    metrics = []
+    metrics, state = [], state or Memory()
     images = dataclasses.replace(images.subset(slice(0, size)), crop_padding=1)
     fit(
         model, images, test, config,
-        seed=seed, orthogonality=orthogonality, state=state or Memory(), on_epoch=metrics.append,
+        seed=seed, orthogonality=orthogonality, saved=state.saved, save=state.save, on_epoch=metrics.append,
     )  # fmt: skip
     return metrics

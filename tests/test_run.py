@@ -77,7 +77,7 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
     monkeypatch.setattr("decef.training.recorder.save_checkpoint", save)
     stopped = json.loads((folder / "summary.json").read_text())
     (folder / "summary.json").write_text(json.dumps({**stopped, "images": {"train": 9, "test": 9}}))
-    with pytest.raises(InputError, match="was begun on .*9, .*not .*: set dataset.root to the same data"):
+    with pytest.raises(InputError, match=r"was begun on .*9, .*not .*: set dataset.root to the same data"):
         run(config(tmp_path))
     (folder / "summary.json").write_text(json.dumps({**stopped, "threads": 99, "git_commit": "of another day"}))
     summary = run(config(tmp_path))

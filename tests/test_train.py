@@ -78,7 +78,7 @@ def test_validation_images_are_not_trained_on():
     config = dataclasses.replace(TRAIN, epochs=2, validation=0.25, batch_size=1)
     pixels = torch.arange(80, dtype=torch.uint8)[:, None, None, None].expand(80, 1, 8, 8)
     numbered = Images(pixels, images.labels[:80], std=(1 / 255,))
-    fit(Spy(), numbered, test, config, seed=0, state=Memory(), on_epoch=metrics.append)
+    fit(Spy(), numbered, test, config, seed=0, saved=None, save=Memory().save, on_epoch=metrics.append)
     assert len({int(x[0, 0]) for x in seen}) == 60
     assert 0 <= metrics[-1]["val_top1"] <= 100
     assert metrics[-1]["val_loss"] > 0

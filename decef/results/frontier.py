@@ -22,12 +22,10 @@ from decef.inference.engines import need_engines
 from decef.inference.timing import inference_call, interleaved_times
 from decef.machine import Environment
 from decef.models.released import load, read
-from decef.moments import input_moments
 from decef.plans import plan
 from decef.ranks import Budget
 from decef.results.pages import write_measured
-from decef.results.without_finetuning import recalibrated_on
-from decef.training.loop import EVAL_BATCH
+from decef.results.without_finetuning import moments_of, recalibrated_on
 from decef.training.record import load_records
 
 log = logging.getLogger(__name__)
@@ -77,8 +75,7 @@ def decomposed(
     ]
 
     def points() -> Iterator[Point]:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        moments = input_moments(model, names, [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)])
+        moments = moments_of(seen, model)
         for layer, share, made in plans:
             network = recalibrated_on(augmented, convert(model, made, data=moments))
             yield Point(layer, f"{share:g} of FLOPs", DECOMPOSED, network)

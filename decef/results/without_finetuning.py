@@ -57,8 +57,7 @@ def without_finetuning(
     dense = total_cost(model, input_size)
     moments: dict[str, Tensor] = {}
     if seen is not None:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-        moments = input_moments(model, names, [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)])
+        moments = moments_of(seen, model)
 
     def row(network: nn.Module, layer: str, budget: str, spread: str, nearest: str, error: float) -> dict[str, object]:
         loss, top1 = evaluate(network, test)
@@ -87,6 +86,12 @@ def without_finetuning(
                     )
                     errors = [r.error for r in the_plan.rows if r.error is not None]
                     yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
+
+
+def moments_of(seen: Data, model: nn.Module) -> dict[str, Tensor]:
+    """Second moments of the inputs of all convolutions on images as they are, see `decef.moments.input_moments`."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    return input_moments(model, names, [seen.normalize(images) for images, _ in seen.views(EVAL_BATCH)])
 
 
 def recalibrated_on(augmented: Data, network: nn.Module) -> nn.Module:

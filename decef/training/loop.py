@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -30,16 +30,6 @@ CHECK_EVERY = 50  # steps between checks that the loss is finite
 ALONE = Processes()
 
 
-class State(Protocol):
-    """Where `fit` keeps what an interrupted run needs to resume."""
-
-    def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None if there is none."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Save a state, replacing the last one."""
-
-
 def fit(
     model: nn.Module,
     train: Data,
@@ -48,12 +38,13 @@ def fit(
     *,
     seed: int,
     orthogonality: float = 0.0,
-    state: State,
+    saved: Mapping[str, Any] | None,
+    save: Callable[[dict[str, Any]], object],
     on_epoch: Callable[[Metrics], None],
     processes: Processes = ALONE,
     progress: bool = False,
 ) -> None:
-    """Train `model` in place, from where `state` left off to the last epoch.
+    """Train `model` in place, from where `saved` left off to the last epoch.
 
     Everything random in an epoch follows from the seed and the epoch's number. A resumed run therefore gives the same
     result as an uninterrupted one: bit for bit, on the same CPU with the same number of threads. Several processes
@@ -65,9 +56,10 @@ def fit(
         train, test: the images. A share `config.validation` of the training images is set aside and only measured.
         config: how to train.
         seed: of data order, augmentation and dropout.
-        orthogonality: weight of the layers\' penalty in the loss, see `penalties`.
-        state: loaded before the first epoch; the first process saves it after every epoch.
-        on_epoch: called by the first process after every epoch, before the state is saved.
+        orthogonality: weight of the layers' penalty in the loss, see `penalties`.
+        saved: the state that `save` got last, or None.
+        save: called by the first process after every epoch with the state to go on from.
+        on_epoch: called by the first process after every epoch, before `save`.
         processes: those that train together.
         progress: show a progress bar.
 
@@ -78,7 +70,6 @@ def fit(
     check_possible(config, train.device, processes)
     train, validation = split_validation(train, config.validation)
     steps = len(train) // _batch_size(config, len(train), processes)
-    saved = state.load()
     first = saved["epoch"] if saved else 0
     training = Training(model, config, train.device, orthogonality, processes, saved)
     with tqdm(
@@ -108,7 +99,7 @@ def fit(
                         seconds=time.perf_counter() - started,
                     )
                 )
-                state.save({"epoch": epoch + 1, **training.state_dict()})
+                save({"epoch": epoch + 1, **training.state_dict()})
             processes.barrier()
 
 

@@ -20,7 +20,7 @@ from decef.plans import Plan
 from decef.training.build import build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
-from decef.training.loop import State, check_possible, fit, split_validation
+from decef.training.loop import check_possible, fit, split_validation
 from decef.training.precision import resolve_precision
 from decef.training.record import Metrics, Summary
 from decef.training.recorder import Recorder
@@ -91,7 +91,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         if processes.is_first:
             summary = _train_and_record(job, built, checkpoint, train, test, processes)
         else:
-            _fit(job, built.model, train, test, _State(checkpoint), lambda metrics: None, processes)
+            _fit(job, built.model, train, test, checkpoint, lambda state: None, lambda metrics: None, processes)
         return processes.broadcast(summary)
 
 
@@ -149,7 +149,7 @@ def _train_and_record(
         recorder.save_checkpoint({**state, "plan": built.plan.to_dict(), "precision": precision})
 
     try:
-        _fit(job, built.model, train, test, _State(checkpoint, save), recorder.epoch, processes)
+        _fit(job, built.model, train, test, checkpoint, save, recorder.epoch, processes)
     except (Exception, KeyboardInterrupt) as error:
         recorder.fail(error)
         raise
@@ -161,7 +161,8 @@ def _fit(
     model: nn.Module,
     train: Data,
     test: Data,
-    state: State,
+    saved: dict[str, Any] | None,
+    save: Callable[[dict[str, Any]], object],
     on_epoch: Callable[[Metrics], None],
     processes: Processes,
 ) -> None:
@@ -172,25 +173,12 @@ def _fit(
         job.train,
         seed=job.config.seed,
         orthogonality=job.config.layer.orthogonality,
-        state=state,
+        saved=saved,
+        save=save,
         on_epoch=on_epoch,
         processes=processes,
         progress=job.config.progress,
     )
-
-
-@dataclass
-class _State:
-    """What `fit` starts from, and where it saves. Only the first process gets `saved_by`; the others save nothing."""
-
-    checkpoint: dict[str, Any] | None
-    saved_by: Callable[[dict[str, Any]], None] = lambda state: None
-
-    def load(self) -> dict[str, Any] | None:
-        return self.checkpoint
-
-    def save(self, state: dict[str, Any]) -> None:
-        self.saved_by(state)
 
 
 def find_device(name: str) -> torch.device:
