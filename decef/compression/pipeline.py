@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import tempfile
@@ -30,10 +29,10 @@ from decef.compression.finetune import (
 )
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.report import write_report
+from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import total_cost
-from decef.files import write_json
 from decef.inference.deploy import Deployed, deploy
 from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
@@ -50,8 +49,7 @@ from decef.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-PLAN, FORMS, STATE, CHECKPOINT, REPORT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt", "report.md"
-TUNING = {"finetune", "lr"}  # what is asked of fine-tuning alone
+REPORT = "report.md"
 NETWORK = "network"  # .safetensors, and .onnx or .pt2
 
 
@@ -175,7 +173,7 @@ class Compression:
         self._folder = Path(tempfile.mkdtemp()) if self._kept is None else self._kept
         if self._kept is None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._state = _State(self._folder, asked)
+        self._state = State(self._folder, asked)
 
     def plan(self) -> Plan:
         """The plan that meets the budget, by measurement where the budget is one of time or memory.
@@ -427,40 +425,6 @@ class Compression:
             "files": sorted(path.name for path in self._folder.iterdir() if path.stem == NETWORK or path.name == PLAN),
             "made": environment(str(self._x.device)),
         }
-
-
-class _State:
-    """What is done, in a JSON file that is written after every step. What is only planned may be planned anew."""
-
-    def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
-        self._path, self.asked = folder / STATE, asked
-        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        before = self._known.get("asked", {})
-        changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v}
-        saved = load_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).is_file() else None
-        if saved and changed and (saved["training"] or not TUNING.issuperset(changed)):
-            words = "; ".join(changed.values())
-            raise ValueError(f"{folder} holds another compression ({words}): give another folder")
-        if changed and not saved:
-            folder.mkdir(parents=True, exist_ok=True)
-            for planned in (PLAN, FORMS):
-                (folder / planned).unlink(missing_ok=True)
-            self._known = {}
-        if changed:
-            self["asked"] = asked
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> Any:
-        return self._known[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._known[key] = value
-        write_json(self._path, self._known)
-
-    def get(self, key: str, default: Any) -> Any:
-        return self._known.get(key, default)
 
 
 def _memory(model: nn.Module, x: Tensor) -> int:
