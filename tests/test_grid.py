@@ -79,7 +79,7 @@ SAME_IMAGES = ("cifar100", "svhn", "fashion_mnist", "imagefolder", "imagenet")
 def run_cells(cells, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.ERROR)
     monkeypatch.setattr(DatasetConfig, "dataset", tiny)
-    monkeypatch.setattr("decef.training.recorder.environment", lambda device, threads: {"started": "now"})
+    monkeypatch.setattr("decef.training.recorder.environment", lambda device: {"started": "now"})
     done = 0
     for data, model, layer in cells:
         settings = RunConfig.from_dict(config(data, model, layer, tmp_path))
