@@ -147,6 +147,7 @@ def test_every_make_target_names_scripts_that_are_there():
 
 
 def test_make_help_lists_every_target():
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     phony = re.search(r"^\.PHONY:((?:.*\\\n)*.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1)
     assert {line.split()[1] for line in done.stdout.splitlines()} == set(phony.replace("\\", "").split())
