@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from decef.copies import copied
 from decef.costs import shared_weights
-from decef.inputs import NO_BATCH, check_batches, inputs_of
+from decef.inputs import NO_BATCH, check_batches, inputs_of, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import moments_on
 from decef.plans import Plan, layer_type, plan
@@ -132,13 +132,9 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
-    largest = 0
     try:
-        for batch in chain([first], batches):
-            x = inputs_of(batch, model)
-            largest = max(largest, len(x))
-            if len(x) > 1 or largest == 1:  # a single image that is left over has no variance where maps are 1x1
-                model(x)
+        for x in without_leftover(inputs_of(batch, model) for batch in chain([first], batches)):
+            model(x)
     except BaseException:
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -28,5 +27,5 @@ def copied_to_meta(model: _Module) -> _Module:
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):
-                vars(module)[name] = value.to(torch.device("meta"))
+                vars(module)[name] = value.to("meta")
     return model

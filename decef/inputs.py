@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
 from torch import Tensor, nn
 
+Batch = TypeVar("Batch", Tensor, tuple[Tensor, Tensor])
 NO_BATCH = "the data yields no batch: give a few hundred images, as a list or DataLoader"
 
 
@@ -28,3 +32,13 @@ def inputs_of(batch: object, model: nn.Module) -> Tensor:
     if parameter is None:
         return x
     return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+
+
+def without_leftover(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches without a single image that is left over after larger ones: batch norm may find no variance in it."""
+    largest = 0
+    for batch in batches:
+        count = len(batch[0] if isinstance(batch, tuple) else batch)
+        largest = max(largest, count)
+        if count > 1 or largest == 1:
+            yield batch

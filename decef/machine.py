@@ -57,7 +57,11 @@ def keep_freed_memory() -> bool:
 
 
 def environment(device: str) -> Environment:
-    """What this is made with, now."""
+    """What is made now is made with.
+
+    Args:
+        device: its name, as records have it.
+    """
     packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
         try:

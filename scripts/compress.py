@@ -62,12 +62,11 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     from decef.training.config import DatasetConfig, ModelConfig, group
     from decef.training.run import find_device
 
-    for key, least in (("threads", 1), ("seed", 0)):
-        value = settings[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ValueError(f"{key}={value} must be a whole number, at least {least}")
-    if settings["threads"] is not None:
-        torch.set_num_threads(settings["threads"])
+    threads = settings["threads"]
+    if threads is not None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads={threads} must be a whole number, at least 1")
+        torch.set_num_threads(threads)
     budget = _budget(settings["budget"])
     dataset_config = group("dataset", DatasetConfig, settings["dataset"]).resolved()
     model_config = group("model", ModelConfig, settings["model"]).resolved()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from decef.copies import copied
+from decef.inputs import without_leftover
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
 from decef.training.optim import lr_at
@@ -143,7 +144,7 @@ def finetune(
 
     Raises:
         ValueError: see `batches`.
-        FloatingPointError: the loss is not finite; what to do about it is for the caller to say.
+        FloatingPointError: the loss is not finite.
     """
     device = next(model.parameters()).device
     first = saved["epoch"] if saved else 0
@@ -151,7 +152,6 @@ def finetune(
         return
     steps = count_batches(data)
     training = Training(model, config, device, saved=saved["training"] if saved else None)
-    largest = 0
     with (
         forked_generator(device),
         tqdm(
@@ -161,11 +161,10 @@ def finetune(
         for epoch in range(first, config.epochs):
             torch.manual_seed(seed * 1_000_003 + epoch)
             training.start_epoch()
-            for step, (images, labels) in enumerate(islice(batches(data, classes), steps), start=epoch * steps):
+            there = without_leftover(islice(batches(data, classes), steps))
+            for step, (images, labels) in enumerate(there, start=epoch * steps):
                 lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                largest = max(largest, len(images))
-                if len(images) > 1 or largest == 1:
-                    training.step(_on(images, device, config), labels.to(device), lr, step)
+                training.step(_on(images, device, config), labels.to(device), lr, step)
                 bar.update()
             loss, accuracy = training.finish_epoch()
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", top1=f"{accuracy:.2f}")

@@ -130,7 +130,8 @@ class Compression:
             raise ValueError("a compression measures the times itself: say Latency(share) without times")
         if layer == "conv2d" or (layer != AUTO and not layer_type(layer)):
             raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
-        for key, value, least in (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1)):
+        whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
+        for key, value, least in whole:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
@@ -348,8 +349,7 @@ class Compression:
                 progress=self._progress,
             )
         except FloatingPointError as error:
-            said = str(error).partition(":")[0]
-            raise FloatingPointError(f"{said}: try a learning rate (lr) below {self._train.lr:g}") from error
+            raise FloatingPointError(f"{error}: try a learning rate (lr) below {self._train.lr:g}") from error
 
     def _save(self, network: nn.Module, training: dict[str, Any] | None) -> None:
         save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})

@@ -173,7 +173,7 @@ class Deployer:
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._layers = fold_batch_norms(self._model)
-        self._timer = _FormTimer(self._layers, layer_inputs(self._model, self._x.clone(), self._layers))
+        self._timer = _FormTimer(self._layers, layer_inputs(self._model, self._x, self._layers))
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -280,7 +280,7 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
         return lambda module, args: seen.update({name: args[0]})
 
     hooks = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
-    model(example)
+    model(example.clone())  # which a network may change in place
     for hook in hooks:
         hook.remove()
     return seen

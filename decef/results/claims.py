@@ -24,7 +24,7 @@ from decef.training.record import Record
 
 HOLDS, MIXED, FAILS = "holds", "holds in some, not in others", "doesn't hold"
 UNDECIDED, ONE_SEED, NOT_TESTED = "too few seeds to say", "one seed", "not tested yet"
-HOLDS_IF = ("all", "any")  # of the comparisons hold
+HOLDS_IF = ("all", "any")  # which of its experiments must hold for a claim to hold
 
 
 @dataclass(frozen=True)

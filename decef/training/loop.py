@@ -280,10 +280,7 @@ class Training:
 
 
 def _diverged(step: int, lr: float) -> FloatingPointError:
-    return FloatingPointError(
-        f"the loss is not finite any more from step {step} on (learning rate {lr:g}): try a smaller train.lr, a longer "
-        "train.warmup or train.precision=fp32"
-    )
+    return FloatingPointError(f"the loss is not finite any more from step {step} on (learning rate {lr:g})")
 
 
 @torch.no_grad()

@@ -150,6 +150,10 @@ def _train_and_record(
 
     try:
         _fit(job, built.model, train, test, checkpoint, save, recorder.epoch, processes)
+    except FloatingPointError as error:
+        advised = FloatingPointError(f"{error}: try a smaller train.lr, a longer train.warmup or train.precision=fp32")
+        recorder.fail(advised)
+        raise advised from error
     except (Exception, KeyboardInterrupt) as error:
         recorder.fail(error)
         raise
