@@ -1,4 +1,4 @@
-"""Optional dependencies. The library needs only torch and numpy; some parts need an extra of the package."""
+"""Optional dependencies. The library needs only torch, numpy and filelock; some parts need an extra of the package."""
 
 from __future__ import annotations
 

@@ -40,6 +40,13 @@ def cpu_name() -> str:
     return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
 
 
+def int8_saturates() -> bool:
+    """Whether sums of 8-bit products overflow on this CPU: without VNNI, x86 adds two of them in 16 bits."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    there = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"))
+    return platform.machine() in ("x86_64", "AMD64") and not there
+
+
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, where the C library is glibc; say whether that worked.
 

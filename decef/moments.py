@@ -20,11 +20,10 @@ from decef.inputs import NO_BATCH, check_batches, inputs_of
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
-MEMORY = 2**30  # bytes of moments collected in one pass
 
 
 def input_moments(
-    model: nn.Module, names: Sequence[str], inputs: Iterable[object], *, memory: int = MEMORY, progress: bool = False
+    model: nn.Module, names: Sequence[str], inputs: Iterable[object], *, progress: bool = False
 ) -> dict[str, Tensor]:
     """Mean second moments of the input patches of convolutions, with the network in evaluation mode.
 
@@ -32,8 +31,7 @@ def input_moments(
         model: any network; it does not change.
         names: names of `torch.nn.Conv2d` modules in it.
         inputs: batches for the network: tensors `(B, ...)`, or tuples that begin with one, as a DataLoader yields them.
-            They are moved to the network's device. Every pass iterates over them once, see `memory`.
-        memory: bytes of moments to collect in one pass over `inputs`; if they don't all fit, more passes follow.
+            They are moved to the network's device.
         progress: show a progress bar.
 
     Returns:
@@ -42,8 +40,8 @@ def input_moments(
         not run are left out.
 
     Raises:
-        ValueError: `inputs` is one tensor, yields nothing or something else than batches, is an iterator that is
-            exhausted when a further pass begins, or makes a convolution's inputs NaN or infinite.
+        ValueError: `inputs` is one tensor, yields nothing or something else than batches, or makes a convolution's
+            inputs NaN or infinite.
         KeyError: the network has no module of such a name.
     """
     check_batches(inputs)
@@ -51,17 +49,18 @@ def input_moments(
     modules = dict(model.named_modules())
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    passes = list(_passes({name: modules[name] for name in names}, memory))
-    for wanted in bar(passes, "moments", progress):
-        if not _collect(model, wanted, inputs, sums, counts):
-            raise ValueError(NO_BATCH)
+    wanted = {name: modules[name] for name in names}
+    if not _collect(model, wanted, bar(inputs, "moments", progress), sums, counts):
+        raise ValueError(NO_BATCH)
     sharing = shared_weights(model)
     found = {}
     for name, total in sums.items():
         if not total.isfinite().all():
             raise ValueError(f"on these data the inputs of '{name}' are NaN or infinite")
         same = [n for n in sharing.get(name, [name]) if n in sums and sums[n].shape == total.shape]  # the same groups
-        found[name] = torch.stack([sums[n] for n in same]).sum(0) / sum(counts[n] for n in same)
+        patches = sum(counts[n] for n in same)
+        # In place where it can be: a ResNet-101's moments take a gigabyte.
+        found[name] = total.div_(patches) if same == [name] else torch.stack([sums[n] for n in same]).sum(0) / patches
     return found
 
 
@@ -78,25 +77,10 @@ def moments_on(
     return {} if data is None else input_moments(model, names, data, progress=progress)
 
 
-def _passes(convolutions: dict[str, nn.Module], memory: int) -> Iterator[dict[str, nn.Conv2d]]:
-    """Groups of convolutions whose moments fit into memory together; one that is too large gets its own group."""
-    chosen: dict[str, nn.Conv2d] = {}
-    used = 0
-    for name, conv in convolutions.items():
-        assert isinstance(conv, nn.Conv2d)
-        size = 8 * conv.groups * math.prod(conv.weight.shape[1:]) ** 2
-        if chosen and used + size > memory:
-            yield chosen
-            chosen, used = {}, 0
-        chosen[name] = conv
-        used += size
-    yield chosen
-
-
 @torch.no_grad()
 def _collect(
     model: nn.Module,
-    wanted: dict[str, nn.Conv2d],
+    wanted: Mapping[str, nn.Module],
     inputs: Iterable[object],
     sums: dict[str, Tensor],
     counts: dict[str, int],
@@ -105,6 +89,7 @@ def _collect(
     batches = 0
     hooks = []
     for name, conv in wanted.items():
+        assert isinstance(conv, nn.Conv2d)
 
         def remember(module: nn.Module, args: tuple[Tensor, ...], name: str = name, conv: nn.Conv2d = conv) -> None:
             for patches in input_patches(conv, args[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,8 @@ class Plan:
         import pandas as pd
 
         whole = dict.fromkeys(("rank", "max_rank", "macs_before", "macs_after"), "Int64")
-        return pd.DataFrame([_plain(row) for row in self.rows]).astype(whole)
+        rows = [_plain(row) for row in self.rows]
+        return pd.DataFrame(rows, columns=None if rows else [f.name for f in fields(PlanRow)]).astype(whole)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, for `from_dict`."""
@@ -108,12 +109,15 @@ class Plan:
 
         Raises:
             ImportError: PyYAML is not installed.
-            ValueError: see `from_dict`.
+            ValueError: it is not YAML; or see `from_dict`.
         """
         need("train", "yaml")
         import yaml
 
-        return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+        try:
+            return cls.from_dict(yaml.safe_load(Path(path).read_text()))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no plan, as it is not YAML: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.layer} {self.options or ''}\n{self.to_frame().to_string(index=False, na_rep='')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 from decef.extras import need
@@ -10,7 +10,7 @@ from decef.extras import need
 _T = TypeVar("_T")
 
 
-def bar(items: Sequence[_T], what: str, progress: bool = True) -> Iterable[_T]:
+def bar(items: Iterable[_T], what: str, progress: bool = True) -> Iterable[_T]:
     """`items`, with a progress bar if `progress` is true and the output is a terminal.
 
     Raises:

@@ -29,6 +29,16 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def weights_file(name: str) -> Path:
+    """For argparse: the file that `find_weights` finds, else exit with status 2."""
+    from decef.models.weights import find_weights
+
+    try:
+        return find_weights(name)
+    except FileNotFoundError as error:
+        fail(str(error))
+
+
 def expand(arguments: list[str]) -> list[str]:
     """Rewrite arguments that Hydra doesn't understand.
 

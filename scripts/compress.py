@@ -57,7 +57,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     from decef.compression.loaders import TestBatches, TrainingBatches
     from decef.data.subsets import stratified_subset
     from decef.models.released import Card
-    from decef.models.weights import load_weights
+    from decef.models.weights import find_weights, load_weights
     from decef.training.build import dense_network
     from decef.training.config import DatasetConfig, ModelConfig, group
     from decef.training.run import find_device
@@ -67,13 +67,15 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
             raise ValueError(f"threads={threads} must be a whole number, at least 1")
         torch.set_num_threads(threads)
+    if not settings["out"]:
+        raise ValueError("say out=FOLDER, for everything that is made")
     budget = _budget(settings["budget"])
     dataset_config = group("dataset", DatasetConfig, settings["dataset"]).resolved()
     model_config = group("model", ModelConfig, settings["model"]).resolved()
     if not model_config.weights:
         raise ValueError("say model.weights=FILE: a network that is not trained has nothing to keep")
     data = dataset_config.dataset()
-    model = load_weights(dense_network(model_config, data), Path(model_config.weights))
+    model = load_weights(dense_network(model_config, data), find_weights(model_config.weights))
     device = find_device(settings["device"])
     train, test = data.load(
         dataset_config.folder,

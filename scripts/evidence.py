@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +37,7 @@ def main() -> None:
 
     from decef.training.evidence import (
         for_gpu,
+        for_other_hardware,
         gpu_hours,
         interruptible,
         list_jobs,
@@ -53,14 +56,19 @@ def main() -> None:
         entries = for_gpu(entries) if arguments.device.startswith("cuda") else entries
         chosen = [entry for entry in entries if not arguments.only or entry.name in arguments.only]
 
+        @cache
         def resolved(given: Sequence[str]) -> RunConfig:
             return run_config([*given, *arguments.overrides]).resolved()
 
         jobs, blocked = list_jobs(chosen, resolved)
+        elsewhere = for_other_hardware(list_jobs(entries, resolved)[0], arguments.results, arguments.device)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():
         print(f"{name} can't start here: {reason}")
+    for precision, n in Counter(elsewhere[job.run_id] for job in jobs if job.run_id in elsewhere).items():
+        run = "1 run waits" if n == 1 else f"{n} runs wait"
+        print(f"{run} for hardware that trains in {precision}, as those did that they are to be paired with")
     if arguments.what == "status":
         print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
         on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
@@ -76,7 +84,7 @@ def main() -> None:
     scripts = Path(__file__).parent
     try:
         failed = run_jobs(
-            missing(jobs, arguments.results),
+            [job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere],
             arguments.results,
             hours=arguments.hours,
             processes=arguments.processes,

@@ -7,7 +7,7 @@ python scripts/export.py resnet20 --weights resnet20-12fca82f.th --plan plan.yam
 import argparse
 from pathlib import Path
 
-from cli import fail
+from cli import fail, weights_file
 
 FORMATS = (".onnx", ".pt2")
 
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a run's folder, or a network's name such as resnet20 or timm/resnet18")
     parser.add_argument("--out", type=Path, required=True, help="file to write, .onnx or .pt2")
-    parser.add_argument("--weights", type=Path, help="file with trained weights, for a network given by name")
+    parser.add_argument("--weights", type=weights_file, help="file with trained weights, for a network given by name")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument("--plan", type=Path, help="first convert by this plan (from decef.Plan.save)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="input size; default: the network's")

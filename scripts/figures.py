@@ -9,14 +9,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from cli import fail
+from cli import fail, weights_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder with runs/; gets figures/")
     parser.add_argument("--network", help="first write <results>/filters for this model or run")
-    parser.add_argument("--weights", type=Path, help="file with the model's trained weights")
+    parser.add_argument("--weights", type=weights_file, help="file with the model's trained weights")
     parser.add_argument("--layer", help="the convolution whose eigen-filters are drawn; default: the middle one")
     arguments = parser.parse_args()
     if not arguments.network and (arguments.weights or arguments.layer):

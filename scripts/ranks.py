@@ -7,16 +7,15 @@ python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretraine
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from cli import fail
+from cli import fail, weights_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a run's folder, one of decef.models.MODELS, timm/<name> or torchvision/<name>")
-    parser.add_argument("--weights", type=Path, help="file with trained weights; default: random initialisation")
+    parser.add_argument("--weights", type=weights_file, help="trained weights; default: random initialisation")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument(
         "--threshold", type=float, default=0.3, help="a singular value counts from this share of the largest"
@@ -28,6 +27,7 @@ def main() -> None:
 
     import pandas as pd
 
+    from decef.files import replace_file, write_json
     from decef.machine import environment
     from decef.models.weights import describe_file
     from decef.results.effective_ranks import rank_table
@@ -46,14 +46,15 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         whole = [table.assign(network=label) for label, table in tables.items()]
         save(plot_ranks(tables, arguments.threshold), arguments.out)
-        pd.concat(whole).round(6).to_csv(f"{arguments.out}.csv", index=False)
         source = (
             describe_file(arguments.weights) if arguments.weights else "downloaded" if arguments.pretrained else None
         )
         network = Path(arguments.network).name if Path(arguments.network).is_dir() else arguments.network
         made = {"network": network, "weights": source, "threshold": arguments.threshold}
         made |= environment("cpu")
-        Path(f"{arguments.out}.json").write_text(json.dumps(made, indent=2) + "\n")
+        write_json(Path(f"{arguments.out}.json"), made)
+        rows = pd.concat(whole).round(6).to_csv(index=False)
+        replace_file(Path(f"{arguments.out}.csv"), rows.encode())  # last: where it is, all is
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 
 

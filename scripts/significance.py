@@ -4,7 +4,6 @@ python scripts/significance.py results/runs/<run of layer=cpac> ... --out result
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from cli import fail
@@ -17,6 +16,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
     arguments = parser.parse_args()
 
+    from decef.files import replace_file, write_json
     from decef.machine import environment
     from decef.results.significance import removal_table
     from decef.training.networks import load_networks
@@ -33,9 +33,9 @@ def main() -> None:
             fail(str(error))
         print(f"{run.name}:")
         print(table.round(3).to_string(index=False))
-        table.round(6).to_csv(arguments.out / f"{run.name}.csv", index=False)
-        made = {"run": run.name, **environment("cpu")}
-        (arguments.out / f"{run.name}.json").write_text(json.dumps(made, indent=2) + "\n")
+        write_json(arguments.out / f"{run.name}.json", {"run": run.name, **environment("cpu")})
+        rows = table.round(6).to_csv(index=False)
+        replace_file(arguments.out / f"{run.name}.csv", rows.encode())  # last: where it is, all is
 
 
 if __name__ == "__main__":

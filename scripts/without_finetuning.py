@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cli import fail
+from cli import fail, weights_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a name in decef.models.MODELS, for CIFAR-10; or a run's folder, for its data")
-    parser.add_argument("--weights", type=Path, help="file with trained weights")
+    parser.add_argument("--weights", type=weights_file, help="file with trained weights")
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
     )

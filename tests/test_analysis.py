@@ -72,6 +72,8 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     (_, last) = load_networks(str(folder))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(value, state[name]) for name, value in last[1].state_dict().items())
+    (folder / "checkpoint-0004.pt").unlink()  # as of a run that went on without the option
+    assert [label for label, _ in load_networks(str(folder))] == ["epoch 2", "epoch 4"]
     for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
         with pytest.raises(ValueError, match="is a run with weights of its own"):
             load_networks(str(folder), **given)
@@ -190,7 +192,7 @@ def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path, ca
     digits = DATASETS["digits"]
     assert measured(write(name="digits")) == {"mean": list(digits.mean), "std": list(digits.std)}
     with pytest.raises(SystemExit, match="2"):
-        measured(write(name="cifar10"), "--weights", "w.th")
+        measured(write(name="cifar10"), "--weights", str(tmp_path / "w.th"))
     assert "has weights of its own: leave out --weights" in capsys.readouterr().err
 
 

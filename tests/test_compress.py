@@ -399,6 +399,8 @@ def test_the_command_line(call, trained, tmp_path):
     (tmp_path / "mynets.py").write_text(OWN)
     given = ["model=mynets:make", "model.weights=weights.pt", "dataset=digits", "layer=decef", "model.exclude=conv1"]
     given += ["budget.flops=0.5", "finetune.epochs=1", "finetune.batch_size=64", "engine=eager", "images=200"]
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "network.pth").touch()  # not ours
     dry = call("compress.py", *given, "dry_run=true", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert "layer3.0.conv2" in dry.stdout
@@ -416,6 +418,7 @@ def test_the_command_line(call, trained, tmp_path):
     ("arguments", "message"),
     [
         (["budget.flops=0.5"], "say model.weights=FILE"),
+        (["budget.flops=0.5", "model.weights=w.pt", "out=null"], "say out=FOLDER"),
         (["budget.flops=0.5", "budget.latency=0.5", "model.weights=w.pt"], "say one budget"),
         (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
         (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),

@@ -272,6 +272,15 @@ def test_plan_round_trip(tmp_path):
     assert torch.equal(again.eval()(x), converted(x))
 
 
+def test_a_plan_of_nothing_and_a_file_that_is_no_yaml(tmp_path):
+    made = plan(nn.Sequential(nn.Linear(2, 2)), "decef", rank=2)
+    assert len(made.to_frame()) == 0
+    assert "decef" in str(made)
+    (tmp_path / "plan.yaml").write_text("rows: [")
+    with pytest.raises(ValueError, match=r"plan\.yaml is no plan, as it is not YAML"):
+        Plan.load(tmp_path / "plan.yaml")
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 import yaml
 from support import ROOT, config
 
@@ -21,6 +22,7 @@ from decef.training.evidence import (
     Entry,
     Job,
     for_gpu,
+    for_other_hardware,
     gpu_hours,
     interruptible,
     is_done,
@@ -28,7 +30,11 @@ from decef.training.evidence import (
     load_entries,
     run_jobs,
 )
+from decef.training.precision import resolve_precision
 from decef.training.record import Record
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from cli import run_config
 
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
@@ -138,6 +144,24 @@ def test_a_finished_run_that_is_to_be_released_is_done_only_then(tmp_path):
     assert is_done(tmp_path, job)
 
 
+def test_a_run_begins_only_in_the_precision_of_those_it_is_paired_with(call, tmp_path):
+    """Else it would have no pair, and the one that could have is not run any more."""
+    dense = {"name": "dense", "decides": "this", "overrides": f"{TINY} layer=conv2d", "seeds": 2, "minutes": 1}
+    decef = {**dense, "name": "decef", "overrides": f"{TINY} layer=decef layer.rank=1"}
+    there = write(tmp_path / "list.yaml", dense, decef)
+    jobs, _ = list_jobs(load_entries(tmp_path / "list.yaml"), lambda given: run_config(given).resolved())
+    here = resolve_precision(torch.device("cpu"), "auto")
+    for job, precision in zip(jobs, ("fp16", here), strict=False):
+        folder = tmp_path / "results" / "runs" / job.run_id
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"status": "finished", "precision": precision}))
+    first, second = (job.run_id for job in jobs[2:])
+    assert for_other_hardware(jobs, tmp_path / "results", "cpu") == {first: "fp16"}
+    done = call("evidence.py", "run", *there, "--only", "decef", "wandb.mode=disabled")
+    assert "1 run waits for hardware that trains in fp16" in done.stdout
+    assert (first in done.stdout, f"finished: {second}" in done.stdout, done.stderr) == (False, True, "")
+
+
 def test_overrides_for_all_runs_count_in_what_is_done(call, tmp_path):
     entry = {"name": "e", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
     there = write(tmp_path / "list.yaml", entry)
@@ -150,9 +174,6 @@ def test_overrides_for_all_runs_count_in_what_is_done(call, tmp_path):
 
 def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
     """Runs as they would be recorded: the claim selects them, at their costs."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from cli import run_config
-
     claims, checked = {claim.id: claim for claim in load_claims()}, set()
     for entry in load_entries(ROOT / "configs" / "evidence.yaml"):
         named = [word for word in re.findall(r"[a-z0-9-]+", entry.decides) if word in claims]
@@ -211,9 +232,6 @@ def named(arguments, given):
 
 
 def test_every_entry_of_the_list_can_start():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from cli import run_config
-
     entries = load_entries(ROOT / "configs" / "evidence.yaml")
     every_value = [
         dataclasses.replace(

@@ -113,6 +113,17 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     assert latency.DENSE in measured[1]
 
 
+def test_layers_that_share_a_weight_have_the_time_of_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
+    model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3)))
+    model[2].weight = model[0].weight
+    times = measure_times(model, "decef", torch.randn(1, 8, 8, 8), engine="eager", cache=tmp_path / "times.json")
+    assert {name: layer.dense for name, layer in times.layers.items()} == {"0": 2.0, "1": 1.0}
+    assert times.layers["0"].at_rank == {rank: 2 * value for rank, value in times.layers["1"].at_rank.items()}
+    both = Times(3.0, {name: LayerTimes(layer.dense, {1: layer.dense / 10}) for name, layer in times.layers.items()})
+    assert set(plan(model, "decef", rank=Latency(0.5, both)).ranks) == {"0", "1", "2"}
+
+
 def test_processes_that_share_the_cache_keep_each_others_times(tmp_path):
     one, other = (latency._Cache(tmp_path / "times.json", "here") for _ in range(2))
     one.add({"a": 0.5})

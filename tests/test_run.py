@@ -97,6 +97,11 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     save_checkpoint(record.checkpoint, {"epoch": 1, "config": {"seed": 5}, "model": {}, "optimizer": {}})
     with pytest.raises(InputError, match="of another config: move it away"):
         run(config(tmp_path))
+    save_checkpoint(
+        record.checkpoint, {"epoch": 1, "config": recorded(config(tmp_path).resolved()), "model": {}, "optimizer": {}}
+    )
+    with pytest.raises(InputError, match=r"has no summary\.json beside it any more: move it away"):
+        run(config(tmp_path))
     record.checkpoint.write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="damaged or no checkpoint"):
         run(config(tmp_path))
@@ -144,6 +149,21 @@ def test_two_processes_cannot_be_at_one_run(tmp_path):
     record = Recorder(config(tmp_path).resolved())
     with record.open(), pytest.raises(InputError, match="another process is at this run"):
         run(config(tmp_path))
+
+
+def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(tmp_path, monkeypatch):
+    """Between the first look and the lock."""
+    asked, real = config(tmp_path), build
+    finished = []
+
+    def build_late(*arguments):
+        monkeypatch.setattr("decef.training.run.build", real)
+        finished.append(run(asked))
+        return real(*arguments)
+
+    monkeypatch.setattr("decef.training.run.build", build_late)
+    assert run(asked) == finished[0]
+    assert "resumed" not in finished[0]
 
 
 def test_a_run_that_never_began_hinders_none(tmp_path):

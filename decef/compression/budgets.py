@@ -70,7 +70,8 @@ def words(budget: AnyBudget) -> str:
     if isinstance(budget, Size):
         return f"{budget.bytes} bytes of weights"
     if isinstance(budget, Budget):
-        return f"{budget.share:g} of the dense network's {'FLOPs' if budget.params is None else 'parameters'}"
+        said = f"{budget.share:g} of the dense network's {'FLOPs' if budget.params is None else 'parameters'}"
+        return f"{said}, spread evenly" if budget.uniform else said
     return f"{budget.share:g} of the dense network's {'time' if isinstance(budget, Latency) else 'memory'}"
 
 

@@ -28,7 +28,7 @@ from decef.compression.finetune import (
     step_seconds,
 )
 from decef.compression.finetune import top1 as measure_top1
-from decef.compression.report import write_report
+from decef.compression.report import FILES, NETWORK, write_report
 from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
@@ -50,7 +50,6 @@ from decef.training.config import TrainConfig
 log = logging.getLogger(__name__)
 
 REPORT = "report.md"
-NETWORK = "network"  # .safetensors, and .onnx or .pt2
 
 
 @dataclass
@@ -422,7 +421,7 @@ class Compression:
                 for row in made.to_dict()["rows"]
             ],
             "input": list(self._x.shape),
-            "files": sorted(path.name for path in self._folder.iterdir() if path.stem == NETWORK or path.name == PLAN),
+            "files": sorted(name for name in FILES if (self._folder / name).is_file()),
             "made": environment(str(self._x.device)),
         }
 

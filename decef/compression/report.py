@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from decef.compression.state import PLAN
 from decef.files import replace_file, write_json
 from decef.results.pages import provenance, render
 
@@ -17,11 +18,12 @@ STEPS = {
     "recalibrated": "batch norm measured again",
     "finetuned": "fine-tuned",
 }
+NETWORK = "network"  # .safetensors, and .onnx or .pt2
 FILES = {
-    ".safetensors": "the small network with its plan, to use or train in Python",
-    ".onnx": "for ONNX Runtime and others, each layer in its fastest form, batch norms folded",
-    ".pt2": "for torch.export.load, each layer in its fastest form, batch norms folded",
-    ".yaml": "the plan",
+    f"{NETWORK}.safetensors": "the small network with its plan, to use or train in Python",
+    f"{NETWORK}.onnx": "for ONNX Runtime and others, each layer in its fastest form, batch norms folded",
+    f"{NETWORK}.pt2": "for torch.export.load, each layer in its fastest form, batch norms folded",
+    PLAN: "the plan",
 }
 
 
@@ -42,12 +44,11 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
         summary=summary(numbers),
         table=_table(numbers),
         steps=", ".join(steps),
-        test="the test images",
         budget=asked["budget"],
         reached=_reached(asked, numbers["seconds"]),
         images=asked["images"],
         layers=_layers(numbers["layers"]),
-        files=[(name, FILES[Path(name).suffix]) for name in numbers["files"]],
+        files=[(name, FILES[name]) for name in numbers["files"]],
         folder=path.parent,
         own=", model=YOUR_DENSE_NETWORK" if own else "",
         provenance=provenance(numbers["made"], f"{numbers['made']['threads']} threads", asked["engine"]),

@@ -68,7 +68,7 @@ class ImageFolder:
     def subset(self, index: Tensor | slice) -> ImageFolder:
         """The images that `index` names."""
         chosen = list(range(len(self))[index]) if isinstance(index, slice) else index.tolist()
-        return replace(self, paths=[self.paths[i] for i in chosen], labels=self.labels[chosen])
+        return replace(self, paths=[self.paths[i] for i in chosen], labels=self.labels[chosen], skipped={})
 
     def normalize(self, images: Tensor) -> Tensor:
         """See `Data`."""

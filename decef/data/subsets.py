@@ -26,8 +26,8 @@ def stratified_split(data: Images, test_images: int) -> tuple[Images, Images]:
     return data.subset(torch.tensor(train)), data.subset(torch.tensor(test))
 
 
-def stratified_subset(data: Data, size: int, seed: int = 0) -> Data:
-    """A random subset of `size` images in their order, with the classes in proportion; the same for the same `seed`.
+def stratified_subset(data: Data, size: int) -> Data:
+    """A random subset of `size` images in their order, with the classes in proportion; always the same one.
 
     Raises:
         ValueError: `size` is larger than there are images, or smaller than there are classes.
@@ -46,7 +46,7 @@ def stratified_subset(data: Data, size: int, seed: int = 0) -> Data:
     share, remainder = counts * size // len(data), counts * size % len(data)
     largest = remainder.argsort(descending=True, stable=True)
     share[largest[: size - int(share.sum())]] += 1
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     by_class = order[labels[order].argsort(stable=True)].split(counts.tolist())
     drawn = [images[:n] for images, n in zip(by_class, share.tolist(), strict=True)]
     return data.subset(torch.cat(drawn).sort().values)

@@ -91,7 +91,8 @@ class Deployed(nn.Module):
 
         Args:
             path: a file of `save`.
-            model, example_input, calibration: see `deploy`.
+            model, example_input: see `deploy`.
+            calibration: for int8, the inputs given to `deploy`, which the file doesn't hold.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -222,12 +223,14 @@ class Deployer:
 
         Args:
             choice: `Deployed.choice`.
-            calibration: see `deploy`.
+            calibration: see `deploy`; for int8 it has to be given, as it is not in the choice.
 
         Raises:
             ValueError: the choice is for other low-rank layers, its engine is not available, or what is given for
                 calibration doesn't fit.
         """
+        if choice["precision"] == "int8" and calibration is None:
+            raise ValueError("int8 needs the inputs that it was calibrated on again: give calibration=")
         if set(choice["forms"]) != set(self._layers):
             raise ValueError("this was chosen for a network with other low-rank layers")
         (engine,) = _checked(self._x, [choice["engine"]], choice["precision"], calibration)

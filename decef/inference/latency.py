@@ -15,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from decef.copies import copied
+from decef.costs import shared_weights
 from decef.files import write_json
 from decef.inference.deploy import layer_inputs
 from decef.inference.engines import Loadable, available, check_engine, load_all
@@ -52,6 +53,7 @@ def measure_times(
     A rank's time is that of the layer's fastest form, see `decef.deploy`. Equal layers with equal inputs are measured
     once. The cache has times over the dense layer's, by machine, engine, number of threads and layer: these are not
     measured again, but the dense layers are, together with the network, as the machine may be busier or less so.
+    Convolutions that share a weight have one rank: their times are added up under the first one's name.
 
     Args:
         model: a dense network that takes one tensor; it stays as it is.
@@ -80,11 +82,14 @@ def measure_times(
     loaded = zip(dense, load_all(engine, list(dense.values())), strict=True)
     seconds = interleaved_times({key: inference_call(run, dense[key].example) for key, run in loaded}, ROUNDS, min)
     layers: dict[str, LayerTimes] = {}
-    for row in bar([row for row in sites.rows if row.name in inputs], f"{engine}: times", progress):
-        conv = modules[row.name]
+    sharing = shared_weights(model)
+    rows = {row.name: row for row in sites.rows if row.name in inputs}
+    for name in bar(rows, f"{engine}: times", progress):
+        conv = modules[name]
         assert isinstance(conv, nn.Conv2d)
-        assert row.max_rank is not None
-        most = min(row.max_rank, max(1, row.params_before * row.max_rank // max(1, row.params_after)))
+        first = rows[next(other for other in sharing.get(name, [name]) if other in rows)]
+        assert first.max_rank is not None
+        most = min(first.max_rank, max(1, first.params_before * first.max_rank // max(1, first.params_after)))
         layer_class = layer_type(layer)
         assert issubclass(layer_class, FactorizedConv2d)
         block = layer_class.block
@@ -92,9 +97,10 @@ def measure_times(
         made = {rank: layer_class.like(conv, rank, **options).eval() for rank in ranks}
         for one in made.values():
             one.reset_parameters()
-        over_dense = _over_dense(conv, made, inputs[row.name], engine, known)
-        at_dense = seconds[same[row.name]]
-        layers[row.name] = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
+        over_dense = _over_dense(conv, made, inputs[name], engine, known)
+        at_dense = seconds[same[name]]
+        times = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
+        layers[first.name] = layers[first.name] + times if first.name in layers else times
     return Times(seconds[WHOLE], layers)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from decef.extras import need
+from decef.machine import int8_saturates
 
 if TYPE_CHECKING:
     import onnx
@@ -22,6 +23,8 @@ COUNTED = ("Conv", "Gemm", "MatMul", "Add", "Concat")  # operators that 8 bits c
 
 def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelProto:
     """An ONNX network that computes in 8 bits, as a network with quantise and dequantise nodes (QDQ).
+
+    Weights have 7 bits where 8 would overflow, see `int8_saturates`.
 
     Args:
         proto: from `decef.inference.engines.to_onnx`, in fp32.
@@ -50,6 +53,7 @@ def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelPro
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            reduce_range=int8_saturates(),
         )
         return onnx.load_model(done)
 

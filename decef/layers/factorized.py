@@ -317,7 +317,7 @@ class FactorizedConv2d(nn.Module):
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.
             warm_start: the current factors are near. Iterations start from them and take only a few sweeps, and a
-                factor that is frozen by design (BasisConv's basis) does not change.
+                factor that is frozen by design (BasisConv's basis) does not change. Not possible with `moments`.
             moments: second moments of the layer's input patches, `(groups, d, d)`, see `decef.moments`. With them,
                 "nearest" refers to the layer's output instead of the kernel's weights. The error of the output is never
                 larger than without them.
@@ -327,8 +327,10 @@ class FactorizedConv2d(nn.Module):
             kernel.
 
         Raises:
-            ValueError: `weight` or `moments` has the wrong shape or is not finite.
+            ValueError: `weight` or `moments` has the wrong shape or is not finite, or `warm_start` comes with moments.
         """
+        if warm_start and moments is not None:
+            raise ValueError("warm_start is not possible with moments: a fit to outputs starts anew")
         if tuple(weight.shape) != self.weight_shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this layer's kernel has {self.weight_shape}")
         weight = weight.detach().to(torch.float64)

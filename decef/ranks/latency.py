@@ -27,6 +27,11 @@ class LayerTimes:
     at_rank: Mapping[int, float]
     block: int = 1
 
+    def __add__(self, other: LayerTimes) -> LayerTimes:
+        """The times of two layers of the same rank, measured at the same ranks."""
+        at_rank = {rank: seconds + other.at_rank[rank] for rank, seconds in self.at_rank.items()}
+        return LayerTimes(self.dense + other.dense, at_rank, self.block)
+
     def seconds(self, rank: int) -> float:
         """Seconds at a rank, on straight lines between the ranks that were measured.
 

@@ -81,7 +81,7 @@ def spaced(most: int, points: int = POINTS) -> list[int]:
     return sorted({round(most ** (i / max(1, points - 1))) for i in range(points)})
 
 
-def measured_energy(candidate: Candidate, points: int = ENERGY_POINTS) -> dict[int, float]:
+def measured_energy(candidate: Candidate) -> dict[int, float]:
     """Share of its energy that a candidate keeps at every rank at which it costs less than dense, by decomposing it.
 
     Unlike `Candidate.kept_energy`, which is a bound for CPAC and rank-1, this can be compared between layer types. At
@@ -91,7 +91,7 @@ def measured_energy(candidate: Candidate, points: int = ENERGY_POINTS) -> dict[i
     out, per_group, kh, kw = weight_shape = candidate.weight.shape
     assert len(weight_shape) == 4
     most = sum(candidate.saves(rank) for rank in range(1, candidate.max_rank + 1))
-    ranks = spaced(most, points) if most else []
+    ranks = spaced(most, ENERGY_POINTS) if most else []
     lost: list[float] = []
     for rank in ranks:
         layer = candidate.layer(

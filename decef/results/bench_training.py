@@ -64,9 +64,7 @@ def bench_steps(cases: Sequence[Case], share: float, device: torch.device) -> It
             }
 
 
-def bench_loops(
-    device: torch.device, *, network: str = "resnet20", batch: int = 128, steps: int = 8, rounds: int = 3
-) -> dict[str, float]:
+def bench_loops(device: torch.device, *, batch: int = 128, steps: int = 8, rounds: int = 3) -> dict[str, float]:
     """Images per second in training, with the usual script's loop and with ours, measured side by side.
 
     Returns:
@@ -77,7 +75,7 @@ def bench_loops(
     """
     images = torch.randint(0, 256, (steps * batch, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (len(images),))
-    model = create_model(network, num_classes=10).to(device)
+    model = create_model("resnet20", num_classes=10).to(device)
     ours = Images(images, labels, CIFAR10.mean, CIFAR10.std, crop_padding=4, flip=True).to(device)
     loops: dict[str, Callable[[], object]] = {"usual": _usual_loop(copy.deepcopy(model), images, labels, batch)}
     for name, scale in (("decef", 1.0), ("0.75", 0.75), ("0.5", 0.5)):

@@ -38,20 +38,18 @@ class EigenFilters:
     values: list[list[float]]
 
 
-def eigenfilters(weight: Tensor, *, groups: int = 1, rank: int | None = None, channels: int = 6) -> EigenFilters:
-    """The eigen-filters that a DeCEF layer with this kernel has.
+def eigenfilters(weight: Tensor, *, groups: int = 1, channels: int = 6) -> EigenFilters:
+    """The eigen-filters that a DeCEF layer with this kernel has: those with a singular value above 0.
 
     Args:
         weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`, such as `layer.weight`.
         groups: of the convolution.
-        rank: how many per input channel; by default all that have a singular value above 0.
         channels: how many input channels, evenly spaced.
     """
     stacked = stack_filters(weight, groups)  # (in, kh kw, out/g)
     chosen = torch.linspace(0, len(stacked) - 1, min(channels, len(stacked))).round().long()
     u, s, _ = torch.linalg.svd(stacked[chosen], full_matrices=False)
-    there = int((s > 1e-6 * s.max()).any(0).sum())  # a low-rank kernel has no more
-    rank = there if rank is None else min(rank, there)
+    rank = int((s > 1e-6 * s.max()).any(0).sum())
     filters = u[..., :rank].transpose(1, 2)  # (channels, rank, kh kw)
     # A singular vector's sign is arbitrary. Fixing it makes equal filters look equal.
     largest = filters.gather(2, filters.abs().argmax(2, keepdim=True))

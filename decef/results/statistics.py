@@ -34,27 +34,23 @@ class Estimate:
         return f"{self.mean:{format_spec}}{unit} {self.interval(format_spec)}".rstrip()
 
 
-def estimate(
-    values: Sequence[float], level: float = LEVEL, within: tuple[float, float] = (-math.inf, math.inf)
-) -> Estimate:
+def estimate(values: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)) -> Estimate:
     """The mean and its two-sided t interval: mean ± t * sd / sqrt(n); sd and t have n - 1 degrees of freedom.
 
     The interval is cut off at the ends of `within`, where the quantity's own range ends, as at 100 %.
 
     Raises:
-        ValueError: there is no value, or the level is not in (0, 1).
+        ValueError: there is no value.
     """
     from scipy.stats import t
 
     n = len(values)
     if not n:
         raise ValueError("there is no value to take the mean of")
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must be in (0, 1), such as 0.95")
     mean = fmean(values)
     if n == 1:
         return Estimate(mean, math.nan, math.nan, n)
-    half = float(t.ppf((1 + level) / 2, n - 1)) * _sd(values) / math.sqrt(n)
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * _sd(values) / math.sqrt(n)
     return Estimate(mean, max(mean - half, within[0]), min(mean + half, within[1]), n)
 
 
@@ -107,15 +103,17 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
         ValueError: fewer than two values.
     """
     import numpy as np
-    from statsmodels.stats.power import TTestPower
+    from scipy.stats import ncf, t
 
     if len(values) < 2:
         raise ValueError("one value has no spread to estimate from")
     if max(values) - min(values) <= ROUNDING:
         return None if p_value(values, bound) == 1 else math.ceil(1 - math.log2(alpha))
     n = np.arange(2, MOST_SEEDS + 1)
-    effect = abs(fmean(values) - bound) / _sd(values)
-    enough = n[TTestPower().power(effect, n, alpha) >= POWER]
+    effect = (fmean(values) - bound) / _sd(values)
+    # Power of the two-sided test. A noncentral t squared is a noncentral F, which scipy has for large effects too.
+    power = ncf.sf(t.isf(alpha / 2, n - 1) ** 2, 1, n - 1, n * effect**2)
+    enough = n[power >= POWER]
     return int(enough[0]) if len(enough) else None
 
 

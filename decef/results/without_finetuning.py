@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 import torch
@@ -85,7 +86,8 @@ def without_finetuning(
                         model, the_plan, data=moments if nearest == "outputs" else None, progress=progress
                     )
                     errors = [r.error for r in the_plan.rows if r.error is not None]
-                    yield row(converted, layer, f"{share:.3f}", spread, nearest, sum(errors) / len(errors))
+                    error = fmean(errors) if errors else 0.0
+                    yield row(converted, layer, f"{share:.3f}", spread, nearest, error)
 
 
 def moments_of(seen: Data, model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ import yaml
 from decef.costs import total_cost
 from decef.training.build import dense_network
 from decef.training.config import RunConfig
-from decef.training.record import CHECKPOINT, SUMMARY, run_id
+from decef.training.precision import resolve_precision
+from decef.training.record import CHECKPOINT, SUMMARY, Record, run_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,12 @@ class Job:
     arguments: tuple[str, ...]
     run_id: str
     config: RunConfig
+
+    @property
+    def twins(self) -> tuple[Any, ...]:
+        """A key that is equal for runs that are paired with each other if their precision is the same."""
+        record = Record(self.config, {})
+        return record.comparison, record.model, record.weights, self.config.seed
 
     @property
     def release(self) -> str | None:
@@ -199,6 +206,35 @@ def missing(jobs: Sequence[Job], results: Path) -> list[Job]:
     open_jobs = [job for job in jobs if not is_done(results, job)]
     order = {name: i for i, name in enumerate(dict.fromkeys(job.entry.name for job in jobs))}
     return sorted(open_jobs, key=lambda job: (order[job.entry.name], not _summary(results, job)))
+
+
+def for_other_hardware(jobs: Sequence[Job], results: Path, device: str) -> dict[str, str]:
+    """The missing runs that would have nothing to be compared with if they began here.
+
+    Runs of different precision are not paired, and the precision depends on the hardware: see `resolve_precision`. So a
+    run has to begin where it is the same as that of those it is paired with: same network, data, training and seed.
+
+    Args:
+        jobs: all of the list, those that are done too.
+        results: the results folder.
+        device: on which runs would begin.
+
+    Returns:
+        By run id the precision that it needs; the first by name, if the others have several.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():  # asked elsewhere what a GPU would run
+        return {}
+    found: dict[tuple[Any, ...], set[str]] = {}
+    for job in jobs:
+        if (summary := _summary(results, job)).get("status") == "finished":
+            found.setdefault(job.twins, set()).add(summary["precision"])
+    needed = {}
+    for job in jobs:
+        precisions = found.get(job.twins, set())
+        here = resolve_precision(torch.device(device), job.config.train.precision)
+        if precisions and here not in precisions and not _summary(results, job):
+            needed[job.run_id] = min(precisions)
+    return needed
 
 
 def run_jobs(

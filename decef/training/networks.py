@@ -12,7 +12,7 @@ from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
 from decef.models.released import Card
-from decef.models.weights import load_weights
+from decef.models.weights import find_weights, load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network
 from decef.training.checkpoint import load_checkpoint
@@ -24,8 +24,8 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
 
     Args:
         name: a run's folder, or a name that `create_model` knows. A run gives a network for every checkpoint that it
-            kept, in order, or only that of its last checkpoint.
-        weights: file with trained weights.
+            kept, in order, and for its last checkpoint.
+        weights: file with trained weights, see `find_weights`.
         pretrained: let timm or torchvision download trained weights.
 
     Raises:
@@ -42,7 +42,7 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
         model = create_model(name, num_classes=num_classes, pretrained=pretrained)
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
-    return [(name, load_weights(model, weights) if weights else model)]
+    return [(name, load_weights(model, find_weights(str(weights))) if weights else model)]
 
 
 def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
@@ -84,13 +84,17 @@ def input_size_of(name: str) -> tuple[int, int, int]:
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
-    paths = sorted(folder.glob("checkpoint-*.pt")) or [folder / CHECKPOINT]
-    if not paths[0].is_file():
+    paths = [path for path in (*sorted(folder.glob("checkpoint-*.pt")), folder / CHECKPOINT) if path.is_file()]
+    if not paths:
         raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
     config = load_config(folder)
     dense = dense_network(config.model, config.dataset.dataset())
+    last = 0
     for path in paths:
         checkpoint = load_checkpoint(path)
+        if checkpoint["epoch"] <= last:  # the last one may be among those that were kept
+            continue
+        last = checkpoint["epoch"]
         model = convert(dense, Plan.from_dict(checkpoint["plan"]), from_scratch=True)
         model.load_state_dict(checkpoint["model"])
         yield f"epoch {checkpoint['epoch']}", model

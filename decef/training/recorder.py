@@ -110,13 +110,15 @@ class Recorder:
         """The state after the last finished epoch; None if there is none yet.
 
         Raises:
-            ValueError: the file is damaged, or belongs to another config.
+            ValueError: the file is damaged, belongs to another config, or has lost its record.
         """
         if not self.checkpoint.is_file():
             return None
         checkpoint = load_checkpoint(self.checkpoint)
         if _differences(checkpoint["config"], self._recorded):
             raise ValueError(f"{self.checkpoint} is of another config: move it away to start anew")
+        if not self.read_summary():
+            raise ValueError(f"{self.checkpoint} has no {SUMMARY} beside it any more: move it away to start anew")
         return checkpoint
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
@@ -242,7 +244,11 @@ class Recorder:
             ) from error
 
     def finish(self) -> Summary:
-        """Write the final results into the record; return the summary."""
+        """Write the final results into the record; return the summary.
+
+        Raises:
+            InputError: the disk is full or cannot be written.
+        """
         assert self._tracker is not None
         last = self.metrics()[-1]
         self.summary["status"] = "finished"
@@ -250,7 +256,8 @@ class Recorder:
         self.summary["test_loss"] = last["test_loss"]
         self.summary["val_top1"] = last["val_top1"]
         self.summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write()
+        with self._writing():
+            self._write()
         self._tracker.finish(self.summary, checkpoint=self.checkpoint if self._config.wandb.artifacts else None)
         log.info("%s is finished: test top-1 %.2f %%", self.id, self.summary["test_top1"])
         return self.summary

@@ -65,9 +65,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
     with ExitStack() as held:
         processes = held.enter_context(joined(job.device))
         summary = processes.broadcast(job.recorder.read_summary())
-        if summary.get("status") == "finished":
-            words = job.recorder.id, summary["test_top1"], summary["precision"]
-            log.info("%s is finished already (top-1 %.2f %%, in %s)", *words)
+        if _finished(job, summary):
             return summary
         resuming = job.recorder.checkpoint.is_file()
         # What needs neither images nor a checkpoint is built first: a rank that is not possible shows at once.
@@ -77,13 +75,17 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             try:
                 with input_errors():
                     held.enter_context(job.recorder.open())
-                    checkpoint = job.recorder.load_checkpoint()
-                    data = _load_data(job)  # here before the other processes: it may be a download
+                    summary = job.recorder.read_summary()  # again: until here another process may have been at it
+                    if not _finished(job, summary):
+                        checkpoint = job.recorder.load_checkpoint()
+                        data = _load_data(job)  # here before the other processes: it may be a download
             except InputError as error:
                 refused = str(error)
-        refused, checkpoint = processes.broadcast((refused, checkpoint))
+        refused, summary, checkpoint = processes.broadcast((refused, summary, checkpoint))
         if refused:
             raise InputError(refused)
+        if summary.get("status") == "finished":
+            return summary
         if checkpoint is not None:  # a run keeps its precision, even if resumed elsewhere
             job = replace(job, train=replace(job.train, precision=checkpoint["precision"]))
         train, test = data or _load_data(job)
@@ -93,6 +95,14 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         else:
             _fit(job, built.model, train, test, checkpoint, lambda state: None, lambda metrics: None, processes)
         return processes.broadcast(summary)
+
+
+def _finished(job: _Job, summary: Summary) -> bool:
+    if summary.get("status") != "finished":
+        return False
+    words = job.recorder.id, summary["test_top1"], summary["precision"]
+    log.info("%s is finished already (top-1 %.2f %%, in %s)", *words)
+    return True
 
 
 def _prepare(config: RunConfig, precision: str | None) -> _Job:
