@@ -279,7 +279,8 @@ def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):
 
 
 def test_what_the_script_cannot_do(call, tmp_path):
-    done = call("figures.py", "--results", tmp_path, "--weights", "w.th")
+    (tmp_path / "w.th").touch()
+    done = call("figures.py", "--results", tmp_path, "--weights", tmp_path / "w.th")
     assert done.returncode == 2
     assert "name it with --network" in done.stderr
     with pytest.raises(ValueError, match="no convolution 'conv9'"):
