@@ -41,7 +41,10 @@ def cpu_name() -> str:
 
 
 def int8_saturates() -> bool:
-    """Whether sums of 8-bit products overflow on this CPU: without VNNI, x86 adds two of them in 16 bits."""
+    """Whether sums of 8-bit products overflow on this CPU: without VNNI, x86 adds two of them in 16 bits.
+
+    ONNX Runtime's guide to quantisation advises weights of 7 bits there.
+    """
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     there = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"))
     return platform.machine() in ("x86_64", "AMD64") and not there

@@ -12,13 +12,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cli import fail
+from cli import fail, weights_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a name in decef.models.MODELS")
-    parser.add_argument("--weights", required=True, help="file with its trained weights")
+    parser.add_argument("--weights", type=weights_file, required=True, help="file with its trained weights")
     parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs and networks")
@@ -38,7 +38,7 @@ def main() -> None:
     from decef.inference.engines import check_precision
     from decef.machine import environment
     from decef.models import stem_name
-    from decef.models.weights import describe_file, find_weights, md5_of
+    from decef.models.weights import describe_file, md5_of
     from decef.results.frontier import decomposed, finetuned, measure, write_frontier
     from decef.results.pages import collect
     from decef.training.networks import load_networks
@@ -52,14 +52,13 @@ def main() -> None:
     try:
         for precision in arguments.precisions:
             check_precision(precision)
-        weights = find_weights(arguments.weights)
-        ((_, model),) = load_networks(arguments.network, weights=weights)
+        ((_, model),) = load_networks(arguments.network, weights=arguments.weights)
         mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
         train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
         seen = stratified_subset(train, arguments.images)
         points = chain(
             decomposed(model, arguments.layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),
-            finetuned(arguments.results, arguments.network, md5_of(weights), arguments.schedule, mean, std),
+            finetuned(arguments.results, arguments.network, md5_of(arguments.weights), arguments.schedule, mean, std),
         )
         measured = measure(
             model, points, test, seen, batch=arguments.batch, precisions=arguments.precisions, progress=True
@@ -67,7 +66,8 @@ def main() -> None:
         rows = collect(measured, arguments.out, show)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
-    about = f"{arguments.network} on CIFAR-10, weights: {describe_file(weights)}, batches of {arguments.batch}"
+    weights = describe_file(arguments.weights)
+    about = f"{arguments.network} on CIFAR-10, weights: {weights}, batches of {arguments.batch}"
     write_frontier(rows, arguments.out, about, made)
     print(f"wrote {arguments.out}.csv and .md")
 

@@ -12,7 +12,7 @@ from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
 from decef.models.released import Card
-from decef.models.weights import find_weights, load_weights
+from decef.models.weights import load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network
 from decef.training.checkpoint import load_checkpoint
@@ -25,7 +25,7 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
     Args:
         name: a run's folder, or a name that `create_model` knows. A run gives a network for every checkpoint that it
             kept, in order, and for its last checkpoint.
-        weights: file with trained weights, see `find_weights`.
+        weights: file with trained weights.
         pretrained: let timm or torchvision download trained weights.
 
     Raises:
@@ -42,7 +42,7 @@ def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = 
         model = create_model(name, num_classes=num_classes, pretrained=pretrained)
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
-    return [(name, load_weights(model, find_weights(str(weights))) if weights else model)]
+    return [(name, load_weights(model, weights) if weights else model)]
 
 
 def card_of(run: Path, name: str) -> tuple[Card, Dataset]:

@@ -98,6 +98,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
 
 
 def _finished(job: _Job, summary: Summary) -> bool:
+    """Whether the run is done already; if so, the log says it."""
     if summary.get("status") != "finished":
         return False
     words = job.recorder.id, summary["test_top1"], summary["precision"]
