@@ -331,7 +331,7 @@ const seen = (selector) => all(selector).filter((e) => !e.closest("[hidden]"));
 const layers = () =>
   all("[data-group='0'] tbody tr", document.getElementById("results")).map((row) => row.cells[1].textContent.trim());
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
-const view = async () => { await sleep(300); return {rows: seen("tr[data-row]").length, runs: seen(".run").length,
+const view = async () => { await sleep(300); return {rows: seen("tr[data-row]").length, runs: seen(".run[id]").length,
   curves: seen(".lines_marks path").length, points: seen("[data-chart$='-0'] .points_marks path").length,
   legend: seen(".legend li").length, address: decodeURIComponent(location.hash),
   count: document.querySelector("output").value}; };

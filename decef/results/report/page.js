@@ -121,6 +121,15 @@
 
   // Charts ------------------------------------------------------------------------------------------------------------
 
+  /** Runs the script that an element holds as base64 of gzip. */
+  async function unpack(element) {
+    const packed = Uint8Array.from(atob(element.textContent), (character) => character.charCodeAt());
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  }
+
   /** Draws a chart; `updates` gets what tells it of other filters. */
   async function draw(figure) {
     const plot = figure.querySelector(".plot");
@@ -160,5 +169,8 @@
   addEventListener("afterprint", () => { for (const details of closed) details.open = false; });
   readAddress();
   show();
-  (async () => { for (const figure of document.querySelectorAll("figure")) await draw(figure); })();
+  (async () => {
+    await unpack(document.getElementById("vega"));
+    for (const figure of document.querySelectorAll("figure")) await draw(figure);
+  })();
 })();
