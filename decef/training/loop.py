@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from decef.atcd import ATCD
-from decef.conversion import RECALIBRATION
+from decef.conversion import RECALIBRATION, recalibrate
 from decef.data import Data
 from decef.training.config import TrainConfig
 from decef.training.distributed import Processes
@@ -261,7 +260,7 @@ class Training:
     def recalibrate(self, inputs: Iterable[Tensor]) -> None:
         """Measure batch norm's statistics again, after ATCD moved the kernels."""
         with self.autocast():
-            update_bn(inputs, self.model)
+            recalibrate(self.model, inputs)
         self.processes.broadcast_buffers(self.model)
 
     def network_input(self, data: Data, images: Tensor, scale: float = 1.0) -> Tensor:
