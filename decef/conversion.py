@@ -48,17 +48,22 @@ def convert(
         from_scratch: draw new factors instead of decomposing the weights. Each composed kernel gets the same root mean
             square as the weight that it replaces, so the network starts at the scale of its dense twin.
         data: a few hundred inputs in batches `(B, ...)`, as a DataLoader yields them (labels are ignored), or their
-            moments from `decef.moments.input_moments`. Factors are then fitted to the layers' outputs on these data
-            instead of to the kernels, and errors are those of the outputs.
+            moments from `decef.moments.input_moments`; not with `from_scratch`. Factors are then fitted to the layers'
+            outputs on these data instead of to the kernels, and errors are those of the outputs.
         progress: show progress bars.
         **arguments: arguments of `plan`, if `how` is a layer type.
 
     Raises:
         ValueError: the plan names a layer that the network doesn't have, a rank that is not possible there, or
-            different ranks for layers that share a weight; a weight has NaN or infinite values. Also what `plan` and
-            `input_moments` raise.
-        TypeError: `arguments` are given together with a plan. Also what `plan` raises.
+            different ranks for layers that share a weight; a weight has NaN or infinite values; `data` would do
+            nothing. Also what `plan` and `input_moments` raise.
+        TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
+            raises.
     """
+    if from_scratch and data is not None:
+        raise ValueError("data would do nothing with from_scratch: new factors are drawn, not fitted")
+    if not isinstance(how, (Plan, str)):
+        raise TypeError(f"how must be a plan or the name of a layer type, not {type(how).__name__}")
     if isinstance(how, str):
         if data is not None:  # planning and decomposing both need the moments, but `data` may only last for one pass
             names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
@@ -70,8 +75,10 @@ def convert(
     model = copied(model)
     modules = dict(model.named_modules())
     for name, layer_class in types.items():
-        if not isinstance(modules.get(name), nn.Conv2d) or not issubclass(layer_class, FactorizedConv2d):
+        if not isinstance(modules.get(name), nn.Conv2d):
             raise ValueError(f"the plan converts '{name}', which is no Conv2d in this network")
+        if not issubclass(layer_class, FactorizedConv2d):
+            raise ValueError(f"the plan converts '{name}' to conv2d, no low-rank layer: its action must be keep")
     _check_shared_ranks(how.ranks, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
     replaced: dict[int, nn.Module] = {}
@@ -126,6 +133,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     # torch's update_bn would run the norms inside layers in training mode too, where they are no part of a kernel.
     inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
+    if not norms:
+        return model.eval()
     momenta, before = [norm.momentum for norm in norms], [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()
     for norm in norms:
@@ -143,6 +152,9 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.eval()
+    for norm, state in zip(norms, before, strict=True):
+        if norm.num_batches_tracked == 0:  # this forward does not use it
+            norm.load_state_dict(state)
     return model
 
 

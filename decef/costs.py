@@ -76,22 +76,23 @@ def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[
 
     for module in names:
         module.register_forward_pre_hook(remember)
-    _forward(model, input_size)
+    _forward(model, _one(input_size))
     return shapes
 
 
 def layer_macs(layer: nn.Module, input_shape: Sequence[int]) -> int:
-    """MACs of one layer for a single input; a factorised layer counts as its chain.
+    """MACs of one layer in one call; a factorised layer counts as its chain.
 
     Args:
         layer: takes one tensor.
-        input_shape: `(B, C, H, W)`; B is ignored.
+        input_shape: `(B, C, H, W)`. B is 1 where a network that gets one input calls it, unless it puts several crops,
+            frames or the like into the batch.
 
     Raises:
         ValueError: the layer doesn't run on an input of this shape.
     """
     with FlopCounterMode(display=False) as counter:
-        _forward(_on_meta(layer), input_shape[1:])
+        _forward(_on_meta(layer), input_shape)
     return counter.get_total_flops() // 2
 
 
@@ -147,7 +148,7 @@ def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, i
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
     with counter:
-        _forward(model, input_size)
+        _forward(model, _one(input_size))
     return {name: own.get(module, 0) for name, module in model.named_modules()}
 
 
@@ -166,15 +167,23 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _forward(model: nn.Module, input_size: Sequence[int]) -> None:
+def _one(input_size: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a batch of one input."""
+    if not isinstance(input_size, Sequence):
+        raise ValueError(f"input_size={input_size!r} must be the shape of one input, such as (3, 32, 32)")
+    return (1, *input_size)
+
+
+def _forward(model: nn.Module, shape: Sequence[int]) -> None:
+    """Run the network on a batch of this shape, `(B, C, H, W)`, for its hooks and counters."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = parameter.dtype if parameter is not None else None
     try:
         with torch.no_grad():
-            model(torch.zeros(1, *input_size, device="meta", dtype=dtype))
+            model(torch.zeros(*shape, device="meta", dtype=dtype))
     # timm's vision transformers assert the image size, and unpack a shape that may be too short.
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise ValueError(f"the network does not run on an input of size {tuple(input_size)}: {error}") from error
+        raise ValueError(f"the network does not run on an input of size {tuple(shape[1:])}: {error}") from error
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:

@@ -32,8 +32,8 @@ AUTO_TYPES = ("decef", "basisconv", "cpac", "rank1")
 class PlanRow:
     """What happens to one convolution.
 
-    Costs exclude the bias. MACs are for one input of the network. They are None if no input size was given or if the
-    convolution does not run.
+    Costs exclude the bias and are those of the rank that was planned, whatever it is changed to. MACs are for one input
+    of the network. They are None if no input size was given or if the convolution does not run.
     """
 
     name: str
@@ -83,7 +83,8 @@ class Plan:
         """The plan that `to_dict` returned as plain data.
 
         Raises:
-            ValueError: this is no plan, or a row has an action that does not exist or is converted without a rank.
+            ValueError: this is no plan, or a row has an action that does not exist or is converted without a rank or,
+                in an auto plan, a layer type.
         """
         try:
             read = cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
@@ -94,6 +95,8 @@ class Plan:
                 raise ValueError(f"'{row.name}' has the action {row.action!r}: it must be convert or keep")
             if row.action == "convert" and (not isinstance(row.rank, int) or isinstance(row.rank, bool)):
                 raise ValueError(f"'{row.name}' is converted at rank {row.rank!r}: it must be a whole number")
+            if row.action == "convert" and read.layer == AUTO and row.layer is None:
+                raise ValueError(f"'{row.name}' is converted, but has no layer, which an auto plan needs in such a row")
         return read
 
     def save(self, path: str | Path) -> None:
@@ -244,8 +247,12 @@ class TypeChoice:
             key = layer, candidate.name
             if key not in self._energies:
                 self._energies[key] = measured_energy(candidate)
-            steps.setdefault(candidate.name, []).extend(rule.steps(candidate, layer, self._energies[key]))
-        # Dense, a layer costs the same whatever type it might have: the first that could is asked.
+            of_all = steps.setdefault(candidate.name, [])
+            # Dense, a layer costs the same whatever type it might have, but times are measured for each type: the
+            # first that could is asked.
+            known = any(step.rank is None for step in of_all)
+            of_type = rule.steps(candidate, layer, self._energies[key])
+            of_all += [step for step in of_type if step.rank is not None or not known]
         dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())
         chosen = rule.spread({name: frontier(of_all) for name, of_all in steps.items()}, dense_cost, self._totals)
         rows = []

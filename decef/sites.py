@@ -159,6 +159,9 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
     Args:
         sites: in the network's order, each with its `unit`.
         moments: from `decef.moments.input_moments`, for some or all of them by name.
+
+    Raises:
+        ValueError: a weight has NaN or infinite values.
     """
     owners: dict[str, list[Site]] = {}
     for site in sites:
@@ -167,6 +170,8 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
     for name, own in owners.items():
         conv, unit = own[0].module, own[0].unit
         assert unit is not None
+        if not conv.weight.is_meta and not conv.weight.isfinite().all():
+            raise ValueError(f"layer '{name}': its weight has NaN or infinite values")
         candidates.append(
             Candidate(
                 name,

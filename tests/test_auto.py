@@ -115,6 +115,17 @@ def test_by_time_every_layer_has_the_type_that_is_fast_there(trained):
         plan(trained, "auto", rank=Latency(0.5, {k: v for k, v in times.items() if k != "rank1"}), input_size=SIZE)
 
 
+def test_a_dense_layer_that_was_faster_when_another_type_was_measured_saves_no_time(trained):
+    names = [name for name, m in trained.named_modules() if isinstance(m, nn.Conv2d)]
+    dense = {layer: 0.9 if layer == "rank1" else 1.0 for layer in AUTO_TYPES}
+    times = {
+        layer: Times(float(len(names)), dict.fromkeys(names, LayerTimes(time, {1: 2.0, 60: 3.0})))
+        for layer, time in dense.items()
+    }
+    with pytest.raises(ValueError, match="can't be met"):
+        plan(trained, "auto", rank=Latency(0.95, times), exclude="conv1", input_size=SIZE)
+
+
 @pytest.mark.parametrize(
     ("rank", "message"),
     [

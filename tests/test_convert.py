@@ -1,6 +1,8 @@
 """Plan a conversion, carry it out, fold it back."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from decef.conversion import convert, fold, recalibrate
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.plans import Plan, plan
-from decef.ranks import Budget, Fixed, Latency, PerLayer, Share
+from decef.ranks import Budget, EffectiveRank, Energy, Fixed, Latency, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 #: Every network but the deeper CIFAR ResNets, in every form that changes its convolutions.
@@ -295,6 +297,26 @@ def test_an_edited_plan_that_says_nothing_clear(row, says):
     next(r for r in data["rows"] if r["name"] == "layer1.0.conv1").update(row)
     with pytest.raises(ValueError, match=says):
         Plan.from_dict(data)
+    with pytest.raises(ValueError, match="'conv1' is converted, but has no layer"):
+        Plan.from_dict({**plan(network(), "decef", rank=2).to_dict(), "layer": "auto"})
+
+
+def test_convert_says_what_it_cannot_do():
+    model, made = network(), plan(network(), "decef", rank=2)
+    with pytest.raises(TypeError, match="how must be a plan or the name of a layer type, not Budget"):
+        convert(model, Budget(flops=0.5))
+    with pytest.raises(ValueError, match="data would do nothing with from_scratch"):
+        convert(model, made, from_scratch=True, data=[images()])
+    with pytest.raises(ValueError, match="to conv2d, no low-rank layer"):
+        convert(model, dataclasses.replace(made, layer="conv2d"))
+
+
+@pytest.mark.parametrize("rank", [Budget(params=0.5), Fixed(2), EffectiveRank(), Energy(0.9)])
+def test_a_weight_that_is_not_finite_is_named(rank):
+    model = network()
+    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"layer 'layer2\.0\.conv1': its weight has NaN"):
+        convert(model, "decef", rank=rank)
 
 
 # Convert and fold -------------------------------------------------------------------------------------------------
@@ -504,6 +526,24 @@ def test_recalibrate_leaves_the_statistics_if_a_batch_fails():
             recalibrate(model, [images().double(), bad])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_recalibrate_leaves_a_norm_that_the_forward_does_not_use():
+    model = network()
+    model.other_head = nn.BatchNorm1d(4).double()
+    model.other_head.running_mean.fill_(5)
+    before = model.bn1.running_mean.clone()
+    recalibrate(model, [images()])
+    assert model.other_head.running_mean.tolist() == [5] * 4
+    assert not torch.equal(model.bn1.running_mean, before)
+
+
+def test_recalibrate_runs_nothing_where_there_is_no_batch_norm():
+    calls = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.register_forward_hook(lambda *args: calls.append(1))
+    assert not recalibrate(model.train(), [images().float()]).training
+    assert not calls
 
 
 def test_recalibrate_leaves_out_a_single_image_that_is_left_over():

@@ -136,6 +136,34 @@ def test_costs_are_those_of_the_chain(implementation):
 # The frame --------------------------------------------------------------------------------------------------------
 
 
+class Crops(nn.Module):
+    """Sees four views of every input in one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x):
+        views = torch.cat([x, x.flip(-1), x.flip(-2), x.flip(-1, -2)])
+        return self.conv2(self.conv(views)).mean((2, 3)).unflatten(0, (4, -1)).mean(0)
+
+
+def test_views_that_a_network_puts_into_the_batch_count():
+    model = Crops()
+    made = plan(model, "decef", rank=Budget(flops=0.5), input_size=(3, 8, 8))
+    dense = total_cost(model, (3, 8, 8))["macs"]
+    assert dense == 4 * 64 * 9 * (3 * 8 + 8 * 16) == sum(row.macs_before for row in made.rows)
+    small = total_cost(convert(model, made), (3, 8, 8))["macs"]
+    assert small == sum(row.macs_after for row in made.rows)
+    assert 0.35 * dense < small <= 0.5 * dense
+
+
+def test_an_input_size_that_is_none():
+    with pytest.raises(ValueError, match=r"input_size=32 must be the shape of one input, such as \(3, 32, 32\)"):
+        cost(network(), 32)
+
+
 def test_rows_sum_to_the_network():
     model = network(shortcut="B").eval()
     frame = cost(model, (3, 16, 16))

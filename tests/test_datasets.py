@@ -4,6 +4,7 @@ import gzip
 import logging
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-from decef.data import Images, count_classes, dataset
+from decef.data import Images, dataset, folder_identity
 from decef.data.small import read_idx
 from decef.data.subsets import stratified_subset
+from decef.training.config import DatasetConfig
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
 
@@ -335,10 +337,26 @@ def test_too_many_damaged_images_are_an_error_in_the_part_that_has_them(tmp_path
     assert sum(len(labels) for _, labels in good.views(6)) == 31
 
 
+def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    write_images(other / "train", 9)
+    write_images(other / "val")
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "away")
+
+    def resolved(root, **known):
+        return DatasetConfig("imagefolder", root=str(root), size=56, **known).resolved()
+
+    here = resolved(folder)
+    assert here.num_classes == 3
+    assert resolved(moved).images_md5 == here.images_md5 != resolved(other).images_md5
+    with pytest.raises(ValueError, match="has not the images that the run began with"):
+        resolved(other, num_classes=3, images_md5=here.images_md5)
+
+
 def test_folders_that_do_not_fit(folder):
     with pytest.raises(ValueError, match=r"has 3 classes, not 1000: say dataset\.num_classes=3"):
         loaded("imagenet", **{**SETTINGS, "num_classes": 1000})
-    assert count_classes(folder) == 3
+    assert folder_identity(folder)[0] == 3
     (folder / "val" / "n01").rename(folder / "val" / "n09")
     with pytest.raises(ValueError, match="has not the classes of train: n01, n09"):
         loaded("imagefolder", **SETTINGS)

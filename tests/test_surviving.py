@@ -1,6 +1,7 @@
 """Runs that are killed at the worst moments, full disks, two sweeps at once: for real, in processes of their own."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -164,6 +165,18 @@ def test_two_sweeps_at_once_leave_whole_records(drive, tmp_path):
         folder = tmp_path / "runs" / record.id
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_copies_and_empty_records_are_left_out(drive, tmp_path, caplog):
+    drive([config(tmp_path)], "never")
+    (record,) = load_records(tmp_path)
+    folder = tmp_path / "runs" / record.id
+    shutil.copytree(folder, folder.with_name("copy"))
+    shutil.copytree(folder, folder.with_name("empty"))
+    (folder.with_name("empty") / "config.yaml").write_text("")
+    assert [found.id for found in load_records(tmp_path)] == [record.id]
+    assert f"copy is a copy of {record.id}" in caplog.text
+    assert "empty cannot be read" in caplog.text
 
 
 def test_killed_while_tables_are_written(drive, tmp_path, monkeypatch):

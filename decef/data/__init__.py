@@ -10,7 +10,7 @@ from pathlib import Path
 
 from decef.data.cifar import load_cifar10
 from decef.data.digits import load_digits
-from decef.data.folder import ImageFolder, class_names, find_folder, load_folder
+from decef.data.folder import ImageFolder, class_names, find_folder, load_folder, names_md5
 from decef.data.images import Data, Images, normalize
 from decef.data.small import load_cifar100, load_fashion_mnist, load_mnist, load_svhn
 from decef.data.tiles import load_magnetic_tile
@@ -124,13 +124,14 @@ def dataset(
     return replace(known, mean=tuple(mean or known.mean), std=tuple(std or known.std))
 
 
-def count_classes(root: Path | None) -> int:
-    """Number of classes in a folder of images.
+def folder_identity(root: Path | None) -> tuple[int, str]:
+    """Number of classes in a folder of images, and an MD5 of the names of all files in it.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    return len(class_names(find_folder(root)))
+    folder = find_folder(root)
+    return len(class_names(folder)), names_md5(folder)
 
 
-__all__ = ["DATASETS", "FOLDERS", "Data", "Dataset", "Images", "count_classes", "dataset", "normalize"]
+__all__ = ["DATASETS", "FOLDERS", "Data", "Dataset", "Images", "dataset", "folder_identity", "normalize"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -225,6 +226,13 @@ def class_names(root: Path) -> list[str]:
         return find_classes(root / "train")[0]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: say dataset.root=FOLDER, with images in train/<class>/") from error
+
+
+def names_md5(root: Path) -> str:
+    """MD5 of the paths of all files in the parts of a folder of images, which tells it from other folders."""
+    parts = [root / name for name in ("train", "val", "test")]
+    names = sorted(path.relative_to(root).as_posix() for part in parts for path in part.rglob("*") if path.is_file())
+    return hashlib.md5("\n".join(names).encode(), usedforsecurity=False).hexdigest()
 
 
 def find_folder(root: Path | None, *names: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -71,5 +73,5 @@ def check_share(name: str, share: float) -> None:
     Raises:
         ValueError: it is not; the message calls it `name`.
     """
-    if not 0 < share <= 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
         raise ValueError(f"{name}={share!r} is not a share: it must be above 0 and at most 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 from decef.layers import DeCEFConv2d
@@ -96,6 +97,8 @@ class Energy:
 class EffectiveRank:
     """Each layer's effective rank: for DeCEF the mean of `effective_rank` over its input channels, rounded up.
 
+    That is of the kernels, also where `plan` is given data.
+
     The other layer types have no matrix per input channel. For them it is the number of singular values (square roots
     of `FactorizedConv2d.spectrum`) that are at least `threshold`, in (0, 1], times the largest.
 
@@ -126,8 +129,8 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
     Raises:
         TypeError: `rank` is none of the three.
     """
-    if isinstance(rank, int) and not isinstance(rank, bool):
-        return Fixed(rank)
+    if isinstance(rank, Integral) and not isinstance(rank, bool):
+        return Fixed(int(rank))
     if isinstance(rank, Mapping):
         return PerLayer(rank)
     if callable(rank):

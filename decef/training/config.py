@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from decef.data import FOLDERS, Dataset, count_classes, dataset
+from decef.data import FOLDERS, Dataset, dataset, folder_identity
 from decef.models import MODELS
 from decef.models.weights import find_weights, md5_of
 from decef.plans import AUTO, layer_type
@@ -44,7 +45,7 @@ class DatasetConfig:
     """Which images. `configs/dataset/*.yaml` explains the settings.
 
     Raises:
-        ValueError: a number is negative or not whole, or a flag is neither true nor false.
+        ValueError: a number is negative or not whole, a flag is neither true nor false, or a mean is no list.
     """
 
     name: str
@@ -59,13 +60,17 @@ class DatasetConfig:
     num_classes: int | None = None
     split_test: bool = False
     as_published: bool = False
+    images_md5: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("train_size", "crop_padding", "workers"):
             _check_whole(f"dataset.{key}", getattr(self, key))
         for key in ("flip", "split_test", "as_published"):
-            if not isinstance(getattr(self, key), bool):
-                raise ValueError(f"dataset.{key}={getattr(self, key)!r} must be true or false")
+            _check_flag(f"dataset.{key}", getattr(self, key))
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if value is not None and not (isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)):
+                raise ValueError(f"dataset.{key}={value!r} must be a list with a number for every channel")
 
     @property
     def folder(self) -> Path | None:
@@ -95,13 +100,19 @@ class DatasetConfig:
     def resolved(self) -> DatasetConfig:
         """The config with the settings filled in that follow from the dataset or its folder.
 
+        The MD5 of the images' names is part of a run's identity, as one's own folders have nothing else that tells them
+        apart.
+
         Raises:
-            FileNotFoundError: there is no folder whose classes could be counted.
-            ValueError: see `decef.data.dataset`.
+            FileNotFoundError: there is no folder of images.
+            ValueError: `images_md5` is given and the folder has another; or see `decef.data.dataset`.
         """
         config = self
-        if self.name == "imagefolder" and self.num_classes is None:
-            config = replace(self, num_classes=count_classes(self.folder))
+        if self.name == "imagefolder":
+            classes, md5 = folder_identity(self.folder)
+            if self.images_md5 not in (None, md5):
+                raise ValueError(f"dataset.root={self.root} has not the images that the run began with")
+            config = replace(self, num_classes=self.num_classes or classes, images_md5=md5)
         known = config.dataset()
         return replace(config, mean=known.mean, std=known.std)
 
@@ -113,7 +124,7 @@ class ModelConfig:
     `options` are those of the architecture.
 
     Raises:
-        ValueError: `decompose_on` is negative or not whole.
+        ValueError: a number is negative or not whole, a flag is neither true nor false, or there is no name.
     """
 
     name: str
@@ -128,7 +139,12 @@ class ModelConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_whole("model.decompose_on", self.decompose_on)
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"model.name={self.name!r} must be the name of a network")
+        for key in ("decompose_on", "min_kernel_size"):
+            _check_whole(f"model.{key}", getattr(self, key))
+        for key in ("dense_stem", "factorize_classifier"):
+            _check_flag(f"model.{key}", getattr(self, key))
         # In the architecture's order, wherever they come from: W&B returns them sorted by name.
         known = [*inspect.signature(MODELS[self.name]).parameters] if self.name in MODELS else []
         order = sorted(self.options, key=lambda key: (known.index(key) if key in known else len(known), key))
@@ -189,6 +205,11 @@ class LayerConfig:
             raise ValueError(f"{' and '.join(given)} are both given: give one")
         if self.name == AUTO and (self.rank is not None or self.energy is not None or self.orthogonality):
             raise ValueError(f"layer=auto takes a budget, layer.flops, not {' or '.join(given) or 'orthogonality'}")
+        if self.name != AUTO:
+            usual = inspect.signature(layer_type(self.name)).parameters
+            for key, value in self.options.items():
+                if key in usual and isinstance(usual[key].default, bool):
+                    _check_flag(f"layer.{key}", value)
         if self.orthogonality and not hasattr(layer_type(self.name), "orthogonality"):
             raise ValueError(f"layer.orthogonality={self.orthogonality} would do nothing: {self.name} has no penalty")
 
@@ -322,6 +343,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for key in ("seed", "threads", "keep_checkpoints"):
             _check_whole(key, getattr(self, key))
+        if self.seed is None:
+            raise ValueError("seed must be given: a whole number, 0 or more")
         if self.seed > MAX_SEED:
             raise ValueError(f"seed={self.seed} must be at most {MAX_SEED}")
 
@@ -417,6 +440,11 @@ def _check_whole(key: str, value: Any) -> None:
         raise ValueError(f"{key}={value!r} must be a whole number, 0 or more")
 
 
+def _check_flag(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} must be true or false")
+
+
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -442,8 +470,10 @@ _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
     "milestones": (lambda v: all(0 < m < 1 for m in v), "shares of the training, in (0, 1)"),
     "gamma": _POSITIVE,
     "scales": (
-        lambda v: all(len(s) == 2 and 0 < s[0] < 1 and 0 < s[1] <= 1 for s in v),
-        "pairs [share of the training, scale of the images]",
+        lambda v: (
+            all(len(s) == 2 and 0 < s[0] < 1 and 0 < s[1] <= 1 for s in v) and all(a[0] < b[0] for a, b in pairwise(v))
+        ),
+        "pairs [share of the training until when, scale of the images], in order of the shares",
     ),
     "atcd": (lambda v: v in (None, "epoch") or (_is_whole(v) and v >= 1), "null, 'epoch' or a number of steps"),
     "validation": (_is_share, "a share of the training images, in [0, 1)"),

@@ -139,12 +139,11 @@ def train_one_epoch(
         training.step(training.network_input(train, images, scale), labels, lr, step)
         on_step()
     loss, top1 = training.finish_epoch()
+    seconds = time.perf_counter() - started
     if training.moved:
         again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
         training.recalibrate(training.network_input(train, images) for images, _ in again)
-    return Trained(
-        lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / (time.perf_counter() - started)
-    )
+    return Trained(lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / seconds)
 
 
 class Training:

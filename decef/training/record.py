@@ -237,7 +237,10 @@ def _read_yaml(path: Path) -> Any:
 
 
 def load_records(results: Path) -> list[Record]:
-    """All finished runs in a results folder, sorted by id. Unreadable and unfinished ones are logged and left out."""
+    """All finished runs in a results folder, sorted by id. Unreadable and unfinished ones are logged and left out.
+
+    So are copies: folders that have not the name of their run.
+    """
     records = []
     for folder in sorted((results / "runs").glob("*")):
         try:
@@ -246,7 +249,11 @@ def load_records(results: Path) -> list[Record]:
         except (OSError, ValueError, yaml.YAMLError) as error:
             log.warning("left out: %s cannot be read (%s)", folder, error)
             continue
-        if record := finished_record(folder.name, config, summary, read_metrics(folder)):
+        if not isinstance(summary, Mapping) or not isinstance(config, Mapping):
+            log.warning("left out: %s cannot be read (its %s or %s is empty)", folder, CONFIG, SUMMARY)
+        elif summary.get("id", folder.name) != folder.name:
+            log.warning("left out: %s is a copy of %s", folder, summary["id"])
+        elif record := finished_record(folder.name, config, summary, read_metrics(folder)):
             records.append(record)
     return records
 

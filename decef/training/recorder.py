@@ -149,6 +149,8 @@ class Recorder:
             )
         rows = [row for row in self.metrics() if row["epoch"] <= epochs]
         with self._writing():
+            for kept in self.path.glob("checkpoint-*.pt") if not epochs else ():
+                kept.unlink()  # of a training that was thrown away
             replace_file(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self.summary = {
             "id": self.id,
