@@ -53,6 +53,15 @@ def test_a_run_leaves_its_record(finished):
     assert written["dataset"]["mean"] == [0.2874]
 
 
+def test_a_run_that_starts_anew_leaves_no_checkpoints_of_the_one_before(tmp_path):
+    settings = config(tmp_path)
+    folder = tmp_path / "runs" / run_id(settings.resolved())
+    folder.mkdir(parents=True)
+    (folder / "checkpoint-0009.pt").write_bytes(b"of a training that went on for longer")
+    run(settings)
+    assert [path.name for path in folder.glob("checkpoint*.pt")] == ["checkpoint.pt"]
+
+
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     results, summary = finished
     monkeypatch.setattr("decef.training.run.fit", lambda *a, **k: pytest.fail("trained again"))
