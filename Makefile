@@ -71,7 +71,7 @@ evidence-status: setup ## Say which runs of configs/evidence.yaml are done, and 
 costs: setup ## Count parameters and MACs of every architecture and layer type, into results/costs.md and docs/layers.md
 	$(RUN) scripts/costs.py --out $(RESULTS)/costs --page docs/layers.md
 
-tables: setup ## Rebuild results/tables and the table in README.md from the run records (SOURCE=wandb: from W&B)
+tables: setup ## Rebuild results/tables and the table in README.md from the run records (SOURCE=wandb: from W&B, into tables-wandb)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE) $(if $(filter results-local,$(RESULTS)-$(SOURCE)),--readme README.md)
 
 figures: setup ## Draw all figures from the run records and tables, into results/figures

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from decef.copies import copied
 from decef.costs import shared_weights
@@ -55,8 +56,8 @@ def convert(
 
     Raises:
         ValueError: the plan names a layer that the network doesn't have, a rank that is not possible there, or
-            different ranks for layers that share a weight; a weight has NaN or infinite values; `data` would do
-            nothing. Also what `plan` and `input_moments` raise.
+            different types or ranks for layers that share a weight; a weight has NaN or infinite values; `data` would
+            do nothing. Also what `plan` and `input_moments` raise.
         TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
             raises.
     """
@@ -79,7 +80,8 @@ def convert(
             raise ValueError(f"the plan converts '{name}', which is no Conv2d in this network")
         if not issubclass(layer_class, FactorizedConv2d):
             raise ValueError(f"the plan converts '{name}' to conv2d, no low-rank layer: its action must be keep")
-    _check_shared_ranks(how.ranks, shared_weights(model))
+    made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
+    _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
@@ -163,6 +165,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     Hooks move as in `convert`. Layers that share factors become convolutions that share a weight, unless they contain
     batch norms: their kernels then differ.
+
+    Raises:
+        ValueError: a factor is computed before each call, by pruning or weight norm.
     """
     model = copied(model)
     replaced: dict[int, nn.Module] = {}
@@ -213,12 +218,13 @@ def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
     return value
 
 
-def _check_shared_ranks(ranks: Mapping[str, int], sharing: Mapping[str, list[str]]) -> None:
-    for name, rank in ranks.items():
+def _check_shared(made: Mapping[str, object], sharing: Mapping[str, list[str]]) -> None:
+    for name, one in made.items():
         for other in sharing.get(name, ()):
-            if ranks.get(other) != rank:
+            if made.get(other) != one:
                 raise ValueError(
-                    f"'{name}' and '{other}' share one weight: the plan must convert both at the same rank, or none"
+                    f"'{name}' and '{other}' share one weight: the plan must convert both to one type at the same "
+                    "rank, with equal groups, or none"
                 )
 
 
@@ -230,7 +236,17 @@ def _share_factors(layer: FactorizedConv2d, first: FactorizedConv2d) -> None:
 
 
 def take_over(new: _Module, old: nn.Module) -> _Module:
-    """Give `new` the hooks of `old`, which it replaces."""
+    """Give `new` the hooks of `old`, which it replaces.
+
+    Raises:
+        ValueError: such a hook computes a factor of `old`.
+    """
+    for name in old.factors() if isinstance(old, FactorizedConv2d) else ():
+        if name not in old._parameters and not is_parametrized(old, name):
+            raise ValueError(
+                f"{old} computes its {name} before each call (pruning, weight norm), which plain convolutions can't: "
+                f"make that permanent first, as torch.nn.utils.prune.remove does"
+            )
     for hooks in (
         "_forward_hooks",
         "_forward_hooks_with_kwargs",

@@ -28,6 +28,11 @@ class Environment(TypedDict, total=False):
     machine: str
 
 
+def cores() -> int:
+    """How many CPU cores this process may use, where the system tells it; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     """The CPU's model name where the system tells it, with the widest vector instructions that matter here."""
     try:

@@ -306,7 +306,7 @@ def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict
         elif rank is None:
             chosen[candidate.name] = None, f"left dense by {rule!r}"
         else:
-            chosen[candidate.name] = rank, ""
+            chosen[candidate.name] = at, ""
     return chosen
 
 

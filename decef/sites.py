@@ -125,8 +125,9 @@ def _reason_to_keep(
         return f"excluded by '{excluding}'"
     if type(module) is not nn.Conv2d:
         return f"{type(module).__name__} is not a plain Conv2d"
-    if "weight" not in module._parameters:
-        return "its weight is computed before each call (pruning, weight norm), not a parameter"
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return f"its {name} is computed before each call (pruning, weight norm), not a parameter"
     if max(module.kernel_size) < min_kernel_size:
         return f"kernel smaller than {min_kernel_size}"
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -25,7 +26,7 @@ LIBRARIES = ("timm", "torchvision")  # whose models are named <library>/<name>
 
 def fail(message: str) -> NoReturn:
     """Say what is wrong in one sentence and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *message.split(), file=sys.stderr)  # what torch and Hydra say has several lines
     sys.exit(2)
 
 
@@ -71,9 +72,9 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
     """
     given = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra"))]
     try:
-        overrides = OverridesParser.create().parse_overrides(given)
+        overrides = OverridesParser.create(_loader()).parse_overrides(given)
     except HydraException as error:
-        fail(f"cannot read the arguments: {' '.join(str(error).split())}")
+        fail(f"cannot read the arguments: {error}")
     groups = _groups(config)
     first, others = [], []
     for position, override in enumerate(overrides):
@@ -89,6 +90,13 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
     _check_keys(first, config, groups)
     for position, text in others:
         _check_keys([*first[:position], text, *first[position + 1 :]], config, groups)
+
+
+def _loader() -> ConfigLoader:
+    """What finds the choices that `layer=glob(*)` stands for."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return GlobalHydra.instance().config_loader()
 
 
 def _groups(config: str) -> list[str]:
@@ -131,7 +139,7 @@ def _check_keys(overrides: list[str], config: str, groups: Sequence[str]) -> Non
         except (HydraException, OmegaConfBaseException) as error:
             unknown = re.search(r"Could not override '([^']+)'", str(error))
             if unknown is None:
-                fail(" ".join(str(error).split()))
+                fail(str(error))
             known = [o for o in overrides if o.lstrip("+").partition("=")[0] in groups]
             keys = _keys(compose(config, overrides=known))
             fail(f"there is no key '{unknown[1]}'{_near(unknown[1], keys)}")

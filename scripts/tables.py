@@ -10,7 +10,10 @@ from cli import fail
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder with runs/; tables/ is written there too"
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="folder with runs/; tables/ or tables-wandb/ is written there too",
     )
     parser.add_argument("--source", choices=["local", "wandb"], default="local", help="where the run records are")
     parser.add_argument("--project", default="decef", help="W&B project")
@@ -38,7 +41,9 @@ def main() -> None:
             f"there is no finished run in {arguments.results / 'runs'}: train something first, make quickstart for one"
         )
     try:
-        written = write_tables(records, arguments.results / "tables")
+        # A project on W&B may have fewer runs, and tables of what it lacks are not to be removed here.
+        folder = "tables" if arguments.source == "local" else "tables-wandb"
+        written = write_tables(records, arguments.results / folder)
         if arguments.readme:
             replace_between(arguments.readme, "results", overview_table(arguments.results))
     except (ValueError, OSError) as error:

@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
         failures = _failures(cfg.results)
         failures.parent.mkdir(parents=True, exist_ok=True)
         with failures.open("a") as file:
-            file.write(f"{job}: {error}\n")
+            file.write(f"{job}: {' '.join(str(error).split())}\n")  # a line a job
 
 
 def _failures(results: str) -> Path:

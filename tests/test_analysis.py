@@ -15,7 +15,7 @@ from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, dataset
 from decef.layers import LAYERS, CPACConv2d
 from decef.machine import environment
 from decef.models import CifarResNet
-from decef.models.weights import load_weights
+from decef.models.weights import load_state_dict, load_weights
 from decef.ranks import effective_rank
 from decef.results.effective_ranks import kernels, rank_table
 from decef.results.significance import removal_table
@@ -89,6 +89,13 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
     torch.save({"state_dict": {"module.conv1.weight": torch.zeros(1)}}, tmp_path / "w.th")
     with pytest.raises(ValueError, match="does not fit CifarResNet"):
         load_weights(CifarResNet(8), tmp_path / "w.th")
+    state = CifarResNet(8).state_dict()
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "w.th")
+        assert torch.equal(load_weights(CifarResNet(8), tmp_path / "w.th").conv1.weight, state["conv1.weight"])
+    own = {"module.weight": torch.zeros(1), "bias": torch.zeros(1)}  # a part of that name
+    torch.save(own, tmp_path / "w.th")
+    assert load_state_dict(tmp_path / "w.th") == own
     (tmp_path / "w.th").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no file of weights"):
         load_weights(CifarResNet(8), tmp_path / "w.th")

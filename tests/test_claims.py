@@ -172,6 +172,23 @@ def test_a_low_rank_control_replaces_the_same_layers():
     assert "against 90.50 %" in evidence.result
 
 
+def test_a_control_of_the_same_layer_type_differs_only_in_what_it_names():
+    here = {"layer.name": "decef", "layer.rank": 1}
+    ask = claim(kind="non_inferior", runs={**here, "train.atcd": [1]}, control={**here, "train.atcd": None}, margin=0)
+    ours = runs("decef", 90.0, 91.1, 91.9, rank=1, atcd=1)
+    other = runs("decef", 10.0, 11.1, 12.3, rank=1, orthogonality=0.001)
+    assert judge(ask, [*ours, *other]).verdict == NOT_TESTED
+    (evidence,) = judge(ask, [*ours, *other, *runs("decef", 90.0, 91.0, 92.0, rank=1)]).evidence
+    assert "against 91.00 %" in evidence.result
+
+
+def test_training_of_another_name_is_no_control():
+    asked = {one.id: one for one in load_claims()}
+    found = [*DENSE, *runs("decef", 90.0, 91.1, 91.9, flops=0.667)]
+    mine = runs("conv2d", 10.0, 11.0, 12.0, train="mine")
+    assert judge(asked["fair-fight"], [*found, *mine]) == judge(asked["fair-fight"], found)
+
+
 def test_runs_of_another_precision_are_not_paired():
     ours = runs("decef", 90.0, 91.1, 91.9, rank=4, precision="fp32")
     got = judge(NON_INFERIOR, [*DENSE, *ours])
@@ -244,7 +261,7 @@ def test_one_that_holds_among_many_undecided_is_no_holding_in_part():
     assert got.verdict == UNDECIDED
     assert got.words == "1 of 9 comparisons decided: 1 holds, 0 don't; 8 need more seeds"
     page = markdown([(NON_INFERIOR, got)])
-    assert f"| [test](#test) | too few seeds to say | {got.words} |" in page
+    assert f"| [test](#test) | a statement | too few seeds to say | {got.words} |" in page
     assert "in part" not in page
 
 

@@ -109,6 +109,15 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, messa
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_sweep_over_all_choices_by_hydras_glob(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from cli import check_arguments
+
+    check_arguments(["-m", "layer=glob(*)", "layer.rank=1"])
+    with pytest.raises(SystemExit):
+        check_arguments(["layer=glob(*)", "layer.rank=1"])
+
+
 def test_help_comes_without_torch(tmp_path):
     code = f"""
 import runpy, sys

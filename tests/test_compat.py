@@ -11,11 +11,13 @@ from support import ROOT
 from test_layers import used
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from decef import Plan, cost, fold
 from decef.conversion import convert
-from decef.layers import LAYERS, FactorizedConv2d
+from decef.layers import LAYERS, Basis2021Conv2d, FactorizedConv2d
 from decef.plans import plan
 from decef.ranks import Budget, Share
 
@@ -233,6 +235,29 @@ def test_factors_that_are_computed(name, implementation):
         for parameter in layer.parameters():
             parameter *= 2
     assert_close(out, layer(x))
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_activation_checkpointing(name):
+    """Timing the two implementations is no part of what is computed again."""
+    layer, x = make(name, "auto"), torch.randn(2, 4, 11, 7, requires_grad=True)  # a shape that no other test has timed
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    once, x.grad = x.grad, None
+    layer(x).square().sum().backward()
+    assert_close(x.grad, once)
+
+
+@pytest.mark.parametrize("part", ["bias", "basis", "norm.weight"])
+def test_timing_of_a_layer_whose_parts_are_computed(part):
+    """By a parametrisation or by pruning; the user's graph stays as it is."""
+    layer, x = Basis2021Conv2d(4, 6, 3, rank=3).eval(), torch.randn(2, 4, 13, 7)
+    owner, name = (layer.norm, "weight") if part == "norm.weight" else (layer, part)
+    prune.l1_unstructured(owner, name, 0.5)
+    layer(x).square().sum().backward()
+    layer(x).square().sum().backward()
+    prune.remove(owner, name)
+    parametrize.register_parametrization(owner, name, nn.Identity())
+    layer(x).square().sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace

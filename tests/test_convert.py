@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_layers import used
@@ -13,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 from decef.conversion import convert, fold, recalibrate
+from decef.inference.forms import to_convolutions
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.plans import Plan, plan
@@ -208,6 +210,9 @@ def test_a_budget_that_cannot_be_met_where_nothing_can_be_converted():
 
 def test_ranks_of_a_rule_of_ones_own_are_checked():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    made = plan(model, "decef", rank=lambda candidates, totals: {"0": np.int64(2)})
+    assert made.ranks == plan(model, "decef", rank={"0": np.int32(2)}, exclude="1").ranks == {"0": 2}
+    assert type(made.ranks["0"]) is int
     for ranks, says in (({"0": 0}, "rank 0 is not possible in layer '0'"), ({"0": 10}, "rank 10"), ({"2": 1}, "to 2,")):
         with pytest.raises(ValueError, match=says):
             plan(model, "decef", rank=lambda candidates, totals, ranks=ranks: ranks)
@@ -471,7 +476,13 @@ def pruned(conv):
     return prune.l1_unstructured(conv, "weight", 0.3)
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, pruned])
+def with_pruned_bias(conv):
+    return prune.l1_unstructured(conv, "bias", 0.5)
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm, pruned, with_pruned_bias]
+)
 def test_a_computed_weight_is_kept(wrap):
     model = nn.Sequential(wrap(nn.Conv2d(4, 8, 3)), nn.Conv2d(8, 8, 3))
     made = plan(model, "decef", rank=2)
@@ -479,6 +490,26 @@ def test_a_computed_weight_is_kept(wrap):
     assert "computed" in made.rows[0].reason or "not a plain Conv2d" in made.rows[0].reason
     x = torch.randn(2, 4, 8, 8)
     assert_close(convert(model, made)[0](x), model[0](x))
+
+
+def test_a_pruned_factor_has_to_be_made_permanent_before_folding():
+    model = nn.Sequential(DeCEFConv2d(4, 8, 3, rank=2))
+    prune.l1_unstructured(model[0], "coefficients", 0.5)
+    for fold_or_arrange in (fold, to_convolutions):
+        with pytest.raises(ValueError, match=r"computes its coefficients before each call.*prune\.remove"):
+            fold_or_arrange(model)
+    prune.remove(model[0], "coefficients")
+    x = torch.randn(2, 4, 8, 8)
+    assert_close(fold(model)(x), model(x))
+
+
+def test_layers_that_share_a_weight_become_one_type():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    model[1].weight = model[0].weight
+    made = plan(model, "decef", rank=2)
+    made.rows[1].layer = "cpac"
+    with pytest.raises(ValueError, match="share one weight: the plan must convert both to one type at the same rank"):
+        convert(model, made)
 
 
 # Batch norm's statistics ------------------------------------------------------------------------------------------

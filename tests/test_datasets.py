@@ -13,11 +13,13 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from torch import nn
 
 from decef.data import Images, dataset, folder_identity
 from decef.data.small import read_idx
 from decef.data.subsets import stratified_subset
 from decef.training.config import DatasetConfig
+from decef.training.loop import evaluate
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
 
@@ -239,6 +241,7 @@ def epoch(data, batch_size=6, seed=0):
     return torch.stack([x for x, _ in batches]), torch.stack([labels for _, labels in batches])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where there is one core only
 def test_the_generator_alone_determines_what_workers_read(folder):
     train, _ = loaded("imagefolder", **SETTINGS)
     torch.manual_seed(5)
@@ -305,11 +308,13 @@ def test_damaged_images_are_named_counted_and_left_out(folder, caplog):
     broken[0].write_bytes(broken[0].read_bytes()[:100])
     broken[1].write_bytes(b"not an image")
     train, test = loaded("imagefolder", **SETTINGS)
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(SETTINGS["num_classes"]))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             images, labels = epoch(train)
             assert torch.equal(images.float().mean((3, 4)).argmax(2), labels)  # another one stands in, with its label
             assert sum(len(labels) for _, labels in test.views(9)) == 11
+            evaluate(network, test)  # reads them as the training does
     assert list(train.skipped) == [broken[0]]
     assert list(test.skipped) == [broken[1]]
     assert [str(path) in caplog.text for path in broken] == [True, True]

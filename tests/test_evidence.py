@@ -75,7 +75,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("hours", "interrupt"), [(3 / 3600, None), (1.0, signal.SIGINT), (1.0, signal.SIGTERM), (1.0, signal.SIGHUP)]
+    ("hours", "interrupt"), [(10 / 3600, None), (1.0, signal.SIGINT), (1.0, signal.SIGTERM), (1.0, signal.SIGHUP)]
 )
 def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hours, interrupt):
     """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""
@@ -130,17 +130,20 @@ def test_entries_that_cannot_be_read(tmp_path):
         load_entries(tmp_path / "list.yaml")
 
 
-def test_a_finished_run_that_is_to_be_released_is_done_only_then(tmp_path):
-    entry = Entry("e", "", "", 1, 1.0, release="net")
+@pytest.mark.parametrize(
+    ("wanted", "made"), [({"release": "net"}, "networks/net-conv2d.safetensors"), ({"after": "ranks"}, "ranks/run.csv")]
+)
+def test_a_finished_run_that_is_to_be_released_or_measured_is_done_only_then(tmp_path, wanted, made):
+    entry = Entry("e", "", "", 1, 1.0, **wanted)
     job = Job(entry, (), "run", config("results", layer={"name": "conv2d"}))
-    (tmp_path / "networks").mkdir()
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text('{"status": "finished"}')
     assert is_done(tmp_path, job)  # without its checkpoint it can't be
     (folder / "checkpoint.pt").touch()
     assert not is_done(tmp_path, job)
-    (tmp_path / "networks" / "net-conv2d.safetensors").touch()
+    (tmp_path / made).parent.mkdir()
+    (tmp_path / made).touch()
     assert is_done(tmp_path, job)
 
 

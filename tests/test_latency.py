@@ -124,6 +124,24 @@ def test_layers_that_share_a_weight_have_the_time_of_both(tmp_path, monkeypatch)
     assert set(plan(model, "decef", rank=Latency(0.5, both)).ranks) == {"0", "1", "2"}
 
 
+class Twice(nn.Module):
+    """A convolution that is called for two images of different size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x).mean() + self.conv(x[..., ::2, ::2]).mean()
+
+
+def test_a_layer_that_is_called_twice_has_the_time_of_both_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
+    times = measure_times(Twice(), "decef", torch.randn(1, 8, 8, 8), engine="eager", cache=tmp_path / "times.json")
+    assert times.layers["conv"].dense == 2.0
+    assert set(times.layers["conv"].at_rank.values()) == {2.0}
+
+
 def test_processes_that_share_the_cache_keep_each_others_times(tmp_path):
     one, other = (latency._Cache(tmp_path / "times.json", "here") for _ in range(2))
     one.add({"a": 0.5})

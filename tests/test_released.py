@@ -1,5 +1,6 @@
 """Released networks: written from a run, loaded by name, the same network again."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,9 +10,9 @@ from support import DIGITS, ROOT, config
 
 import decef
 from decef.data import dataset
-from decef.models.released import RELEASED, read
+from decef.models.released import RELEASED, read, save
 from decef.training.loop import evaluate
-from decef.training.networks import load_networks
+from decef.training.networks import card_of, load_networks
 from decef.training.run import run
 
 
@@ -57,6 +58,15 @@ def test_networks_that_are_not_there_or_damaged(call, finished, tmp_path):
     (copied / "summary.json").write_text(json.dumps({**summary, "test_top1": 1.0}))
     refused = call("release.py", copied, "x", "--out", tmp_path)
     assert (refused.returncode, "it is not of this run's end" in refused.stderr) == (2, True)
+
+
+def test_a_file_calls_no_function(finished, tmp_path):
+    """Whoever writes a card chooses the name in it."""
+    card, _ = card_of(finished[0], "digits-decef")
+    ((_, network),) = load_networks(str(finished[0]))
+    save(network, dataclasses.replace(card, model="os:_exit", options={"status": 7}), tmp_path, half=False)
+    with pytest.raises(ValueError, match="made from a network of your own: give that as model="):
+        decef.load("digits-decef", folder=tmp_path)
 
 
 def test_the_released_networks_are_what_their_records_say():

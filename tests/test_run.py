@@ -88,14 +88,18 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
     (folder / "summary.json").write_text(json.dumps({**stopped, "images": {"train": 9, "test": 9}}))
     with pytest.raises(InputError, match=r"was begun on .*9, .*not .*: set dataset.root to the same data"):
         run(config(tmp_path))
-    (folder / "summary.json").write_text(json.dumps({**stopped, "threads": 99, "git_commit": "of another day"}))
+    (folder / "summary.json").write_text(
+        json.dumps({**stopped, "threads": 99, "processes": 8, "git_commit": "of another day"})
+    )
     summary = run(config(tmp_path))
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
     (session,) = summary["earlier_sessions"]
     assert (session["threads"], session["git_commit"], session["started"]) == (99, "of another day", stopped["started"])
     commits = made_on([{**summary, "git_commit": "of this day"}])["commits"]
     assert [commit.rstrip("+") for commit in commits] == ["of another", "of this da"]
+    assert session["processes"] == 8
     assert "began with 99 threads and goes on with" in caplog.text
+    assert "began with 8 processes and goes on with 1" in caplog.text
     assert [json.loads(x)["epoch"] for x in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert len(summary["resumed"]) == 1
 
@@ -255,6 +259,9 @@ def test_what_cannot_be_done_again(finished, tmp_path):
     shutil.copytree(results / "runs" / summary["id"], copied)
     (copied / "summary.json").write_text(json.dumps({**summary, "status": "interrupted"}))
     with pytest.raises(ValueError, match="is interrupted, not finished: the command that began it resumes it"):
+        replay(copied)
+    (copied / "summary.json").write_text(json.dumps({**summary, "processes": 8}))
+    with pytest.raises(ValueError, match=r"was trained by 8 processes, not 1.*torchrun --nproc-per-node=8"):
         replay(copied)
     old = yaml.safe_load((copied / "config.yaml").read_text())
     del old["format"]

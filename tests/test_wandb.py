@@ -93,7 +93,7 @@ def test_tables_from_wandb_are_those_from_the_records(call, mirrored):
     done = call("tables.py", "--source", "wandb", cwd=env["HOME"], env=env)
     assert done.returncode == 0, done.stderr
     assert len(local) == 4
-    assert {path.name: path.read_bytes() for path in (results / "tables").iterdir()} == local
+    assert {path.name: path.read_bytes() for path in (results / "tables-wandb").iterdir()} == local
 
 
 def test_an_outage_costs_no_training_and_sync_uploads_it_later(call, tmp_path):
@@ -142,6 +142,17 @@ def test_a_run_that_wandb_refuses_on_its_way_is_left_for_sync(call, tmp_path):
     assert "W&B has not taken all of this run" in done.stderr
     assert [folder.parents[1].name for folder in offline_runs(tmp_path)] == ["a"]
     server.stop()
+
+
+@pytest.mark.parametrize(
+    ("later", "left"),
+    [("run-20260102_000000-a", 0), ("offline-run-20260102_000000-a", 1), ("latest-run", 1)],
+)
+def test_a_mirror_that_a_session_online_has_overtaken_is_not_uploaded(tmp_path, later, left):
+    for name in ("offline-run-20260101_000000-a", later):
+        (tmp_path / "runs" / "a" / "wandb" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"status": "finished"}')
+    assert len(offline_runs(tmp_path)) == left
 
 
 def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(call, tmp_path):

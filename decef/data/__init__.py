@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ from decef.data.folder import ImageFolder, class_names, find_folder, load_folder
 from decef.data.images import Data, Images, normalize
 from decef.data.small import load_cifar100, load_fashion_mnist, load_mnist, load_svhn
 from decef.data.tiles import load_magnetic_tile
+from decef.machine import cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,7 +54,7 @@ class Dataset:
         train, test = (replace(part, mean=self.mean, std=self.std) for part in self.read(root))
         if isinstance(train, Images):
             return replace(train, crop_padding=crop_padding, flip=flip), test
-        workers = min(workers, os.cpu_count() or 1)  # more would only get in each other's way
+        workers = min(workers, cores())  # more would only get in each other's way
         assert isinstance(test, ImageFolder)
         return replace(train, flip=flip, workers=workers), replace(test, workers=workers)
 

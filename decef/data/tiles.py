@@ -67,10 +67,11 @@ def _read(folder: Path, name: str) -> Iterator[Tensor]:
     need("train", "PIL")
     from PIL import Image
 
-    places = [folder / f"MT_{name}", folder / f"MT_{name.capitalize()}"]
-    paths = sorted(p for place in places for p in (*place.glob("*.jpg"), *place.glob("Imgs/*.jpg")))[:PER_CLASS]
+    places = [folder / f"MT_{name.capitalize()}", folder / f"MT_{name}"]
+    place = next((place for place in places if place.is_dir()), places[-1])
+    paths = sorted((*place.glob("*.jpg"), *place.glob("Imgs/*.jpg")))[:PER_CLASS]
     if not paths:
-        raise ValueError(f"{places[0]} has no photographs (*.jpg)")
+        raise ValueError(f"{place} has no photographs (*.jpg)")
     for path in paths:
         try:
             image = Image.open(path).convert("L").resize((SIZE, SIZE), Image.Resampling.NEAREST)

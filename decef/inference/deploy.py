@@ -174,7 +174,8 @@ class Deployer:
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._layers = fold_batch_norms(self._model)
-        self._timer = _FormTimer(self._layers, layer_inputs(self._model, self._x, self._layers))
+        inputs = layer_inputs(self._model, self._x, self._layers)
+        self._timer = _FormTimer(self._layers, {name: max(xs, key=Tensor.numel) for name, xs in inputs.items()})
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -274,13 +275,13 @@ def _error(output: Tensor, expected: Tensor) -> float:
     return ((output - expected).norm() / expected.norm()).item()
 
 
-def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-    """Inputs of the named layers when the example runs through the network; layers that don't run are left out."""
+def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, list[Tensor]]:
+    """The named layers' inputs at each call as the example runs through the network, without layers that don't run."""
     modules = dict(model.named_modules())
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
 
     def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: seen.update({name: args[0]})
+        return lambda module, args: seen.setdefault(name, []).append(args[0])
 
     hooks = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
     model(example.clone())  # which a network may change in place

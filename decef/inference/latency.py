@@ -75,9 +75,7 @@ def measure_times(
     inputs = layer_inputs(model, example_input, list(sites.ranks))
     known = _Cache(cache or cache_file(), _where(engine, example_input))
     modules = dict(model.named_modules())
-    plain = {name: nn.Sequential(modules[name]) for name in inputs}
-    same = {name: f"{plain[name][0]!r} on {tuple(x.shape)}" for name, x in inputs.items()}
-    dense = {same[name]: Loadable(plain[name], x) for name, x in inputs.items()}
+    dense = {_call(modules[n], x): Loadable(nn.Sequential(modules[n]), x) for n, xs in inputs.items() for x in xs}
     dense[WHOLE] = Loadable(to_convolutions(model), example_input)
     loaded = zip(dense, load_all(engine, list(dense.values())), strict=True)
     seconds = interleaved_times({key: inference_call(run, dense[key].example) for key, run in loaded}, ROUNDS, min)
@@ -97,11 +95,15 @@ def measure_times(
         made = {rank: layer_class.like(conv, rank, **options).eval() for rank in ranks}
         for one in made.values():
             one.reset_parameters()
-        over_dense = _over_dense(conv, made, inputs[name], engine, known)
-        at_dense = seconds[same[name]]
-        times = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
-        layers[first.name] = layers[first.name] + times if first.name in layers else times
+        for x in inputs[name]:  # one for each call
+            over_dense, at_dense = _over_dense(conv, made, x, engine, known), seconds[_call(conv, x)]
+            times = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
+            layers[first.name] = layers[first.name] + times if first.name in layers else times
     return Times(seconds[WHOLE], layers)
+
+
+def _call(conv: nn.Module, x: Tensor) -> str:
+    return f"{conv!r} on {tuple(x.shape)}"
 
 
 def cache_file() -> Path:

@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.basis import BasisConv2d
 from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, evaluating
@@ -87,7 +88,11 @@ class Basis2021Conv2d(BasisConv2d):
         return self.compose().square().sum()
 
     def prefers_factorized(self, x: Tensor) -> bool:
-        return self.training or super().prefers_factorized(x)
+        if self.training:
+            return True
+        if "weight" not in self.norm._parameters or is_parametrized(self):  # computed, which `_time` can't copy
+            return self._factorized_has_fewer_macs(x)
+        return super().prefers_factorized(x)
 
     def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
@@ -95,7 +100,7 @@ class Basis2021Conv2d(BasisConv2d):
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
     def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
-        # The norm's parameters may be computed too, and timing must not give them gradients, so the twin gets its own.
+        # Timing must not give the norm's parameters gradients, so the twin gets its own.
         twin = copy.copy(self)
         norm = nn.BatchNorm2d(self.groups * self.rank, device=x.device, dtype=self.norm.weight.dtype).eval()
         norm.load_state_dict(self.norm.state_dict())

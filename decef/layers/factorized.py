@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.metric import conditioned, squared_norm_on
@@ -90,14 +92,14 @@ class FactorizedConv2d(nn.Module):
 
         shape = self.weight_shape
         self.max_rank = self.max_rank_for(*shape, groups=groups)
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= self.max_rank:
+        if isinstance(rank, bool) or not isinstance(rank, (int, Integral)) or not 1 <= rank <= self.max_rank:
             raise ValueError(
                 f"rank={rank!r} is not possible for {type(self).__name__} with a kernel of shape {shape} and "
                 f"groups={groups}: it counts {self.rank_meaning} and goes from 1 to {self.max_rank}"
             )
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"implementation={implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-        self.rank = rank
+        self.rank = int(rank)
         self.implementation = implementation
 
         self._register(bias, device, dtype)
@@ -287,7 +289,7 @@ class FactorizedConv2d(nn.Module):
         kind: Any = type(self).__base__ if is_parametrized(self) else type(self)
         twin = object.__new__(kind)
         twin.__dict__ = dict(self.__dict__)
-        for name in self.factors():
+        for name in (*self.factors(), "bias"):
             twin.__dict__.pop(name, None)
         twin._parameters = {
             name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
@@ -299,7 +301,8 @@ class FactorizedConv2d(nn.Module):
         best = math.inf
         for _ in range(4):
             started = time.perf_counter()
-            with torch.set_grad_enabled(trains):
+            # What activation checkpointing counts must not hold what the twin saves for its own backward pass.
+            with torch.set_grad_enabled(trains), saved_tensors_hooks(_same, _same):
                 y = twin.forward(x)  # not twin(x), which would run the hooks
             if trains:
                 y.sum().backward()
@@ -515,6 +518,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _is_ordinary(x: Tensor) -> bool:

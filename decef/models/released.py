@@ -71,7 +71,7 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
         ImportError: safetensors is not installed.
     """
     card, state = read(name, folder=folder)
-    if model is None and not card.model:
+    if model is None and (not card.model or ":" in card.model):  # a function's name is not to be called for a file
         raise ValueError(f"{name} was made from a network of your own: give that as model=")
     dense = model or create_model(
         card.model,

@@ -32,7 +32,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
             data = data[key]
     if not isinstance(data, Mapping) or not data or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{path} holds no state dict")
-    return {name.removeprefix("_orig_mod.").removeprefix("module."): value for name, value in data.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # in either order
+        if all(name.startswith(prefix) for name in data):
+            data = {name.removeprefix(prefix): value for name, value in data.items()}
+    return dict(data)
 
 
 def find_weights(name: str) -> Path:

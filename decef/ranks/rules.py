@@ -139,10 +139,10 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
 
 
 def checked_rank(candidate: Candidate, rank: int) -> int:
-    """`rank`; raises ValueError if it is not possible for the candidate."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= candidate.max_rank:
+    """`rank` as an int; raises ValueError if it is not possible for the candidate."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, Integral)) or not 1 <= rank <= candidate.max_rank:
         raise ValueError(
             f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
             f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"
         )
-    return rank
+    return int(rank)

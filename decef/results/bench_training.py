@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from decef.data import DATASETS, Images
 from decef.data.torchvision_cpu import import_torchvision
 from decef.inference.timing import Roofline, interleaved_times, peak_memory
 from decef.layers import LAYERS
+from decef.machine import cores
 from decef.models import create_model
 from decef.results.bench_inference import Case, networks, plans
 from decef.results.pages import write_bench
@@ -149,7 +149,7 @@ def _usual_loop(network: nn.Module, images: Tensor, labels: Tensor, batch_size: 
         ]
     )
     data = _PilImages(images, labels, transform)
-    workers = os.cpu_count() or 1  # which an epoch of few batches must not pay for starting
+    workers = cores()  # which an epoch of few batches must not pay for starting
     loader = DataLoader(data, batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True)
     device = next(network.parameters()).device
     optimizer = torch.optim.SGD(network.parameters(), lr=STEP.lr, momentum=0.9, weight_decay=5e-4)

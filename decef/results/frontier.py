@@ -137,8 +137,10 @@ def measure(
         call, `time`, that over the dense network's in fp32 as both ran in turn, `engine`, `forms`, `bytes` of its file.
 
     Raises:
-        ValueError: a precision that no engine has here, or fewer images than a batch.
+        ValueError: a precision that no engine has here, a batch without images, or fewer images than a batch.
     """
+    if batch < 1:
+        raise ValueError(f"a batch of {batch} images: it must be at least 1")
     if len(seen) < batch:
         raise ValueError(f"batches of {batch} need as many training images, not {len(seen)}")
     seen = seen.subset(slice(0, min(len(seen) // batch, max(1, CALIBRATION // batch)) * batch))

@@ -35,14 +35,15 @@ def overview_table(results: Path) -> str:
                 "layer": f"`{layer}`",
                 "trained, 2/3 of the FLOPs: top-1 %": _mean(row),
                 "n": _count(row),
+                "parameters": _number(row.first.ratio("params") if row else None),
                 "minus `conv2d`, paired": (row and row.difference_words) or NONE,
                 "decomposed at 1/2: top-1 %": _number(decomposed.get(layer)),
                 "and fine-tuned": _mean(tuned),
                 "n ": _count(tuned),
-                "time at 1/2": _number(time.get(layer)),
+                "time at 1/2, in ResNet-18": _number(time.get(layer)),
             }
         )
-    align = ("left", "left", "right", "left", "right", "left", "right", "right")
+    align = ("left", "left", "right", "right", "left", "right", "left", "right", "right")
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 

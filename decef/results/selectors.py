@@ -48,9 +48,13 @@ def chosen(
 
 def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """A key that a run and its control share: all that must be the same in both, see `decef.results.findings`."""
-    free = {key.removeprefix("train.") for key in (*runs, *control) if key.startswith("train.")} | set(LAYER_TRAINING)
-    kept = {key: value for key, value in record.experiment.items() if key != "layer"}
-    kept["train"] = {key: value for key, value in kept["train"].items() if key not in free}
+    free = {*control, *(f"train.{key}" for key in LAYER_TRAINING)}
+    kept = {
+        group: {key: value for key, value in values.items() if f"{group}.{key}" not in free}
+        for group, values in record.experiment.items()
+    }
+    if control.get("layer.name") != runs.get("layer.name"):  # options of one layer type say nothing of another's
+        del kept["layer"]
     if control.get("layer.name") == "conv2d":  # Conv2d replaces no layer
         without = (*REPLACEMENT_OPTIONS, "decompose_on")
         kept["model"] = {key: value for key, value in kept["model"].items() if key not in without}

@@ -192,13 +192,13 @@ def gpu_hours(jobs: Sequence[Job]) -> float:
 def is_done(results: Path, job: Job) -> bool:
     """Whether a job's run is finished, and measured and released if its entry asks for that.
 
-    A finished run without a checkpoint, as in a fresh clone, can't be released any more.
+    A finished run without a checkpoint, as in a fresh clone, can't be measured or released any more.
     """
-    measured = job.entry.after is None or (results / job.entry.after / f"{job.run_id}.csv").is_file()
-    checkpoint = results / "runs" / job.run_id / CHECKPOINT
-    network = results / "networks" / f"{job.release}.safetensors"
-    released = job.release is None or network.is_file() or not checkpoint.is_file()
-    return measured and released and _summary(results, job).get("status") == "finished"
+    if _summary(results, job).get("status") != "finished":
+        return False
+    wanted = [results / job.entry.after / f"{job.run_id}.csv"] if job.entry.after else []
+    wanted += [results / "networks" / f"{job.release}.safetensors"] if job.release else []
+    return all(path.is_file() for path in wanted) or not (results / "runs" / job.run_id / CHECKPOINT).is_file()
 
 
 def missing(jobs: Sequence[Job], results: Path) -> list[Job]:

@@ -294,7 +294,9 @@ def evaluate(
     model.eval()
     zero = torch.zeros((), device=data.device)
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
-    for images, labels in data.subset(slice(processes.rank, None, processes.count)).views(EVAL_BATCH):
+    if processes.count > 1:
+        data = data.subset(slice(processes.rank, None, processes.count))
+    for images, labels in data.views(EVAL_BATCH):
         with autocast():
             logits = model(network_input(model, data, images, channels_last))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")

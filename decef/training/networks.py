@@ -57,12 +57,13 @@ def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
     if summary.get("status") != "finished":
         raise ValueError(f"{run} is {summary.get('status')}, not finished")
     data = config.dataset.dataset()
-    options = dict(config.model.options)
+    own = ":" in config.model.name  # a function of the user's
+    options = {} if own else dict(config.model.options)
     if config.model.factorize_classifier:
         options["conv_classifier"] = True
     card = Card(
         name=name,
-        model=config.model.name,
+        model="" if own else config.model.name,
         options=options,
         input_size=data.input_size,
         num_classes=data.num_classes,

@@ -25,6 +25,7 @@ import yaml
 
 from decef.machine import Environment
 from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig
+from decef.training.distributed import launched
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +305,8 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: the record has another format, or the run is not finished.
+        ValueError: the record has another format, the run is not finished, or another number of processes trained it
+            than are here.
     """
     for name in (CONFIG, SUMMARY):
         if not (folder / name).is_file():
@@ -315,6 +317,13 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
         raise ValueError(f"{folder} has format {config.get('format', 1)}, not {FORMAT}: it can't be done again exactly")
     if summary.get("status") != "finished":
         raise ValueError(f"{folder} is {summary.get('status')}, not finished: the command that began it resumes it")
+    count = summary.get("processes", 1)
+    if count != launched().count:
+        how = f"by torchrun --nproc-per-node={count}" if count > 1 else "without torchrun"
+        raise ValueError(
+            f"{folder} was trained by {count} process{'es' * (count > 1)}, not {launched().count}, which share each "
+            f"batch in another way: start it {how}"
+        )
     return replace(RunConfig.from_dict(config), threads=summary["threads"]), summary["precision"]
 
 

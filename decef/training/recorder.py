@@ -37,7 +37,7 @@ from decef.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-SESSION = ("started", "git_commit", "git_dirty", "python", "packages", "device", "threads", "machine")
+SESSION = ("started", "git_commit", "git_dirty", "python", "packages", "device", "threads", "processes", "machine")
 
 
 class Recorder:
@@ -171,11 +171,12 @@ class Recorder:
             self.summary["earlier_sessions"] = [*previous.get("earlier_sessions", []), session]
             self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
             self.summary["started"] = previous["started"]
-            if previous.get("threads") != self.summary["threads"]:
-                log.warning(
-                    "%s began with %s threads and goes on with %s, which round differently: no run can repeat it",
-                    self.id, previous.get("threads"), self.summary["threads"],
-                )  # fmt: skip
+            for key, why in (("threads", "round differently"), ("processes", "share each batch in another way")):
+                if previous.get(key, self.summary[key]) != self.summary[key]:  # type: ignore[literal-required]
+                    log.warning(
+                        "%s began with %s %s and goes on with %s, which %s: no run can repeat it",
+                        self.id, previous[key], key, self.summary[key], why,  # type: ignore[literal-required]
+                    )  # fmt: skip
         self._earlier = self.summary["wall_seconds"]
         with self._writing():
             self._write()

@@ -18,6 +18,7 @@ from decef.training.record import SUMMARY
 log = logging.getLogger(__name__)
 
 MODES = ("auto", "online", "offline", "disabled")
+OFFLINE = "offline-"  # begins the names of W&B's folders that are not uploaded
 
 
 class Tracker:
@@ -121,7 +122,7 @@ class Tracker:
         if self.mode == "online":
             # This is W&B's own name for a folder that is not uploaded yet.
             with suppress(OSError):
-                folder = folder.rename(folder.with_name(f"offline-{folder.name}"))
+                folder = folder.rename(folder.with_name(f"{OFFLINE}{folder.name}"))
         log.info("to upload this run to W&B: make sync, or wandb sync %s", os.path.relpath(folder))
 
     @contextmanager
@@ -211,8 +212,11 @@ def offline_runs(results: Path) -> list[Path]:
     """
     folders = []
     for run in sorted((results / "runs").glob("*")):
-        last = max(run.glob("wandb/offline-run-*"), default=None)
-        if last and not _is_uploaded(last) and json.loads((run / SUMMARY).read_text())["status"] != "running":
+        # If the last session went to W&B as it ran, the mirror of an earlier one would overwrite it there.
+        last = max(run.glob("wandb/*run-*"), key=_begun, default=None)
+        if last is None or not last.name.startswith(OFFLINE) or _is_uploaded(last):
+            continue
+        if json.loads((run / SUMMARY).read_text())["status"] != "running":
             folders.append(last)
     return folders
 
@@ -231,6 +235,11 @@ def upload(folders: Sequence[Path]) -> list[Path]:
         if len(folders) > 1 and not _is_uploaded(folder):
             subprocess.run([*command, str(folder)], check=False)
     return [folder for folder in folders if _is_uploaded(folder)]
+
+
+def _begun(folder: Path) -> tuple[str, bool]:
+    """Sorts W&B's folders by the time in their names; where W&B refused a run, its mirror begins in the same second."""
+    return folder.name.removeprefix(OFFLINE), folder.name.startswith(OFFLINE)
 
 
 def _is_uploaded(folder: Path) -> bool:
