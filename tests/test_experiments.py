@@ -205,6 +205,20 @@ def cells_of(table, first):
     return next(row for row in rows if row[0] == first)
 
 
+def test_an_edited_network_of_ones_own_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "a_net_to_edit.py"
+    ids = []
+    for width in (4, 4, 8):
+        file.write_text(f"from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, {width}, 3))\n")
+        resolved = config(tmp_path, model={"name": "a_net_to_edit:net"}).resolved()
+        ids.append(run_id(resolved))
+    assert ids[0] == ids[1] != ids[2]
+    began = {"name": "a_net_to_edit:net", "source_md5": "0" * 32}
+    with pytest.raises(InputError, match=r"a_net_to_edit.py is not what it was when the run began"):
+        config(tmp_path, model=began).resolved()
+
+
 def test_records_in_the_repository_are_found_again():
     """A new option must not change the ids of what was run, or the plans that were followed."""
     built = {}  # a plan doesn't depend on the seed

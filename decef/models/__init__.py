@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -91,13 +93,30 @@ def stem_name(model: nn.Module) -> str:
     raise ValueError("the network has no convolution")
 
 
-def _own(name: str, options: dict[str, Any]) -> nn.Module:
+def source_file(name: str) -> Path | None:
+    """The file that a network's own code is in, of one that is named `<module>:<function>`; else None.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    if ":" not in name:
+        return None
+    _own_function(name)
+    path = sys.modules[name.partition(":")[0]].__file__
+    return Path(path) if path else None
+
+
+def _own_function(name: str) -> Callable[..., object]:
     module_name, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(module_name), function)
+        found: Callable[..., object] = getattr(importlib.import_module(module_name), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model '{name}' must be <module>:<function>, importable from here: {error}") from error
-    network = make(**options)
+    return found
+
+
+def _own(name: str, options: dict[str, Any]) -> nn.Module:
+    network = _own_function(name)(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, not a {type(network).__name__}")
     return network

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from decef.data import FOLDERS, Dataset, dataset, folder_identity
-from decef.models import MODELS
+from decef.models import MODELS, source_file
 from decef.models.weights import find_weights, md5_of
 from decef.plans import AUTO, layer_type
 
@@ -135,6 +135,7 @@ class ModelConfig:
     factorize_classifier: bool = False
     weights: str | None = None
     weights_md5: str | None = None
+    source_md5: str | None = None
     decompose_on: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -151,25 +152,30 @@ class ModelConfig:
         object.__setattr__(self, "options", {key: self.options[key] for key in order})
 
     def resolved(self) -> ModelConfig:
-        """The config with the path and the MD5 of the file of weights.
+        """The config with the path and the MD5 of the file of weights, and the MD5 of the user's own network's code.
 
-        The MD5 is part of a run's identity, the path is not.
+        The MD5s are part of a run's identity, the path is not.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: `weights_md5` is given and the file has another MD5, or there are no weights to decompose.
+            ValueError: an MD5 is given and the file has another, or there are no weights to decompose.
         """
+        config = self
+        if source := source_file(self.name):
+            config = replace(self, source_md5=md5_of(source))
+            if self.source_md5 not in (None, config.source_md5):
+                raise ValueError(f"{source} is not what it was when the run began: its MD5 is another")
         if not self.weights:
             if self.decompose_on:
                 raise ValueError(
                     f"model.decompose_on={self.decompose_on} is for trained weights: say model.weights=FILE"
                 )
-            return self
+            return config
         path = find_weights(self.weights)
         found = md5_of(path)
         if self.weights_md5 not in (None, found):
             raise ValueError(f"{path} is not the file that the run began from: its MD5 is another")
-        return replace(self, weights=str(path), weights_md5=found)
+        return replace(config, weights=str(path), weights_md5=found)
 
 
 @dataclass(frozen=True)
@@ -376,9 +382,8 @@ class RunConfig:
             model = self.model.resolved()
             layer = self.layer.resolved(model)
             if layer.name == "conv2d":
-                model = ModelConfig(
-                    model.name, weights=model.weights, weights_md5=model.weights_md5, options=model.options
-                )
+                same = ("weights", "weights_md5", "source_md5", "options")
+                model = ModelConfig(model.name, **{key: getattr(model, key) for key in same})
             return replace(
                 self, dataset=self.dataset.resolved(), model=model, layer=layer, train=self.train.resolved(layer)
             )

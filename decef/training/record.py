@@ -147,7 +147,7 @@ class Record:
     @property
     def model(self) -> str:
         """The network's name and its options that are on, without those about replaced layers and trained weights."""
-        left_out = ("name", *REPLACEMENT_OPTIONS, "weights_md5", "decompose_on")
+        left_out = ("name", *REPLACEMENT_OPTIONS, "weights_md5", "source_md5", "decompose_on")
         model = self.experiment["model"]
         options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
         return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
