@@ -245,7 +245,7 @@ def take_over(new: _Module, old: nn.Module) -> _Module:
         if name not in old._parameters and not is_parametrized(old, name):
             raise ValueError(
                 f"{old} computes its {name} before each call (pruning, weight norm), which plain convolutions can't: "
-                f"make that permanent first, as torch.nn.utils.prune.remove does"
+                "make that permanent first, as torch.nn.utils.prune.remove does"
             )
     for hooks in (
         "_forward_hooks",

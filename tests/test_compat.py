@@ -247,11 +247,11 @@ def test_activation_checkpointing(name):
     assert_close(x.grad, once)
 
 
-@pytest.mark.parametrize("part", ["bias", "basis", "norm.weight"])
+@pytest.mark.parametrize("part", ["bias", "basis", "norm.weight", "norm.bias"])
 def test_timing_of_a_layer_whose_parts_are_computed(part):
     """By a parametrisation or by pruning; the user's graph stays as it is."""
     layer, x = Basis2021Conv2d(4, 6, 3, rank=3).eval(), torch.randn(2, 4, 13, 7)
-    owner, name = (layer.norm, "weight") if part == "norm.weight" else (layer, part)
+    owner, name = (layer.norm, part.removeprefix("norm.")) if "." in part else (layer, part)
     prune.l1_unstructured(owner, name, 0.5)
     layer(x).square().sum().backward()
     layer(x).square().sum().backward()

@@ -90,7 +90,8 @@ class Basis2021Conv2d(BasisConv2d):
     def prefers_factorized(self, x: Tensor) -> bool:
         if self.training:
             return True
-        if "weight" not in self.norm._parameters or is_parametrized(self):  # computed, which `_time` can't copy
+        computed = is_parametrized(self) or not {"weight", "bias"} <= self.norm._parameters.keys()
+        if computed:  # which `_time` can't copy
             return self._factorized_has_fewer_macs(x)
         return super().prefers_factorized(x)
 
