@@ -83,6 +83,8 @@ def convert(
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
     _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
+    if data is not None and how.ranks and not set(moments) & set(how.ranks):
+        raise ValueError("data would do nothing: it holds moments of none of the layers that are converted")
     replaced: dict[int, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
@@ -95,7 +97,8 @@ def convert(
                 first, row.error = by_weight[id(conv.weight)]
                 _share_factors(layer, first)
             elif from_scratch:
-                layer.reset_parameters(None if conv.weight.is_meta else conv.weight.square().mean().sqrt().item())
+                rms = None if conv.weight.is_meta else conv.weight.float().square().mean().sqrt().item()
+                layer.reset_parameters(rms)
             else:
                 row.error = layer.decompose_(conv.weight, moments=moments.get(row.name))
         except ValueError as error:
@@ -111,8 +114,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     """Measure the statistics of a converted network's batch norms again, in place; no labels, no training.
 
     Decomposed layers give other means and variances than the ones they replace. The images must be augmented as in
-    training: on images that are not, even a dense network's new statistics are worse than its own. The norms inside
-    `Basis2021Conv2d` keep theirs, which are part of the decomposed kernel.
+    training, or the statistics are of other inputs than the network was trained on. The norms inside `Basis2021Conv2d`
+    keep theirs, which are part of the decomposed kernel.
 
     Args:
         model: the network.
@@ -199,21 +202,24 @@ def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module
             if child is not None and id(child) in new:
                 setattr(parent, name, new[id(child)])
         for name, value in list(vars(parent).items()):
-            if name != "_modules" and (other := _replaced(value, new)) is not value:
+            if name != "_modules" and (other := _replaced(value, new, set())) is not value:
                 vars(parent)[name] = other
     return model
 
 
-def _replaced(value: Any, new: Mapping[int, nn.Module]) -> Any:
+def _replaced(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
     """`value` with the replacements of modules in it; lists and dicts are changed in place, as others may hold them."""
     if isinstance(value, nn.Module):
         return new.get(id(value), value)
+    if id(value) in seen:  # a dict may hold itself
+        return value
     if type(value) is tuple:
-        items = tuple(_replaced(item, new) for item in value)
+        items = tuple(_replaced(item, new, seen) for item in value)
         return value if all(a is b for a, b in zip(items, value, strict=True)) else items
     if type(value) in (list, dict):
+        seen.add(id(value))
         for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
-            if (other := _replaced(item, new)) is not item:
+            if (other := _replaced(item, new, seen)) is not item:
                 value[key] = other
     return value
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decef.copies import copied_to_meta
 from decef.extras import need
+from decef.inputs import argument
 from decef.layers import FactorizedConv2d
 
 if TYPE_CHECKING:
@@ -71,11 +72,11 @@ def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[
         m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))
     }
 
-    def remember(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        shapes.setdefault(names[module], []).append(tuple(args[0].shape))
+    def remember(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        shapes.setdefault(names[module], []).append(tuple(argument(args, kwargs).shape))
 
     for module in names:
-        module.register_forward_pre_hook(remember)
+        module.register_forward_pre_hook(remember, with_kwargs=True)
     _forward(model, _one(input_size))
     return shapes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ def inputs_of(batch: object, model: nn.Module) -> Tensor:
     if parameter is None:
         return x
     return x.to(parameter.device, parameter.dtype if x.is_floating_point() else x.dtype)
+
+
+def argument(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a convolution was called with, for hooks: `conv(x)` or `conv(input=x)`."""
+    return args[0] if args else kwargs["input"]
 
 
 def without_leftover(batches: Iterable[Batch]) -> Iterator[Batch]:

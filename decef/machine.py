@@ -59,7 +59,7 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, where the C library is glibc; say whether that worked.
 
     By default glibc maps every large block anew and gives it back when it is freed, so that each of a training step's
-    intermediate results starts with page faults. Without them ResNet-20 trains about a tenth faster on a CPU.
+    intermediate results starts with page faults. Without them training on a CPU is faster.
     """
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # the names of malloc.h, without M_
     try:

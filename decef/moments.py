@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from decef.copies import copied
 from decef.costs import shared_weights
-from decef.inputs import NO_BATCH, check_batches, inputs_of
+from decef.inputs import NO_BATCH, argument, check_batches, inputs_of
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
@@ -91,13 +92,13 @@ def _collect(
     for name, conv in wanted.items():
         assert isinstance(conv, nn.Conv2d)
 
-        def remember(module: nn.Module, args: tuple[Tensor, ...], name: str = name, conv: nn.Conv2d = conv) -> None:
-            for patches in input_patches(conv, args[0]):
+        def remember(module: nn.Module, args: Any, kwargs: Any, name: str = name, conv: nn.Conv2d = conv) -> None:
+            for patches in input_patches(conv, argument(args, kwargs)):
                 moments = (patches @ patches.mT).double()
                 sums[name] = sums[name] + moments if name in sums else moments
                 counts[name] = counts.get(name, 0) + patches.shape[-1]
 
-        hooks.append(conv.register_forward_pre_hook(remember))
+        hooks.append(conv.register_forward_pre_hook(remember, with_kwargs=True))
     try:
         for batch in inputs:
             model(inputs_of(batch, model))

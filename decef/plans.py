@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import moments_on
 from decef.progress import bar
 from decef.ranks import Budget, Candidate, Latency, PerLayer, Rule, Totals, as_rule
+from decef.ranks.budget import NO_INPUT_SIZE
 from decef.ranks.rules import checked_rank
 from decef.ranks.steps import Step, frontier, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
@@ -177,13 +179,16 @@ def plan(
             **options,
         ).plan(rank)
     layer_class, rule = layer_type(layer), as_rule(rank)
+    _check_options(layer, options)
+    if isinstance(rule, Budget) and rule.params is None and input_size is None and layer_class is not nn.Conv2d:
+        raise ValueError(NO_INPUT_SIZE)
     sites = find_sites(model, input_size)
     note_kept(sites, layer_class, _patterns(include), _patterns(exclude) or (), min_kernel_size)
     changing = [site for site in sites if not site.reason]
     add_units(changing, layer_class, options)
-    candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
     if isinstance(rule, PerLayer):
-        rule = PerLayer(_by_first(rule.ranks, changing))
+        rule = PerLayer(_by_first(rule.ranks, sites))
+    candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
     of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_class, FactorizedConv2d)
     if candidates or of_network or getattr(rule, "names_layers", False):
         chosen = _choose(rule, candidates, _totals(model, input_size))
@@ -217,10 +222,11 @@ class TypeChoice:
         self._totals = _totals(model, input_size)
         self._sites: dict[str, dict[str, Site]] = {}
         self._candidates: list[tuple[str, Candidate]] = []
-        self._energies: dict[tuple[str, str], dict[int, float]] = {}
+        self._energies: dict[tuple[str, str, int], dict[int, float]] = {}
         moments = None
         included, excluded = _patterns(include), _patterns(exclude) or ()
         for name in AUTO_TYPES:
+            _check_options(name, options)
             found = find_sites(model, input_size)
             note_kept(found, layer_type(name), included, excluded, min_kernel_size)
             changing = [site for site in found if not site.reason]
@@ -244,9 +250,9 @@ class TypeChoice:
         rule = _weighing(rule)
         steps: dict[str, list[Step]] = {}
         for layer, candidate in bar(self._candidates, "energies", progress and not self._energies):
-            key = layer, candidate.name
+            key = layer, candidate.name, rule.most(candidate)
             if key not in self._energies:
-                self._energies[key] = measured_energy(candidate)
+                self._energies[key] = measured_energy(candidate, key[-1])
             of_all = steps.setdefault(candidate.name, [])
             # Dense, a layer costs the same whatever type it might have, but times are measured for each type: the
             # first that could is asked.
@@ -260,7 +266,7 @@ class TypeChoice:
             step = chosen.get(dense.first)
             if step is None or step.layer is None:
                 row = _row(replace(dense, rank=None))
-                rows.append(row if step is None else replace(row, reason=f"left dense by {rule!r}"))
+                rows.append(row if row.reason else replace(row, reason=f"left dense by {rule!r}"))
                 continue
             rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
         return Plan(AUTO, rows, self._options)
@@ -283,8 +289,24 @@ def layer_type(name: str) -> type[nn.Module]:
         ValueError: there is no such type; the message lists them.
     """
     if name not in LAYERS:
-        raise ValueError(f"unknown layer type '{name}'; there are {', '.join(LAYERS)}")
+        raise ValueError(f"unknown layer type '{name}'; there are {', '.join(LAYERS)}, and for plans {AUTO}")
     return LAYERS[name]
+
+
+def _check_options(name: str, options: Iterable[str]) -> None:
+    """Raise TypeError for a keyword that is an argument neither of `plan` nor of the layer type."""
+    layer_class = layer_type(name)
+    if not issubclass(layer_class, FactorizedConv2d):
+        known: list[str] = []
+    else:
+        parameters = inspect.signature(layer_class).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rank"]
+    for key in options:
+        if key not in known:
+            mine = [p.name for p in inspect.signature(plan).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            raise TypeError(f"plan has no argument {key}, nor {name} an option: there are {', '.join(mine + known)}")
 
 
 def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict[str, tuple[int | None, str]]:
@@ -314,12 +336,14 @@ def _by_first(ranks: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]
     """Ranks by layer name, of the layers that share a weight only the first's.
 
     Raises:
-        ValueError: two of them have different ranks.
+        ValueError: two of them have different ranks, or a layer that is kept has one.
     """
-    firsts = {site.name: site.first for site in sites}
+    by_name = {site.name: site for site in sites}
     found: dict[str, int] = {}
     for name, rank in ranks.items():
-        first = firsts.get(name, name)
+        if name in by_name and by_name[name].reason:
+            raise ValueError(f"'{name}' has a rank, but is kept: {by_name[name].reason}")
+        first = by_name[name].first if name in by_name else name
         if found.setdefault(first, rank) != rank:
             raise ValueError(f"'{name}' shares its weight with '{first}': both must have the same rank")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from decef.costs import input_shapes, layer_macs, shared_weights
 from decef.layers import FactorizedConv2d
 from decef.ranks import Candidate
+
+NAMED = 8  # convolutions that a message names
 
 
 @dataclass
@@ -94,9 +96,7 @@ def note_kept(
     Raises:
         ValueError: a pattern that matches no convolution.
     """
-    for pattern in (*(include or ()), *exclude):
-        if not any(fnmatchcase(site.name, pattern) for site in sites):
-            raise ValueError(f"the pattern '{pattern}' matches no convolution of the network")
+    check_patterns(sites, [*(include or ()), *exclude])
     for site in sites:
         site.reason = _reason_to_keep(site, layer_class, include, exclude, min_kernel_size)
     # Convolutions that share a weight can share factors only if all of them are converted and have the same groups.
@@ -105,6 +105,14 @@ def note_kept(
         different = [name for name in site.sharing if groups.get(name) != site.module.groups]
         if different and not site.reason:
             site.reason = f"shares its weight with '{different[-1]}', which is kept"
+
+
+def check_patterns(sites: Sequence[Site], patterns: Iterable[str]) -> None:
+    """Raise ValueError for a pattern that matches no convolution."""
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            there = ", ".join([site.name for site in sites[:NAMED]] + ["..."] * (len(sites) > NAMED)) or "none"
+            raise ValueError(f"the pattern '{pattern}' matches no convolution of the network; there are: {there}")
 
 
 def _reason_to_keep(

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="for the layers benchmark")
     parser.add_argument("--share", type=float, default=0.5, help="share of the dense FLOPs (default 0.5)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes for layers (default 1 8)")
+    parser.add_argument("--batches", type=int, nargs="+", help="batch sizes for the layers benchmark (default 1 8)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     wrong = set(arguments.what) - set(WHAT)
@@ -30,6 +30,8 @@ def main() -> None:
         fail(f"there is no benchmark {', '.join(sorted(wrong))}; there are {', '.join(WHAT)}")
     if arguments.dtype != "float32" and arguments.what != ["layers"]:
         fail(f"--dtype {arguments.dtype} is for the benchmark layers alone")
+    if arguments.batches and arguments.what and "layers" not in arguments.what:
+        fail("--batches is for the benchmark layers")
     if not 0 < arguments.share <= 1:
         fail(f"--share {arguments.share:g} must be above 0 and at most 1")
 
@@ -55,7 +57,7 @@ def main() -> None:
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     share, dtype = arguments.share, getattr(torch, arguments.dtype)
     measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
-        "layers": lambda: bench_layers.bench_layers(LAYERS, [share], arguments.batches, device, dtype),
+        "layers": lambda: bench_layers.bench_layers(LAYERS, [share], arguments.batches or [1, 8], device, dtype),
         "networks": lambda: bench_inference.bench_inference(bench_inference.INFERENCE, share, device),
         "operators": lambda: bench_operators.bench_operators(bench_operators.OPERATORS, share),
         "training": lambda: bench_training.bench_steps(bench_training.TRAINING, share, device),

@@ -154,5 +154,6 @@ def _keys(cfg: DictConfig) -> list[str]:
 
 
 def _near(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    inner = [key for key in known if key.rpartition(".")[2] == word]  # rank=4 for layer.rank=4
+    close = inner or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

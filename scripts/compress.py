@@ -116,7 +116,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     )
 
 
-def _budget(given: dict[str, Any]) -> Any:
+def _budget(given: object) -> Any:
     from decef.compression import Memory, Milliseconds, Size
     from decef.ranks import Budget, Latency
 
@@ -128,7 +128,7 @@ def _budget(given: dict[str, Any]) -> Any:
         "memory": Memory,
         "bytes": Size,
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = {key: value for key, value in given.items() if value is not None} if isinstance(given, dict) else {}
     if len(chosen) != 1:
         raise ValueError(f"say one budget, such as budget.latency=0.6: there are {', '.join(kinds)}")
     ((key, value),) = chosen.items()

@@ -2,9 +2,12 @@
 
 python scripts/export.py results/runs/ID --out network.onnx          (ONNX; network.pt2: torch.export)
 python scripts/export.py resnet20 --weights resnet20-12fca82f.th --plan plan.yaml --out network.onnx
+python scripts/export.py mypackage.nets:make_net --weights FILE --size 3 64 64 --out network.onnx
+python scripts/export.py small/network.safetensors --form factorized --out network.onnx      (of compress.py; as small)
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from cli import fail, weights_file
@@ -14,7 +17,10 @@ FORMATS = (".onnx", ".pt2")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="a run's folder, or a network's name such as resnet20 or timm/resnet18")
+    parser.add_argument(
+        "network",
+        help="a run's folder, a file of compress.py, or a name: of a released network, or as above",
+    )
     parser.add_argument("--out", type=Path, required=True, help="file to write, .onnx or .pt2")
     parser.add_argument("--weights", type=weights_file, help="file with trained weights, for a network given by name")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
@@ -29,16 +35,20 @@ def main() -> None:
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
 
+    sys.path.append(str(Path.cwd()))  # for a network of one's own
+
     from decef.conversion import convert
     from decef.inference.export import export
     from decef.plans import Plan
     from decef.training.networks import input_size_of, load_networks
 
     try:
-        _, model = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)[-1]
+        size = tuple(arguments.size or input_size_of(arguments.network))
+        _, model = load_networks(
+            arguments.network, weights=arguments.weights, pretrained=arguments.pretrained, input_size=size, trained=True
+        )[-1]
         if arguments.plan:
             model = convert(model, Plan.load(arguments.plan))
-        size = tuple(arguments.size or input_size_of(arguments.network))
         for line in export(
             model,
             arguments.out,

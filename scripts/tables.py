@@ -1,4 +1,4 @@
-"""Write results/tables from run records: python scripts/tables.py [--source wandb] [--print]."""
+"""Write results/tables from run records: python scripts/tables.py [--source wandb] [--print NAME]."""
 
 import argparse
 import logging

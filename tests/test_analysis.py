@@ -96,6 +96,9 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
     own = {"module.weight": torch.zeros(1), "bias": torch.zeros(1)}  # a part of that name
     torch.save(own, tmp_path / "w.th")
     assert load_state_dict(tmp_path / "w.th") == own
+    torch.save(CifarResNet(8), tmp_path / "w.th")
+    with pytest.raises(ValueError, match=r"or a network saved whole: save its state_dict\(\) instead$"):
+        load_weights(CifarResNet(8), tmp_path / "w.th")
     (tmp_path / "w.th").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="no file of weights"):
         load_weights(CifarResNet(8), tmp_path / "w.th")

@@ -26,11 +26,11 @@ def _measured_once():
     """The same kernels are decomposed at the same ranks for many plans here."""
     known = {}
 
-    def remembered(c):
+    def remembered(c, most):
         data = c.moments is not None
-        key = (c.layer, c.name, c.weight.data_ptr(), data, c.params, c.params_per_rank, c.macs, c.macs_per_rank)
+        key = (c.layer, c.name, c.weight.data_ptr(), data, most)
         if key not in known:
-            known[key] = measured_energy(c)
+            known[key] = measured_energy(c, most)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -111,8 +111,26 @@ def test_by_time_every_layer_has_the_type_that_is_fast_there(trained):
     assert {chosen[name] for name in first if name in chosen} <= {"decef"}
     assert "decef" not in {chosen[name] for name in second if name in chosen}
     assert chosen
-    with pytest.raises(ValueError, match="needs times for layer type rank1"):
+    with pytest.raises(ValueError, match="needs times by layer type, here for rank1"):
         plan(trained, "auto", rank=Latency(0.5, {k: v for k, v in times.items() if k != "rank1"}), input_size=SIZE)
+    with pytest.raises(ValueError, match="needs times by layer type, here for decef"):  # those of one type
+        plan(trained, "auto", rank=Latency(0.5, times["decef"]), input_size=SIZE)
+    with pytest.raises(ValueError, match="times by layer type are for layer 'auto'"):
+        plan(trained, "decef", rank=Latency(0.5, times), input_size=SIZE)
+    some = {layer: Times(one.total, {name: one.layers[name] for name in first}) for layer, one in times.items()}
+    made = plan(trained, "auto", rank=Latency(0.99, some), input_size=SIZE)
+    assert {row.reason for row in made.rows if row.name in second} == {"left dense by Latency(share=0.99)"}
+
+
+def test_a_budget_of_parameters_is_spread_the_same_whether_or_not_macs_are_known():
+    """With stride 2, DeCEF's depthwise filters are as large as the dense kernel's saving of MACs allows sooner."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(a, b, 3, 2, 1, bias=False) for a, b in ((16, 32), (32, 32), (32, 32))))
+    plans = [plan(model, "auto", rank=Budget(params=0.5), input_size=size).rows for size in (None, (16, 32, 32))]
+    chosen = [[(row.name, row.layer, row.rank) for row in rows] for rows in plans]
+    assert chosen[0] == chosen[1]
+    share = sum(row.params_after for row in plans[0]) / sum(row.params_before for row in plans[0])
+    assert 0.48 < share <= 0.5
 
 
 def test_a_dense_layer_that_was_faster_when_another_type_was_measured_saves_no_time(trained):

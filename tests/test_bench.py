@@ -240,6 +240,7 @@ def test_what_the_command_refuses(call, tmp_path):
         (["layers", "--share", "2"], "--share 2 must be above 0"),
         (["layers", "--device", "cuda:99"], "torch sees no GPU"),
         (["layers", "--share", "1e-6"], "layers: nothing of what was asked for can be measured"),
+        (["networks", "--batches", "4"], "--batches is for the benchmark layers"),
         (["networks", "--dtype", "bfloat16"], "--dtype bfloat16 is for the benchmark layers alone"),
     ):
         done = call("bench.py", *arguments, "--out", tmp_path)

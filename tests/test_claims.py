@@ -637,6 +637,8 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
         ("published: [B12, B21]", "published: [B12, B99]", "basisconv-resnet56 has published value 'B99'"),
         ("kind: trains", "kind: train", "has kind 'train'; there are non_inferior"),
         ("holds_if: any", "holds_if: some", "has holds_if 'some'; there are all, any"),
+        ("layer.name: rank1", "layer.nmae: rank1", "selects by 'layer.nmae', which is no setting of a run"),
+        ("margin: 0.5", "margn: 0.5", "missing a required argument: 'margin'"),
         ("paper: atcd", "paper: actd", "atcd-better has paper 'actd'"),
         ("- id: atcd-better", "- id: fair-fight", "fair-fight stands there twice"),
         ("status: verified,", "status: recalled,", "A1 has status 'recalled'"),

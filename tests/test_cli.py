@@ -94,6 +94,7 @@ def test_any_network_of_timm(call, tmp_path):
         (["-m", "layer=conv2d,decef,cpca"], "there is no layer 'cpca'; did you mean 'cpac'"),
         (["layer=conv2d,decef"], "add -m"),
         (["model=resnet21"], "there is no model 'resnet21'"),
+        (["layer=decef", "rank=4"], "there is no key 'rank'; did you mean 'layer.rank'"),
         (["layer.rnk=3"], "there is no key 'layer.rnk'; did you mean 'layer.rank'"),
         (["dataset=cifar10", "dataset.root=cifar"], "data_batch_1 is missing"),
         (["results=file"], "cannot be written"),

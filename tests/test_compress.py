@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import decef
 from decef.compression import Compression, Memory, Milliseconds, Size, compress
 from decef.compression.budgets import search
+from decef.compression.report import summary
 from decef.inference.memory import activation_bytes, stored_bytes
 from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
@@ -181,6 +182,8 @@ def test_memory_and_size(trained, options):
     small = compress(trained, loader(count=400), **{**given, "budget": Size(dense // 2)})
     assert stored_bytes(small.network) == pytest.approx(dense // 2, rel=0.05)
     assert stored_bytes(small.network) == small.numbers["bytes"]["small"]
+    assert set(small.deployed.forms.values()) == {"factorized"}  # the fastest form may be dense
+    assert small.deployed.bytes < 0.6 * dense
     small = compress(trained, loader(count=400), **{**given, "budget": Memory(0.6)})
     memory = small.numbers["memory"]
     assert memory["small"] / memory["dense"] == pytest.approx(0.6, rel=0.06)
@@ -362,7 +365,9 @@ def colour_images():
         (loader, {"layer": "conv2d"}, "would change nothing"),
         (loader, {"layer": "tucker"}, "unknown layer type 'tucker'"),
         (loader, {"finetune": -1}, "finetune=-1 must be a whole number, at least 0"),
-        (loader, {"lr": 0}, "train.lr=0 must be"),
+        (loader, {"lr": 0}, "^lr=0 must be"),
+        (lambda: iter(loader()), {}, "can be iterated once only: give a list or a DataLoader"),
+        (loader, {"layer": "auto", "budget": Budget(params=0.5, uniform=True)}, "which uniform=True doesn't"),
         (loader, {"seed": "a"}, "seed='a' must be a whole number, at least 0"),
         (loader, {"engine": "tensorrt"}, "there is no engine 'tensorrt'"),
         (loader, {"budget": Budget(flops=0.01)}, r"0\.01 of the dense network's FLOPs can't be met"),
@@ -380,6 +385,21 @@ def test_labels_that_only_later_don_t_fit_stop_the_fine_tuning(trained, options,
     with pytest.raises(ValueError, match="but the network has 10 outputs"):
         compress(trained, bad, out=tmp_path, **options)
     assert (tmp_path / "plan.yaml").is_file()  # what was done is kept
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_accuracy_is_measured(trained, options, monkeypatch):
+    monkeypatch.setattr("decef.compression.pipeline.measure_top1", None)
+    with pytest.raises(ValueError, match="'stem' matches no convolution"):
+        Compression(trained, loader(), **{**options, "exclude": "stem", "test": loader()})
+
+
+def test_layers_that_all_run_dense_are_said_to(trained, options, monkeypatch):
+    done = compress(trained, loader(count=400), **{**options, "finetune": 0})
+    for row in done.numbers["layers"]:
+        row["form"] = "reconstructed" if row["action"] == "convert" else ""
+    assert "All of them run as dense convolutions here" in summary(done.numbers)
+    next(row for row in done.numbers["layers"] if row["action"] == "convert")["form"] = "wide"
+    assert "dense convolutions" not in summary(done.numbers)
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, "x"])
@@ -409,7 +429,7 @@ def test_the_command_line(call, trained, tmp_path):
     done = call("compress.py", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "of the FLOPs, and takes" in done.stdout
-    assert "wrote small/: network.pt2, network.safetensors, plan.yaml, report.md" in done.stdout
+    assert "wrote small/: network.safetensors, network.pt2, plan.yaml, report.md" in done.stdout
     assert decef.load(tmp_path / "small" / "network.safetensors", model=network()).card.dataset == "digits"
     assert "model=YOUR_DENSE_NETWORK" in (tmp_path / "small" / "report.md").read_text()
 
@@ -420,6 +440,7 @@ def test_the_command_line(call, trained, tmp_path):
         (["budget.flops=0.5"], "say model.weights=FILE"),
         (["budget.flops=0.5", "model.weights=w.pt", "out=null"], "say out=FOLDER"),
         (["budget.flops=0.5", "budget.latency=0.5", "model.weights=w.pt"], "say one budget"),
+        (["budget=0.5", "model.weights=w.pt"], "say one budget, such as budget.latency=0.6"),
         (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
         (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),
         (["layer=decef", "layer.rank=3"], "layer.rank=3 would do nothing here"),

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
+import decef
 from decef.conversion import convert, fold, recalibrate
 from decef.inference.forms import to_convolutions
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
@@ -195,7 +196,7 @@ def test_only_a_rule_that_names_layers_is_called_where_there_is_no_candidate():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
     assert plan(model, "decef", rank=dearest).ranks == {"1": 1}
     assert plan(model, "conv2d", rank=dearest).ranks == plan(model, "conv2d", rank=Budget(params=0.1)).ranks == {}
-    with pytest.raises(ValueError, match="no such layer: 0"):
+    with pytest.raises(ValueError, match="'0' has a rank, but is kept: conv2d keeps every convolution"):
         plan(model, "conv2d", rank={"0": 1})
 
 
@@ -247,7 +248,7 @@ def test_per_layer_ranks_that_do_not_fit():
         plan(model, "decef", rank=PerLayer({"0": 1, "2": 1}))
     with pytest.raises(ValueError, match=r"rank 5 is not possible in layer '1'.* 1 to 4"):
         plan(model, "decef", rank={"0": 5, "1": 5})
-    with pytest.raises(ValueError, match=r"no such layer: 0$"):
+    with pytest.raises(ValueError, match="'0' has a rank, but is kept: excluded by '0'"):
         plan(model, "decef", rank={"0": 1, "1": 1}, exclude="0")
 
 
@@ -259,6 +260,24 @@ def test_wrong_ranks():
             plan(network(), "decef", rank=rank)
     with pytest.raises(ValueError, match=r"share=1\.5"):
         Share(1.5)
+
+
+@pytest.mark.parametrize(("layer", "there"), [("decef", "data, implementation"), ("conv2d", "data"), ("auto", "data")])
+def test_a_misspelt_argument_is_named(layer, there):
+    with pytest.raises(TypeError, match=rf"plan has no argument exlude, .*there are rank, include, exclude.*{there}"):
+        plan(network(), layer, rank=Budget(params=0.5), exlude="conv1")
+
+
+def test_a_pattern_that_matches_nothing_is_answered_with_names():
+    with pytest.raises(ValueError, match=r"'stem' matches no convolution of the network; there are: conv1, layer1.0"):
+        plan(network(), "decef", rank=1, exclude="stem")
+
+
+def test_a_budget_of_flops_without_an_input_size_uses_up_no_data():
+    data = iter([torch.randn(2, 1, 8, 8)])
+    with pytest.raises(ValueError, match="a FLOPs budget needs the input size"):
+        plan(network(), "decef", rank=Budget(flops=0.5), data=data)
+    assert len(list(data)) == 1
 
 
 # Save and load ----------------------------------------------------------------------------------------------------
@@ -636,3 +655,40 @@ def test_data_come_to_the_precision_of_the_network():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double()
     small = convert(model, "decef", rank=2, data=[images().float()])
     assert recalibrate(small, [images().float()])(images().double()).dtype == torch.float64
+
+
+class ByName(nn.Module):
+    """A network that names the argument of its convolution, and keeps a dict that holds itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1)
+        self.parts = {"conv": self.conv}
+        self.parts["all"] = self.parts
+
+    def forward(self, x):
+        return self.parts["conv"](input=x)
+
+
+def test_a_convolution_may_be_called_by_the_name_of_its_argument():
+    torch.manual_seed(0)
+    model, x = ByName(), torch.randn(2, 4, 8, 8)
+    small = convert(model, "decef", rank=8, input_size=(4, 8, 8), data=[x])
+    assert small.parts["conv"] is small.conv
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+    assert decef.cost(small, (4, 8, 8)).attrs["macs"] > 0
+    torch.testing.assert_close(decef.deploy(small, x, engines=["eager"])(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("data", [{}, {"module.conv1": torch.eye(9)[None]}])
+def test_moments_of_other_layers_are_refused(data):
+    with pytest.raises(ValueError, match="data would do nothing: it holds moments of none of the layers"):
+        convert(network(), "decef", rank=1, data=data)
+
+
+def test_new_factors_have_the_scale_of_small_weights_in_half_precision():
+    conv = nn.Conv2d(8, 8, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.mul_(5e-5 / conv.weight.square().mean().sqrt())  # its square is 0 in half precision
+    small = convert(nn.Sequential(conv).half(), "decef", rank=4, from_scratch=True)
+    assert small[0].weight.float().square().mean().sqrt().item() == pytest.approx(5e-5, rel=0.1)

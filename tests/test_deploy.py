@@ -1,5 +1,6 @@
 """Every fast path computes what the network does: plain convolutions, folded batch norms, other engines, files."""
 
+import functools
 import sys
 
 import pytest
@@ -10,12 +11,14 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import decef
+from decef.inference import engines
 from decef.inference.deploy import _fastest
 from decef.inference.engines import ENGINES, Loadable, available, load, to_onnx
 from decef.inference.export import export as write
 from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.models import create_model
+from decef.models.released import RELEASED
 from decef.ranks import Budget
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
@@ -252,8 +255,8 @@ def test_what_deploy_refuses(monkeypatch):
         decef.deploy(model, x, engines=["tensorrt"])
     with pytest.raises(ValueError, match="one tensor"):
         decef.deploy(Pair(), x)
-    with pytest.raises(ValueError, match=r"calibration must be several inputs.* give \[images\]"):
-        decef.deploy(model, x, precision="int8", calibration=x)
+    with pytest.raises(ValueError, match=r"example_input must be a tensor, such as images\[:1\], not tuple"):
+        decef.deploy(model, (3, 9, 9))
     monkeypatch.setattr("decef.inference.engines.available", lambda device, precision: [])
     with pytest.raises(ValueError, match="no engine here runs in int8: that needs a CPU"):
         decef.deploy(model, x, precision="int8")
@@ -368,6 +371,23 @@ def export(call):
     return export
 
 
+OWN = """
+from torch import nn
+def make(): return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 4))
+"""
+
+
+def test_a_network_of_ones_own_and_a_file_are_exported_as_typed(call, tmp_path):
+    (tmp_path / "mynets.py").write_text(OWN)
+    done = call("export.py", "mynets:make", "--size", 1, 5, 5, "--out", "own.onnx", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own.onnx").is_file()
+    path = RELEASED / "resnet20-cifar10-cpac-0.667.safetensors"
+    done = call("export.py", path, "--form", "factorized", "--out", "small.pt2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small.pt2").stat().st_size < 1.1e6  # its weights have 0.7 MB, the dense network's 1.1
+
+
 def test_export_as_typed(export, tmp_path):
     torch.manual_seed(0)
     model = create_model("resnet20", num_classes=10)
@@ -387,17 +407,17 @@ def test_export_as_typed(export, tmp_path):
 
 def test_a_torch_program_is_the_network(tmp_path):
     model, x = small("cpac"), torch.randn(2, 3, 9, 9)
-    said = list(write(model, tmp_path / "network.pt2", x.shape, form="branches"))
+    said = write(model, tmp_path / "network.pt2", x.shape, form="branches")
     assert "equal to the original in torch.export" in said[0]
     assert_close(torch.export.load(tmp_path / "network.pt2").module()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="must end in"):
-        list(write(model, tmp_path / "network.tflite", x.shape))
+        write(model, tmp_path / "network.tflite", x.shape)
     assert [path.name for path in tmp_path.iterdir()] == ["network.pt2"]
 
 
 def test_a_torch_program_with_a_free_batch(tmp_path):
     model, path = small("cpac"), tmp_path / "network.pt2"
-    list(write(model, path, (1, 3, 9, 9), form="factorized", dynamic_batch=True))
+    write(model, path, (1, 3, 9, 9), form="factorized", dynamic_batch=True)
     program = torch.export.load(path).module()
     for x in (torch.randn(1, 3, 9, 9), torch.randn(5, 3, 9, 9)):
         assert_close(program(x), model.eval()(x), rtol=1e-3, atol=1e-4)
@@ -409,7 +429,7 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
             return x if x.sum() > 0 else -x
 
     with pytest.raises(ValueError, match=r"^the network cannot be exported by torch\.export: .+$"):
-        list(write(Decides(), tmp_path / "network.pt2", (1, 3, 9, 9), form="factorized"))
+        write(Decides(), tmp_path / "network.pt2", (1, 3, 9, 9), form="factorized")
     assert not list(tmp_path.iterdir())
 
 
@@ -417,8 +437,13 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
     ("arguments", "message"),
     [
         (["resnet20", "--out", "network.tflite"], "must end in .onnx or .pt2"),
-        (["resnet20", "--out", "network.onnx", "--form", "quick"], "there is no form 'quick'"),
-        (["resnet21", "--out", "network.onnx"], "'resnet21' is no run's folder"),
+        (["resnet20", "--out", "network.onnx"], "resnet20 would have random weights: say --weights FILE"),
+        (["resnet20-cifar10-decef-0.667", "--out", "network.onnx", "--form", "quick"], "there is no form 'quick'"),
+        (
+            ["resnet20-cifar10-decef-0.667", "--out", "x.onnx", "--size", "1", "9", "9"],
+            "doesn't run on an input of (1, 1,",
+        ),
+        (["resnet21", "--out", "network.onnx", "--pretrained"], "'resnet21' is no run's folder"),
         (["resnet20", "--out", "network.onnx", "--size", "3", "4"], "expected 3 arguments"),
     ],
 )
@@ -427,3 +452,20 @@ def test_export_refuses(export, arguments, message):
     assert code == 2
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_however_many_networks_are_compiled_none_runs_uncompiled(monkeypatch):
+    """torch compiles one forward eight times, and runs what comes after it as it is."""
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: ran.append(1) or graph(*args)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    x = torch.randn(1, 3, 9, 9)
+    for count in range(12):
+        runner = engines.load("compile", engines.Loadable(nn.Sequential(nn.Conv2d(3, 4, 3)), x))
+        with torch.no_grad():
+            runner(x)
+        assert len(ran) == count + 1

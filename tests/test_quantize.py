@@ -38,6 +38,21 @@ def test_the_range_is_that_of_the_calibration():
     assert (near(X) - expected).norm() < 0.5 * (far(X) - expected).norm()
 
 
+def test_it_is_calibrated_on_a_tensor_a_list_or_a_loader_alike(caplog):
+    model, images = small("conv2d"), torch.cat([X, 3 * X, X[:1]])
+    labelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.zeros(5)), batch_size=4)
+    outputs = [
+        decef.deploy(model, X, precision="int8", calibration=given)(X)
+        for given in (images, [X, 3 * X], iter([images[:3], images[3:]]), labelled)
+    ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[3])
+    assert "calibrated on the example alone" not in caplog.text
+    alone = decef.deploy(model, X, precision="int8")(X)
+    assert not torch.equal(alone, outputs[0])
+    assert "calibrated on the example alone" in caplog.text
+
+
 @pytest.mark.parametrize(("saturates", "largest"), [(False, 127), (True, 64)])
 def test_weights_have_seven_bits_where_eight_would_overflow(monkeypatch, saturates, largest):
     monkeypatch.setattr("decef.inference.quantize.int8_saturates", lambda: saturates)
@@ -100,7 +115,7 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
     assert (again.forms, again.arrangement, again.times) == (deployed.forms, deployed.arrangement, deployed.times)
     assert torch.equal(again(X), deployed(X))
     assert again.error == deployed.error
-    with pytest.raises(ValueError, match=r"must have the example's shape|would do nothing in fp32"):
+    with pytest.raises(ValueError, match=r"calibration has no 2 inputs|would do nothing in fp32"):
         Deployed.load(tmp_path / "choice.json", model, X, calibration=[X[:1]])
     with pytest.raises(ValueError, match="for a network with other low-rank layers"):
         Deployed.load(tmp_path / "choice.json", small("conv2d"), X, **again_on)
@@ -119,8 +134,13 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
         ({"precision": "int8", "engines": ["eager"]}, "engine 'eager' does not run in int8: onnxruntime can"),
         ({"precision": "bf16", "engines": ["onnxruntime"]}, "does not run in bf16: eager, compile can"),
         ({"calibration": [X]}, "calibration would do nothing in fp32"),
-        ({"precision": "int8", "calibration": [X[:1]]}, r"must have the example's shape, \(2, 3, 9, 9\)"),
-        ({"precision": "int8", "calibration": []}, "calibration must have at least one input"),
+        (
+            {"precision": "int8", "calibration": X[:, :2]},
+            r"calibration is \(2, 2, 9, 9\); it must be like the example, \(2, 3, 9, 9\)",
+        ),
+        ({"precision": "int8", "calibration": ["x"]}, "calibration is str; it must be like the example"),
+        ({"precision": "int8", "calibration": []}, "calibration has no 2 inputs, which is the example's batch size"),
+        ({"precision": "int8", "calibration": X[:1]}, "calibration has no 2 inputs"),
     ],
 )
 def test_what_is_refused_before_anything_runs(options, message):

@@ -47,6 +47,11 @@ def test_networks_that_are_not_there_or_damaged(call, finished, tmp_path):
         decef.load("resnet20", folder=tmp_path)
     with pytest.raises(ValueError, match="damaged or no released network"):
         decef.load("broken", folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"did you mean broken\?; in"):
+        decef.load("brokn", folder=tmp_path)
+    (tmp_path / "weights.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"weights\.pt is no \.safetensors file of decef\.compress"):
+        decef.load(tmp_path / "weights.pt")
     folder, summary = finished
     copied = tmp_path / "run"
     copied.mkdir()

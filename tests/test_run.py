@@ -222,6 +222,9 @@ def test_a_run_id_follows_from_what_determines_the_result(tmp_path):
     assert name(layer__rank=None, layer__flops=1) == name(layer__rank=None, layer__flops=1.0)
     step = {"train__schedule": "step"}
     assert name(**step) == name(**step, train__warmup=0.0) != name(**step, train__milestones=[0.9])
+    for idle in (step | {"train__warmup": 0.5}, {"train__milestones": [0.9], "train__gamma": 0.2}):
+        usual = {key: value for key, value in idle.items() if key == "train__schedule"}
+        assert config(tmp_path, **idle).resolved() == config(tmp_path, **usual).resolved()
     adam = {"train__adam": True}
     assert name(**adam) == name(**adam, train__momentum=0.5, train__nesterov=False)
 
@@ -431,3 +434,19 @@ def test_freed_memory_is_kept():
     usual, kept = map(int, done.stdout.split())
     assert usual > 1000  # 10 times 40 MiB; pages are mostly of 4 KiB
     assert kept < usual / 100
+
+
+def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory", "images/7.png")
+
+    monkeypatch.setattr("decef.training.run._fit", missing)
+    with pytest.raises(InputError, match=r"No such file .*images/7\.png.*; the last whole checkpoint is kept") as said:
+        run(config(tmp_path))
+    assert "make room" not in str(said.value)
+
+
+@pytest.mark.parametrize("std", [[0.0], [-1.0]])
+def test_images_are_not_divided_by_nothing(tmp_path, std):
+    with pytest.raises(ValueError, match=r"dataset\.std=.* must be above 0 in every channel"):
+        config(tmp_path, dataset__mean=[0.5], dataset__std=std)

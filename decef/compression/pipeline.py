@@ -33,7 +33,7 @@ from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import total_cost
-from decef.inference.deploy import Deployed, deploy
+from decef.inference.deploy import Deployed, Deployer, deploy
 from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
@@ -44,6 +44,7 @@ from decef.machine import environment
 from decef.models.released import Card, save
 from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
 from decef.ranks import Budget, Latency, Rule
+from decef.sites import check_patterns, find_sites
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import TrainConfig
 
@@ -72,7 +73,10 @@ class Compressed:
 
 
 def compress(model: nn.Module, data: Loader, **arguments: Any) -> Compressed:
-    """Shrink a trained classifier to a budget, and fine-tune it. The arguments are those of `Compression`."""
+    """Shrink a trained classifier to a budget, and fine-tune it; `progress=True` shows how far it is.
+
+    The arguments, among them `budget`, `layer`, `finetune`, `test` and `out`, are those of `Compression`.
+    """
     return Compression(model, data, **arguments).run()
 
 
@@ -127,6 +131,11 @@ class Compression:
             raise ValueError(f"budget={budget!r} is no budget: say Budget(flops=0.5) or Latency(0.6) of decef.ranks")
         if isinstance(budget, Latency) and budget.times is not None:
             raise ValueError("a compression measures the times itself: say Latency(share) without times")
+        if layer == AUTO and isinstance(budget, Budget) and budget.uniform:
+            raise ValueError("layer 'auto' weighs energy against cost, which uniform=True doesn't: leave that out")
+        for given in filter(None, (data, test)):
+            if isinstance(given, Iterator):
+                raise ValueError("the data can be iterated once only: give a list or a DataLoader")
         if layer == "conv2d" or (layer != AUTO and not layer_type(layer)):
             raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
         whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
@@ -138,7 +147,11 @@ class Compression:
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = _listed(include), _listed(exclude)
-        self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
+        check_patterns(find_sites(self._model, None), [*(self._include or ()), *(self._exclude or ())])
+        try:
+            self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
+        except ValueError as error:
+            raise ValueError(str(error).replace("train.", "")) from error
         self._epochs = finetune
         self._first = next(batches(data))[0]
         self._classes = head_size(self._model, self._first)
@@ -354,7 +367,12 @@ class Compression:
         save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})
 
     def _deployed(self, network: nn.Module) -> Deployed:
-        """The network in its fastest forms: those that met the budget, if none is measured to be faster now."""
+        """The network in its fastest forms: those that met the budget, if none is measured to be faster now.
+
+        Where the budget is one of memory or bytes, in chains: the fastest form may be dense, as large as before.
+        """
+        if isinstance(self._budget, (Memory, Size)):
+            return Deployer(network, self._x).all_in("factorized", self._engine)
         anew = deploy(network, self._x, engines=[self._engine], progress=self._progress)
         if not (self._folder / FORMS).is_file():  # the budget was not one of time
             return anew
@@ -368,8 +386,7 @@ class Compression:
         ending = ".onnx" if self._engine == "onnxruntime" else ".pt2"
         path = self._folder / f"{NETWORK}{ending}"
         try:
-            for line in export(copied(network).cpu(), path, tuple(self._x.shape), form=deployed.forms):
-                log.info("%s", line)
+            log.info("%s", "\n".join(export(copied(network).cpu(), path, tuple(self._x.shape), form=deployed.forms)))
         except ValueError as error:
             log.warning("%s is not written: %s", path, error)
 
@@ -421,7 +438,7 @@ class Compression:
                 for row in made.to_dict()["rows"]
             ],
             "input": list(self._x.shape),
-            "files": sorted(name for name in FILES if (self._folder / name).is_file()),
+            "files": {name: (self._folder / name).stat().st_size for name in FILES if (self._folder / name).is_file()},
             "made": environment(str(self._x.device)),
         }
 

@@ -27,6 +27,7 @@ from decef.inference.engines import (
 from decef.inference.folding import fold_batch_norms
 from decef.inference.forms import FORMS, arranged, forms_of
 from decef.inference.timing import inference_call, interleaved_times
+from decef.inputs import argument
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
 
@@ -85,7 +86,11 @@ class Deployed(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | Path, model: nn.Module, example_input: Tensor, calibration: Sequence[Tensor] | None = None
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        example_input: Tensor,
+        calibration: Tensor | Iterable[object] | None = None,
     ) -> Deployed:
         """Make again, without measuring, what was chosen for a network of these layers.
 
@@ -119,7 +124,7 @@ def deploy(
     *,
     engines: Sequence[str] | None = None,
     precision: str = "fp32",
-    calibration: Sequence[Tensor] | None = None,
+    calibration: Tensor | Iterable[object] | None = None,
     progress: bool = False,
 ) -> Deployed:
     """The fastest of several networks that compute what `model` does in evaluation mode, by measurement.
@@ -144,15 +149,18 @@ def deploy(
             the engine is torch.
         engines: some of `decef.inference.engines.ENGINES`; None means all that are available in this precision.
         precision: one of `decef.inference.engines.PRECISIONS`.
-        calibration: for int8, inputs of the example's shape, such as a hundred training images; None is the example.
+        calibration: for int8, a hundred training images or so, as one tensor or in batches as a DataLoader yields them.
+            They run in batches of the example's size, without what is left over. None is the example alone.
         progress: show progress bars.
 
     Raises:
         ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
             the original's output up to rounding.
     """
-    engines = _checked(example_input, engines, precision, calibration)  # before anything takes time
-    return Deployer(model, example_input, progress=progress).deploy(engines, precision, calibration)
+    engines, inputs = _checked(example_input, engines, precision, calibration)  # before anything takes time
+    if precision == "int8" and inputs is None:
+        log.warning("8 bits are calibrated on the example alone: give calibration= a hundred training images")
+    return Deployer(model, example_input, progress=progress).deploy(engines, precision, inputs)
 
 
 class Deployer:
@@ -183,11 +191,11 @@ class Deployer:
         self,
         engines: Sequence[str] | None = None,
         precision: str = "fp32",
-        calibration: Sequence[Tensor] | None = None,
+        calibration: Tensor | Iterable[object] | None = None,
     ) -> Deployed:
         """See `deploy`."""
         x = self._x
-        engines = _checked(x, engines, precision, calibration)
+        engines, inputs = _checked(x, engines, precision, calibration)
         alone: dict[str, _FormTimes] = {}
         errors: dict[tuple[str, str], float] = {}
         networks: dict[tuple[str, str], Runner] = {}
@@ -202,7 +210,7 @@ class Deployer:
             candidates = self._timer.candidates(alone[by], uniform=engine != "compile")
             for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
                 try:
-                    network = load(engine, self._arranged(forms), precision, calibration)
+                    network = load(engine, self._arranged(forms), precision, inputs)
                     output = inference_call(network, x.clone())()
                     if precision == "fp32":
                         check_equal(output, self._expected)
@@ -219,7 +227,7 @@ class Deployer:
         return Deployed(networks[best], *best, chosen[best], times, precision, errors[best])
 
     @torch.no_grad()
-    def apply(self, choice: Mapping[str, Any], calibration: Sequence[Tensor] | None = None) -> Deployed:
+    def apply(self, choice: Mapping[str, Any], calibration: Tensor | Iterable[object] | None = None) -> Deployed:
         """Deploy, without measuring, as was chosen for a network of the same layers.
 
         Args:
@@ -234,9 +242,20 @@ class Deployer:
             raise ValueError("int8 needs the inputs that it was calibrated on again: give calibration=")
         if set(choice["forms"]) != set(self._layers):
             raise ValueError("this was chosen for a network with other low-rank layers")
-        (engine,) = _checked(self._x, [choice["engine"]], choice["precision"], calibration)
-        network = load(engine, self._arranged(choice["forms"]), choice["precision"], calibration)
+        (engine,), inputs = _checked(self._x, [choice["engine"]], choice["precision"], calibration)
+        network = load(engine, self._arranged(choice["forms"]), choice["precision"], inputs)
         return Deployed(network, **choice, error=_error(inference_call(network, self._x.clone())(), self._expected))
+
+    def all_in(self, form: str, engine: str) -> Deployed:
+        """Deploy in fp32, without measuring, with every low-rank layer in one of `FORMS`.
+
+        Raises:
+            ValueError: there is no such form, or the engine is not available.
+        """
+        if form not in FORMS:
+            raise ValueError(f"there is no form '{form}'; there are {', '.join(FORMS)}")
+        forms = dict.fromkeys(self._layers, form)
+        return self.apply({"engine": engine, "arrangement": form, "forms": forms, "times": [], "precision": "fp32"})
 
     def _arranged(self, forms: Mapping[str, str]) -> Loadable:
         key = tuple(forms.items())
@@ -246,25 +265,33 @@ class Deployer:
 
 
 def _checked(
-    x: Tensor, engines: Sequence[str] | None, precision: str, calibration: Sequence[Tensor] | None
-) -> list[str]:
-    """The engines to try.
+    x: Tensor, engines: Sequence[str] | None, precision: str, calibration: Tensor | Iterable[object] | None
+) -> tuple[list[str], list[Tensor] | None]:
+    """The engines to try, and what to calibrate on, in inputs of the example's shape.
 
     Raises:
         ValueError: an argument of `deploy` can't be used.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"example_input must be a tensor, such as images[:1], not {type(x).__name__}")
     check_precision(precision)
     if calibration is not None and precision != "int8":
         raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
-    if isinstance(calibration, Tensor):
-        raise ValueError("calibration must be several inputs, such as a list of batches, not one tensor: give [images]")
-    if calibration is not None and not calibration:
-        raise ValueError("calibration must have at least one input: leave it out to calibrate on the example")
-    if any(batch.shape != x.shape for batch in calibration or ()):
-        raise ValueError(f"every input for calibration must have the example's shape, {tuple(x.shape)}")
-    if engines is not None:
-        return [check_engine(engine, x, precision) for engine in engines]
-    return need_engines(x.device, precision)
+    if engines is None:
+        engines = need_engines(x.device, precision)
+    engines = [check_engine(engine, x, precision) for engine in engines]
+    if calibration is None:
+        return engines, None
+    inputs = []
+    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor) or images.shape[1:] != x.shape[1:]:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"an input for calibration is {got}; it must be like the example, {tuple(x.shape)}")
+        inputs += [part for part in images.split(len(x)) if len(part) == len(x)]
+    if not inputs:
+        raise ValueError(f"calibration has no {len(x)} inputs, which is the example's batch size: give more of them")
+    return engines, inputs
 
 
 def _left_out(what: str, error: Exception) -> None:
@@ -280,10 +307,10 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
     modules = dict(model.named_modules())
     seen: dict[str, list[Tensor]] = {}
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: seen.setdefault(name, []).append(args[0])
+    def remember(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, kwargs: seen.setdefault(name, []).append(argument(args, kwargs))
 
-    hooks = [modules[name].register_forward_pre_hook(remember(name)) for name in names]
+    hooks = [modules[name].register_forward_pre_hook(remember(name), with_kwargs=True) for name in names]
     model(example.clone())  # which a network may change in place
     for hook in hooks:
         hook.remove()

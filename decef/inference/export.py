@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +17,14 @@ from decef.inference.timing import inference_call, interleaved_times
 
 def export(
     model: nn.Module,
-    path: Path,
+    path: str | Path,
     input_shape: Sequence[int],
     *,
     form: str | Mapping[str, str] = "fastest",
     dynamic_batch: bool = False,
     progress: bool = False,
-) -> Iterator[str]:
+) -> list[str]:
     """Write `model` to a file, load it again, compare it with the original and time it.
-
-    This is a generator: nothing happens until it is iterated.
 
     Args:
         model: on the CPU, takes one tensor and returns one; it is set to evaluation mode.
@@ -37,22 +35,26 @@ def export(
         dynamic_batch: allow any B.
         progress: show progress bars.
 
-    Yields:
+    Returns:
         Lines that say what was done.
 
     Raises:
-        ValueError: an unknown form or file suffix, a network that cannot be exported, or a file whose output
-            differs from the original's. No file is then left behind.
+        ValueError: an unknown form or file suffix, a network that does not run on this shape or cannot be exported, or
+            a file whose output differs from the original's. No file is then left behind.
     """
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
+    path = Path(path)
     if path.suffix not in kinds:
         raise ValueError(f"{path} must end in {' or '.join(kinds)}")
     if isinstance(form, str) and form not in ("fastest", *FORMS):
         raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
     model = model.eval()
     x = torch.randn(*input_shape)
-    with torch.inference_mode():
-        expected = model(x)
+    try:
+        with torch.inference_mode():
+            expected = model(x)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the network doesn't run on an input of {tuple(input_shape)}: {error}") from error
     engine = "onnxruntime" if path.suffix == ".onnx" and "onnxruntime" in available(x.device) else "eager"
     network = to_convolutions(
         model, deploy(model, x, engines=[engine], progress=progress).forms if form == "fastest" else form
@@ -69,12 +71,15 @@ def export(
     checked = (
         f"equal to the original in {', '.join(runners)}" if runners else "not checked: ONNX Runtime is not installed"
     )
-    yield f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), {checked}"
+    lines = [f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB), {checked}"]
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
     seconds = interleaved_times({name: inference_call(runner, x) for name, runner in everything.items()})
-    for name, value in seconds.items():
-        yield f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / seconds['torch, the original']:.2f} of torch"
+    torch_seconds = seconds["torch, the original"]
+    return lines + [
+        f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / torch_seconds:.2f} of torch"
+        for name, value in seconds.items()
+    ]
 
 
 def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -46,7 +46,6 @@ def measure_times(
     exclude: str | Iterable[str] | None = None,
     cache: Path | None = None,
     progress: bool = False,
-    **options: Any,
 ) -> Times:
     """Measure a network and each of its convolutions, dense and as a layer type at a few ranks.
 
@@ -63,7 +62,6 @@ def measure_times(
         include, exclude: names of convolutions, see `decef.plan`.
         cache: file of times that were measured before; None is `cache_file()`.
         progress: show a bar.
-        **options: of the layer type.
 
     Raises:
         ValueError: an unknown layer type or engine, or a network that doesn't run on the example.
@@ -92,7 +90,7 @@ def measure_times(
         assert issubclass(layer_class, FactorizedConv2d)
         block = layer_class.block
         ranks = sorted({rank // block * block if rank > block else rank for rank in spaced(most)})
-        made = {rank: layer_class.like(conv, rank, **options).eval() for rank in ranks}
+        made = {rank: layer_class.like(conv, rank).eval() for rank in ranks}
         for one in made.values():
             one.reset_parameters()
         for x in inputs[name]:  # one for each call

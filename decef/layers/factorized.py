@@ -249,7 +249,8 @@ class FactorizedConv2d(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         if self._pad_first:
             x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_factorized(x)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from decef.plans import Plan
 
 #: Where the networks of this repository are.
 RELEASED = Path(__file__).resolve().parents[2] / "results" / "networks"
+NAMED = 8  # networks that a message names
 HEADER = "decef"  # the key of the card in the file's header
 
 
@@ -66,7 +68,7 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
         The network, with its `Card` as the attribute `card`.
 
     Raises:
-        FileNotFoundError: there is no such network; the message lists those that there are.
+        FileNotFoundError: there is no such network; the message names some that there are.
         ValueError: the file is damaged or no released network, or `model` is needed or doesn't fit.
         ImportError: safetensors is not installed.
     """
@@ -102,8 +104,15 @@ def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, 
 
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "none"
-        raise FileNotFoundError(f"there is no released network {path}; in {folder} there are: {there}")
+        if Path(name).is_file():
+            raise ValueError(f"{name} is no .safetensors file of decef.compress or scripts/release.py")
+        there = sorted(p.stem for p in folder.glob("*.safetensors"))
+        near = get_close_matches(str(name), there, n=3)
+        raise FileNotFoundError(
+            f"there is no released network {path}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+            + f"; in {folder} there are: {', '.join(there[:NAMED] + ['...'] * (len(there) > NAMED)) or 'none'}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             fields = json.loads((file.metadata() or {})[HEADER])

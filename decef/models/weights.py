@@ -25,7 +25,11 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, no file of weights, or a network saved whole: save its state_dict() instead"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):

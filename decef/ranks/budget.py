@@ -12,6 +12,8 @@ from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
 from decef.ranks.steps import Step, spread
 
+NO_INPUT_SIZE = "a FLOPs budget needs the input size"
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -55,15 +57,8 @@ class Budget:
         return share
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        if self.params is None:
-            what, total = "FLOPs", totals.macs
-            layers = [_Priced(c, c.macs, c.macs_per_rank) for c in candidates]
-            if not total:
-                raise ValueError("a FLOPs budget needs the input size")
-        else:
-            what, total = "parameters", totals.params
-            layers = [_Priced(c, c.params, c.params_per_rank) for c in candidates]
-        layers = [layer for layer in layers if layer.per_rank < layer.dense]
+        what, total = self._of(totals)
+        layers = [priced for priced in map(self._priced, candidates) if priced.per_rank < priced.dense]
         kept = total - sum(layer.dense for layer in layers)
         smallest = kept + sum(layer.per_rank for layer in layers)
         # Costs are whole numbers, so half a unit only makes up for rounding, of a share like 0.667 and of the product.
@@ -76,6 +71,14 @@ class Budget:
         by = _spread_evenly if self.uniform else _spread_by_energy
         return by(layers, limit - kept)
 
+    def most(self, candidate: Candidate) -> int:
+        """The largest rank at which a candidate costs less than dense; 0 if none does.
+
+        Raises:
+            ValueError: the budget is in FLOPs, but no input size was given.
+        """
+        return self._priced(candidate).most
+
     def steps(self, candidate: Candidate, layer: str | None, energy: Mapping[int, float]) -> Iterator[Step]:
         """What a candidate may be: dense, or of a layer type at every rank that costs less.
 
@@ -84,14 +87,11 @@ class Budget:
             layer: the layer type.
             energy: share that is kept, by rank.
         """
-        by_flops = self.params is None
-        dense, per_rank = (
-            (candidate.macs, candidate.macs_per_rank) if by_flops else (candidate.params, candidate.params_per_rank)
-        )
-        yield Step(dense, 1.0)
+        priced = self._priced(candidate)
+        yield Step(priced.dense, 1.0)
         for rank, kept in energy.items():
-            if rank * per_rank < dense:
-                yield Step(rank * per_rank, kept, rank, layer)
+            if rank <= priced.most:
+                yield Step(rank * priced.per_rank, kept, rank, layer)
 
     def spread(self, frontiers: Mapping[str, Sequence[Step]], dense: float, totals: Totals) -> dict[str, Step]:
         """A step for every layer, within the share.
@@ -104,9 +104,7 @@ class Budget:
         Raises:
             ValueError: it can't be met, or it is in FLOPs but no input size was given.
         """
-        what, total = ("FLOPs", totals.macs) if self.params is None else ("parameters", totals.params)
-        if not total:
-            raise ValueError("a FLOPs budget needs the input size")
+        what, total = self._of(totals)
         chosen = spread(frontiers, total - dense, self.share * total + 0.5)
         if isinstance(chosen, float):
             raise ValueError(
@@ -114,6 +112,21 @@ class Budget:
                 f"{chosen / total:.3f} of them"
             )
         return chosen
+
+    def _of(self, totals: Totals) -> tuple[str, int]:
+        """What the budget is a share of, in words and in number."""
+        if self.params is not None:
+            return "parameters", totals.params
+        if not totals.macs:
+            raise ValueError(NO_INPUT_SIZE)
+        return "FLOPs", totals.macs
+
+    def _priced(self, candidate: Candidate) -> _Priced:
+        if self.params is not None:
+            return _Priced(candidate, candidate.params, candidate.params_per_rank)
+        if not candidate.macs_per_rank:
+            raise ValueError(NO_INPUT_SIZE)
+        return _Priced(candidate, candidate.macs, candidate.macs_per_rank)
 
 
 @dataclass(frozen=True)
@@ -130,8 +143,8 @@ class _Priced:
 
     @property
     def most(self) -> int:
-        """The largest rank that costs less than the dense layer."""
-        return min(self.candidate.max_rank, (self.dense - 1) // self.per_rank)
+        """The largest rank that costs less than the dense layer; 0 if none does."""
+        return min(self.candidate.max_rank, max(0, self.dense - 1) // self.per_rank)
 
 
 def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]:

@@ -90,7 +90,9 @@ class Latency:
         check_share("share", self.share)
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        if not isinstance(self.times, Times):
+        if isinstance(self.times, Mapping):
+            raise ValueError("times by layer type are for layer 'auto': give those of the one layer type")
+        if self.times is None:
             raise ValueError("a time budget needs times: give those of decef.inference.latency.measure_times")
         energies = {c.name: dict(enumerate(c.kept_energy().cumsum(0).tolist(), start=1)) for c in candidates}
         steps = {c.name: list(self.steps(c, None, energies[c.name])) for c in candidates}
@@ -98,20 +100,26 @@ class Latency:
         chosen = self.spread({name: frontier(of_one) for name, of_one in steps.items()}, dense, totals)
         return {name: step.rank for name, step in chosen.items() if step.rank is not None}
 
+    def most(self, candidate: Candidate) -> int:
+        """The largest rank that is looked at: one with fewer MACs than dense, as a faster one nearly always has."""
+        return sum(candidate.saves(rank) for rank in range(1, candidate.max_rank + 1))
+
     def steps(self, candidate: Candidate, layer: str | None, energy: Mapping[int, float]) -> Iterator[Step]:
-        """What a candidate may be: dense, or of a layer type at every rank that is measured to be faster.
+        """What a candidate may be: dense, or of a layer type at every given rank that is measured to be faster.
 
         Args:
             candidate: the kernel.
-            layer: the layer type, if `times` has several.
+            layer: the layer type, if `times` has several; None if it has one.
             energy: share that is kept, by rank.
 
         Raises:
             ValueError: there are no times for this layer type.
         """
-        times = self.times.get(str(layer)) if isinstance(self.times, Mapping) else self.times
-        if times is None:
-            raise ValueError(f"a time budget needs times for layer type {layer}: give those of measure_times")
+        times = self.times
+        if layer is not None:
+            times = times.get(layer) if isinstance(times, Mapping) else None
+        if not isinstance(times, Times):
+            raise ValueError(f"a time budget for 'auto' needs times by layer type, here for {layer}: of measure_times")
         layers = times.layers.get(candidate.name)
         if layers is None:
             return

@@ -81,8 +81,8 @@ def spaced(most: int, points: int = POINTS) -> list[int]:
     return sorted({round(most ** (i / max(1, points - 1))) for i in range(points)})
 
 
-def measured_energy(candidate: Candidate) -> dict[int, float]:
-    """Share of its energy that a candidate keeps at every rank at which it costs less than dense, by decomposing it.
+def measured_energy(candidate: Candidate, most: int) -> dict[int, float]:
+    """Share of its energy that a candidate keeps at every rank up to `most`, by decomposing it.
 
     Unlike `Candidate.kept_energy`, which is a bound for CPAC and rank-1, this can be compared between layer types. At
     some ranks it is measured. Between them the energy that is lost is taken to fall geometrically, as spectra do; a
@@ -90,7 +90,6 @@ def measured_energy(candidate: Candidate) -> dict[int, float]:
     """
     out, per_group, kh, kw = weight_shape = candidate.weight.shape
     assert len(weight_shape) == 4
-    most = sum(candidate.saves(rank) for rank in range(1, candidate.max_rank + 1))
     ranks = spaced(most, ENERGY_POINTS) if most else []
     lost: list[float] = []
     for rank in ranks:

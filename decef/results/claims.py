@@ -7,6 +7,7 @@ is not decided needs more seeds; it is no sign that the claim fails.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import yaml
 
 from decef.results.findings import KINDS, Comparison, Finding, Measurements
 from decef.results.published import Published, load_papers, load_published
+from decef.results.selectors import is_setting
 from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
 from decef.training.record import Record
 
@@ -114,6 +116,7 @@ def load_claims() -> tuple[Claim, ...]:
             raise ValueError(f"claims.yaml: claim {entry.get('id')} cannot be read: {error}") from error
         _known("paper", claim.paper, load_papers(), claim.id)
         _known("kind", claim.asks.get("kind"), KINDS, claim.id)
+        _check_asks(claim)
         _known("holds_if", claim.holds_if, HOLDS_IF, claim.id)
         if claim.id in claims:
             raise ValueError(f"claims.yaml: claim {claim.id} stands there twice")
@@ -185,6 +188,19 @@ def _decided(comparison: Comparison, corrected: Mapping[Comparison, float]) -> t
 @cache
 def _read() -> dict[str, Any]:
     return dict(yaml.safe_load((files("decef.results") / "claims.yaml").read_text()))
+
+
+def _check_asks(claim: Claim) -> None:
+    """Raise ValueError if the claim's kind lacks an argument, or a selector names a setting that doesn't exist."""
+    asks = {key: value for key, value in claim.asks.items() if key != "kind"}
+    try:
+        inspect.signature(KINDS[claim.asks["kind"]]).bind((), (), None, **asks)
+    except TypeError as error:
+        raise ValueError(f"claims.yaml: claim {claim.id}: {error}") from error
+    for selector in (asks.get("runs"), asks.get("control")):
+        for key in selector or ():
+            if not is_setting(key) and ":" not in str((selector or {}).get("model.name")):  # own networks, own options
+                raise ValueError(f"claims.yaml: claim {claim.id} selects by '{key}', which is no setting of a run")
 
 
 def _known(what: str, name: object, known: Iterable[object], where: str) -> None:

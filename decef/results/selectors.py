@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+from decef.layers import LAYERS
+from decef.models import MODELS
 from decef.results.comparisons import experiments
-from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS
+from decef.training.config import DEFAULT_DECAY, GROUPS, REPLACEMENT_OPTIONS, RunConfig
 from decef.training.record import LAYER_TRAINING, Record
 
 
@@ -18,6 +22,16 @@ def selects(selector: Mapping[str, Any], record: Record) -> bool:
         any(_fits(_get(record.settings, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in selector.items()
     )
+
+
+def is_setting(key: str) -> bool:
+    """Whether a dotted key names a setting of runs, or an option of a network or layer type of this package."""
+    group, _, name = key.partition(".")
+    if group not in GROUPS:
+        return key in {f.name for f in fields(RunConfig)}
+    kinds: Mapping[str, Iterable[Callable[..., object]]] = {"model": MODELS.values(), "layer": LAYERS.values()}
+    own = {f.name for f in fields(GROUPS[group])}
+    return name in own.union(*(inspect.signature(kind).parameters for kind in kinds.get(group, ())))
 
 
 def _fits(value: Any, wanted: Any) -> bool:

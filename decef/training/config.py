@@ -71,6 +71,8 @@ class DatasetConfig:
             value = getattr(self, key)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)):
                 raise ValueError(f"dataset.{key}={value!r} must be a list with a number for every channel")
+        if self.std is not None and min(self.std, default=1) <= 0:
+            raise ValueError(f"dataset.std={list(self.std)} must be above 0 in every channel: images are divided by it")
 
     @property
     def folder(self) -> Path | None:
@@ -276,12 +278,24 @@ class TrainConfig:
         if self.nesterov and not self.momentum:
             raise ValueError("train.nesterov=True must be false when momentum is 0")
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The settings that others make irrelevant."""
+        of_schedule = ("warmup",) if self.schedule == "step" else ("milestones", "gamma")
+        return (*of_schedule, *(("momentum", "nesterov") if self.adam else ()))
+
     def resolved(self, layer: LayerConfig) -> TrainConfig:
-        """The config with the decay that the run uses: None if nothing decays or no factor is trained.
+        """The config with what is idle at its default, and with the decay that the run uses.
+
+        That is None if nothing decays or no factor is trained.
 
         Raises:
             ValueError: the decay would do nothing, or it or ATCD is not possible with this layer type.
         """
+        defaults: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in self.idle}
+        return replace(self, **defaults)._with_decay(layer)
+
+    def _with_decay(self, layer: LayerConfig) -> TrainConfig:
         if layer.name == "conv2d":
             return replace(self, atcd=None, decay=None)
         if self.atcd is not None and layer.orthogonality:

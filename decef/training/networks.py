@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
-from decef.models.released import Card
+from decef.models.released import RELEASED, Card, load, read
 from decef.models.weights import load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network
@@ -19,27 +19,42 @@ from decef.training.checkpoint import load_checkpoint
 from decef.training.record import CHECKPOINT, SUMMARY, load_config
 
 
-def load_networks(name: str, *, weights: Path | None = None, pretrained: bool = False) -> list[tuple[str, nn.Module]]:
+def load_networks(
+    name: str,
+    *,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    input_size: Sequence[int] | None = None,
+    trained: bool = False,
+) -> list[tuple[str, nn.Module]]:
     """Load networks by what a user calls them, each with a label.
 
     Args:
-        name: a run's folder, or a name that `create_model` knows. A run gives a network for every checkpoint that it
-            kept, in order, and for its last checkpoint.
+        name: a run's folder, what `decef.load` loads, or a name that `create_model` knows. A run gives a network for
+            every checkpoint that it kept, in order, and for its last checkpoint.
         weights: file with trained weights.
         pretrained: let timm or torchvision download trained weights.
+        input_size: `(C, H, W)`, for networks that are made for one; None is `input_size_of(name)`.
+        trained: refuse a network whose weights would be random.
 
     Raises:
-        ValueError: there is no such network, the weights don't fit it, or they are for a run, which has its own.
+        ValueError: there is no such network, the weights don't fit it, or they are for a run or a file, which has its
+            own.
         FileNotFoundError: there is no such file of weights, or the run has no checkpoint.
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() or _is_released(name):
         if weights is not None or pretrained:
-            raise ValueError(f"{name} is a run with weights of its own: give no others")
-        return list(_networks_of_run(Path(name)))
+            raise ValueError(f"{name} has weights of its own: give no others")
+        return list(_networks_of_run(Path(name))) if Path(name).is_dir() else [(name, load(name))]
+    if trained and weights is None and not pretrained and ":" not in name:
+        raise ValueError(f"{name} would have random weights: say --weights FILE or --pretrained")
     try:
         # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
         num_classes = 1000 if "/" in name else 10
-        model = create_model(name, num_classes=num_classes, pretrained=pretrained)
+        channels, size, _ = input_size or input_size_of(name)
+        model = create_model(
+            name, num_classes=num_classes, in_channels=channels, image_size=size, pretrained=pretrained
+        )
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
     return [(name, load_weights(model, weights) if weights else model)]
@@ -78,10 +93,16 @@ def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
 
 
 def input_size_of(name: str) -> tuple[int, int, int]:
-    """Input shape `(C, H, W)` of a network: its run's, else ImageNet's for timm and torchvision, CIFAR's for ours."""
+    """Input shape `(C, H, W)` of a network: its run's or file's, else ImageNet's for timm and torchvision, CIFAR's."""
     if Path(name).is_dir():
         return load_config(Path(name)).dataset.dataset().input_size
+    if _is_released(name):
+        return read(name)[0].input_size
     return (3, 224, 224) if "/" in name else (3, 32, 32)
+
+
+def _is_released(name: str) -> bool:
+    return name.endswith(".safetensors") or (RELEASED / f"{name}.safetensors").is_file()
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:

@@ -11,7 +11,7 @@ import torch
 def resolve_precision(device: torch.device, precision: str) -> str:
     """The precision to train in; "auto" is bf16 if the hardware of `device` has instructions for it, else fp32.
 
-    On a CPU without bf16 instructions, bf16 was measured to be ten times slower than fp32.
+    On a CPU without bf16 instructions, bf16 is emulated, many times slower than fp32.
     """
     if precision != "auto":
         return precision

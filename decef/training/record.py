@@ -215,10 +215,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
     del kept["format"]
     kept["model"].pop("weights", None)  # the content counts, which `weights_md5` stands for
     kept["layer"].pop("implementation", None)
-    idle = ["channels_last"]
-    idle += ["warmup"] if config.train.schedule == "step" else ["milestones", "gamma"]
-    idle += ["momentum", "nesterov"] if config.train.adam else []
-    for key in idle:
+    for key in ("channels_last", *config.train.idle):
         del kept["train"][key]
     return without_off(_whole_as_int(kept))
 

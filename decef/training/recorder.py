@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -37,6 +38,9 @@ from decef.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+#: Errors of a disk that is full or cannot be written.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
+KEPT = "the last whole checkpoint is kept and the same command resumes from it"
 SESSION = ("started", "git_commit", "git_dirty", "python", "packages", "device", "threads", "processes", "machine")
 
 
@@ -223,7 +227,7 @@ class Recorder:
         """Write into the record why the run ended early.
 
         Raises:
-            InputError: the error is an `OSError`: the disk is full or cannot be written.
+            InputError: the error is an `OSError`: the disk is full, or a file cannot be read.
         """
         assert self._tracker is not None
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -232,8 +236,10 @@ class Recorder:
         with suppress(OSError):  # the disk may be what went wrong
             self._write()
         self._tracker.finish(self.summary, failed=True)
-        with self._writing():
-            if isinstance(error, OSError):
+        if isinstance(error, OSError):
+            if error.errno not in DISK:
+                raise InputError(f"{error}; {KEPT}") from error
+            with self._writing():
                 raise error
 
     @contextmanager
@@ -242,8 +248,7 @@ class Recorder:
             yield
         except OSError as error:
             raise InputError(
-                f"{self.path} cannot be written ({error.strerror or error}): make room or say results=FOLDER; the "
-                "last whole checkpoint is kept and the same command resumes from it"
+                f"{self.path} cannot be written ({error.strerror or error}): make room or say results=FOLDER; {KEPT}"
             ) from error
 
     def finish(self) -> Summary:
