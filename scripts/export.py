@@ -7,8 +7,10 @@ python scripts/export.py small/network.safetensors --form factorized --out netwo
 """
 
 import argparse
+import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 from cli import fail, weights_file
 
@@ -27,6 +29,12 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="first convert by this plan (from decef.Plan.save)")
     parser.add_argument("--size", type=int, nargs=3, metavar=("C", "H", "W"), help="input size; default: the network's")
     parser.add_argument("--batch", type=int, default=1, help="batch size to optimise for (default 1)")
+    parser.add_argument(
+        "--int8",
+        type=Path,
+        metavar="FILE",
+        help="compute in 8 bits, calibrated on the normalised images (N, C, H, W) that torch.save wrote to this file",
+    )
     parser.add_argument("--dynamic-batch", action="store_true", help="leave the batch size free")
     parser.add_argument(
         "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches, wide or aligned"
@@ -34,6 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.out.suffix not in FORMATS:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
+    if arguments.int8 and arguments.out.suffix != ".onnx":
+        fail("--int8 is for .onnx files")
 
     sys.path.append(str(Path.cwd()))  # for a network of one's own
 
@@ -54,12 +64,25 @@ def main() -> None:
             arguments.out,
             (arguments.batch, *size),
             form=arguments.form,
+            calibration=_images(arguments.int8) if arguments.int8 else None,
             dynamic_batch=arguments.dynamic_batch,
             progress=True,
         ):
             print(line, flush=True)
     except (ValueError, FileNotFoundError, ImportError) as error:
         fail(str(error))
+
+
+def _images(path: Path) -> Any:
+    import torch
+
+    try:
+        images = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no file of torch.save, or not of a tensor") from error
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"{path} must hold a tensor (N, C, H, W), not {type(images).__name__}")
+    return images
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     (folder / "checkpoint-0004.pt").unlink()  # as of a run that went on without the option
     assert [label for label, _ in load_networks(str(folder))] == ["epoch 2", "epoch 4"]
     for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
-        with pytest.raises(ValueError, match="is a run with weights of its own"):
+        with pytest.raises(ValueError, match="has weights of its own: give no others"):
             load_networks(str(folder), **given)
 
 

@@ -1,6 +1,7 @@
 """Networks in fewer bits: near the original, by how much is said, and what is quantised is counted."""
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from test_deploy import small
@@ -11,6 +12,7 @@ import decef
 from decef.inference import engines
 from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import Loadable, load, to_onnx
+from decef.inference.export import export
 from decef.inference.forms import to_convolutions
 from decef.inference.quantize import quantize, quantized_share
 
@@ -150,3 +152,31 @@ def test_what_is_refused_before_anything_runs(options, message):
 
     with pytest.raises(ValueError, match=message):
         decef.deploy(Late(), X, **options)
+
+
+def test_a_file_in_eight_bits_is_near_the_network(tmp_path):
+    model, images, path = small("decef").eval(), torch.cat([X, 2 * X]), tmp_path / "network.onnx"
+    said = export(model, path, X.shape, form="factorized", calibration=images)
+    assert "in 8 bits: its output for an input of calibration is 0." in said[0]
+    proto = onnx.load_model(path)
+    assert quantized_share(proto)["Conv"][0] >= 3
+    (output,) = onnxruntime.InferenceSession(path).run(None, {"input": X.numpy()})
+    expected = model(X).detach()
+    assert 1e-4 < (torch.from_numpy(output) - expected).norm() / expected.norm() < 0.2
+    export(model, tmp_path / "free.onnx", X.shape, form="factorized", calibration=images, dynamic_batch=True)
+    session = onnxruntime.InferenceSession(tmp_path / "free.onnx")
+    assert session.run(None, {"input": torch.cat([X, X, X]).numpy()})[0].shape == (6, 5)
+    with pytest.raises(ValueError, match=r"8 bits are for \.onnx files"):
+        export(model, tmp_path / "network.pt2", X.shape, calibration=images)
+
+
+def test_eight_bits_as_typed(call, tmp_path):
+    torch.save(torch.randn(4, 3, 32, 32), tmp_path / "images.pt")
+    given = "resnet20-cifar10-decef-0.667", "--form", "reconstructed", "--out", tmp_path / "n.onnx", "--int8"
+    done = call("export.py", *given, tmp_path / "images.pt")
+    assert done.returncode == 0, done.stderr
+    assert "in 8 bits: " in done.stdout
+    assert (tmp_path / "n.onnx").stat().st_size < 0.5e6  # the dense network's weights are 1.1 MB in fp32
+    torch.save({"images": 1}, tmp_path / "images.pt")
+    done = call("export.py", *given, tmp_path / "images.pt")
+    assert (done.returncode, "must hold a tensor (N, C, H, W), not dict" in done.stderr) == (2, True)

@@ -26,6 +26,7 @@ from decef.inference.engines import (
 )
 from decef.inference.folding import fold_batch_norms
 from decef.inference.forms import FORMS, arranged, forms_of
+from decef.inference.quantize import calibration_inputs
 from decef.inference.timing import inference_call, interleaved_times
 from decef.inputs import argument
 from decef.layers import FactorizedConv2d
@@ -282,16 +283,7 @@ def _checked(
     engines = [check_engine(engine, x, precision) for engine in engines]
     if calibration is None:
         return engines, None
-    inputs = []
-    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
-        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(images, Tensor) or images.shape[1:] != x.shape[1:]:
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"an input for calibration is {got}; it must be like the example, {tuple(x.shape)}")
-        inputs += [part for part in images.split(len(x)) if len(part) == len(x)]
-    if not inputs:
-        raise ValueError(f"calibration has no {len(x)} inputs, which is the example's batch size: give more of them")
-    return engines, inputs
+    return engines, calibration_inputs(calibration, x)
 
 
 def _left_out(what: str, error: Exception) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from decef.extras import need
 from decef.inference.deploy import deploy
 from decef.inference.engines import OnnxRuntime, available, check_equal, to_onnx
 from decef.inference.forms import FORMS, to_convolutions
+from decef.inference.quantize import calibration_inputs, quantize
 from decef.inference.timing import inference_call, interleaved_times
 
 
@@ -21,6 +23,7 @@ def export(
     input_shape: Sequence[int],
     *,
     form: str | Mapping[str, str] = "fastest",
+    calibration: Tensor | Iterable[object] | None = None,
     dynamic_batch: bool = False,
     progress: bool = False,
 ) -> list[str]:
@@ -32,6 +35,8 @@ def export(
         input_shape: `(B, C, H, W)`.
         form: one of `FORMS` for all factorised layers, or one for each by name; or "fastest": the forms that `deploy`
             finds fastest, in ONNX Runtime for an ONNX file if that is installed, else in torch.
+        calibration: write an ONNX file that computes in 8 bits, with activations quantised by their range on these
+            inputs: a hundred training images or so, see `decef.deploy`. None: in fp32.
         dynamic_batch: allow any B.
         progress: show progress bars.
 
@@ -40,7 +45,9 @@ def export(
 
     Raises:
         ValueError: an unknown form or file suffix, a network that does not run on this shape or cannot be exported, or
-            a file whose output differs from the original's. No file is then left behind.
+            a file whose output differs from the original's. No file is then left behind. Or `calibration` is given for
+            another kind of file, or doesn't fit.
+        ImportError: 8 bits need ONNX Runtime, which is not installed.
     """
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
     path = Path(path)
@@ -49,28 +56,36 @@ def export(
     if isinstance(form, str) and form not in ("fastest", *FORMS):
         raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
     model = model.eval()
-    x = torch.randn(*input_shape)
+    x, inputs = torch.randn(*input_shape), None
+    if calibration is not None:
+        need("deploy", "onnxruntime")
+        if path.suffix != ".onnx":
+            raise ValueError(f"8 bits are for .onnx files, not {path}: leave calibration out")
+        inputs = calibration_inputs(calibration, x)
+        x = inputs[0]  # the range of other inputs is not known
     try:
         with torch.inference_mode():
             expected = model(x)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the network doesn't run on an input of {tuple(input_shape)}: {error}") from error
     engine = "onnxruntime" if path.suffix == ".onnx" and "onnxruntime" in available(x.device) else "eager"
-    network = to_convolutions(
-        model, deploy(model, x, engines=[engine], progress=progress).forms if form == "fastest" else form
-    )
+    network = to_convolutions(model, _fastest(model, x, engine, inputs, progress) if form == "fastest" else form)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        runners = kinds[path.suffix](network, x, partial, dynamic_batch)
-        for runner in runners.values():
+        runners = kinds[path.suffix](network, x, partial, dynamic_batch, inputs)
+        for runner in runners.values() if inputs is None else ():
             check_equal(runner(x), expected)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    checked = (
-        f"equal to the original in {', '.join(runners)}" if runners else "not checked: ONNX Runtime is not installed"
-    )
+    if inputs is not None:
+        off = ((runners["onnxruntime"](x) - expected).norm() / expected.norm()).item()
+        checked = f"in 8 bits: its output for an input of calibration is {off:.2g} of its norm off the original's"
+    elif runners:
+        checked = f"equal to the original in {', '.join(runners)}"
+    else:
+        checked = "not checked: ONNX Runtime is not installed"
     lines = [f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB), {checked}"]
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
@@ -82,14 +97,26 @@ def export(
     ]
 
 
-def _onnx(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def _fastest(
+    model: nn.Module, x: Tensor, engine: str, inputs: list[Tensor] | None, progress: bool
+) -> Mapping[str, str]:
+    precision = "fp32" if inputs is None else "int8"
+    return deploy(model, x, engines=[engine], precision=precision, calibration=inputs, progress=progress).forms
+
+
+def _onnx(
+    network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool, inputs: list[Tensor] | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
     import onnx
 
-    onnx.save_model(to_onnx(network, x, dynamic_batch=dynamic_batch), path)
+    proto = to_onnx(network, x, dynamic_batch=dynamic_batch)
+    onnx.save_model(proto if inputs is None else quantize(proto, inputs), path)
     return {"onnxruntime": OnnxRuntime(onnx.load_model(path), x)} if "onnxruntime" in available(x.device) else {}
 
 
-def _program(network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+def _program(
+    network: nn.Module, x: Tensor, path: Path, dynamic_batch: bool, inputs: list[Tensor] | None
+) -> dict[str, Callable[[Tensor], Tensor]]:
     free = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     traced = torch.cat([x, x]) if dynamic_batch and len(x) == 1 else x  # a batch of one would be taken as fixed
     try:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,30 @@ def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelPro
             reduce_range=int8_saturates(),
         )
         return onnx.load_model(done)
+
+
+def calibration_inputs(calibration: Tensor | Iterable[object], example: Tensor) -> list[Tensor]:
+    """What to calibrate on, in batches of the example's size; what is left over of a batch is left out.
+
+    Args:
+        calibration: images `(B, C, H, W)`, or batches as a DataLoader yields them (labels are ignored).
+        example: an input of the network.
+
+    Raises:
+        ValueError: they are not like the example, or too few for one batch.
+    """
+    inputs = []
+    for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:]:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"an input for calibration is {got}; it must be like the example, {tuple(example.shape)}")
+        inputs += [part for part in images.split(len(example)) if len(part) == len(example)]
+    if not inputs:
+        raise ValueError(
+            f"calibration has no {len(example)} inputs, which is the example's batch size: give more of them"
+        )
+    return inputs
 
 
 def quantized_share(proto: onnx.ModelProto) -> dict[str, tuple[int, int]]:
