@@ -30,7 +30,7 @@ IMPLEMENTATIONS = ("factorized", "reconstructed", "auto")
 def _fresh(monkeypatch):
     """The same numbers in every test, and nothing that "auto" has measured before."""
     torch.manual_seed(0)
-    monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", {})
+    monkeypatch.setattr("decef.layers.choice.MEASURED", {})
 
 
 def make(name, implementation="auto", **kwargs):

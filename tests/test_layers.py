@@ -161,17 +161,17 @@ def test_implementation_says_what_runs(cls, monkeypatch):
         ({"factorized": 1, "reconstructed": 2}, "forward_factorized"),
         ({"factorized": 2, "reconstructed": 1}, "compose"),
     ):
-        monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", {})
-        monkeypatch.setattr(cls, "_time", lambda self, name, x, trains, seconds=seconds: seconds[name])
+        monkeypatch.setattr("decef.layers.choice.MEASURED", {})
+        monkeypatch.setattr("decef.layers.choice.seconds", lambda layer, name, *_, seconds=seconds: seconds[name])
         assert runs("auto") == [expected]
-    monkeypatch.setattr(cls, "_time", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("decef.layers.choice.seconds", lambda *args: pytest.fail("measured again"))
     assert runs("auto") == ["compose"]
 
 
 @pytest.mark.parametrize("cls", TYPES)
 def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
     remembered = {}
-    monkeypatch.setattr("decef.layers.factorized._FACTORIZED_IS_FASTER", remembered)
+    monkeypatch.setattr("decef.layers.choice.MEASURED", remembered)
     layer = make(cls, padding=1, padding_mode="reflect")
     layer.register_forward_hook(lambda *args: calls.append(1))
     calls, gradients = [], []

@@ -6,7 +6,7 @@ Tayyab, Khan, Mahalanobis: "Compressing deep CNNs using basis representation and
 
 from __future__ import annotations
 
-import copy
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.basis import BasisConv2d
-from decef.layers.factorized import FactorizedConv2d, PaddingMode, Size, evaluating
+from decef.layers.choice import factorized_has_fewer_macs
+from decef.layers.factorized import PaddingMode, Size, evaluating
 
 
 class Basis2021Conv2d(BasisConv2d):
@@ -91,8 +92,8 @@ class Basis2021Conv2d(BasisConv2d):
         if self.training:
             return True
         computed = is_parametrized(self) or not {"weight", "bias"} <= self.norm._parameters.keys()
-        if computed:  # which `_time` can't copy
-            return self._factorized_has_fewer_macs(x)
+        if computed:  # which `_twin` can't copy
+            return factorized_has_fewer_macs(self, x)
         return super().prefers_factorized(x)
 
     def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
@@ -100,13 +101,13 @@ class Basis2021Conv2d(BasisConv2d):
         y = self.norm(y) if y.dim() == 4 else self.norm(y[None])[0]
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
-    def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
-        # Timing must not give the norm's parameters gradients, so the twin gets its own.
-        twin = copy.copy(self)
-        norm = nn.BatchNorm2d(self.groups * self.rank, device=x.device, dtype=self.norm.weight.dtype).eval()
+    def _twin(self) -> Self:
+        # Timing must not give the norm's parameters gradients either.
+        norm = nn.BatchNorm2d(self.groups * self.rank, device=self.basis.device, dtype=self.norm.weight.dtype).eval()
         norm.load_state_dict(self.norm.state_dict())
-        twin.__dict__ = {**self.__dict__, "_modules": {"norm": norm.requires_grad_(self.norm.weight.requires_grad)}}
-        return FactorizedConv2d._time(twin, implementation, x, trains)
+        twin = super()._twin()
+        twin._modules = {"norm": norm.requires_grad_(self.norm.weight.requires_grad)}
+        return twin
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         with evaluating(self):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -12,15 +11,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized
 
+from decef.layers.choice import factorized_is_faster
 from decef.layers.metric import conditioned, squared_norm_on
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
 #: Channels that engines compute at once: 16 floats in AVX-512, 16 outputs of 8-bit products. Fewer cost as much.
 BLOCK = 16
-_FACTORIZED_IS_FASTER: dict[tuple[Any, ...], bool] = {}  # what `prefers_factorized` has measured
 Size = int | tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
@@ -266,29 +264,13 @@ class FactorizedConv2d(nn.Module):
         possible (`torch.jit.trace`, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with
         fewer MACs is taken. `torch.fx` cannot trace the choice: say "factorized" or "reconstructed" for it.
         """
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *self.factors().values()))):
-            return self._factorized_has_fewer_macs(x)
-        layer = (type(self), self.weight_shape, self.groups, self.rank, self.stride, self._padding, self.dilation)
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        where = (x.device, x.dtype, x.shape, x.stride(), x.requires_grad, trains, torch.get_num_threads())
-        autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-        key = (*layer, *where, autocast)
-        if key not in _FACTORIZED_IS_FASTER:
-            _FACTORIZED_IS_FASTER[key] = self._time("factorized", x, trains) < self._time("reconstructed", x, trains)
-        return _FACTORIZED_IS_FASTER[key]
+        return factorized_is_faster(self, x)
 
-    def _factorized_has_fewer_macs(self, x: Tensor) -> bool:
-        # Per output position, the chain does about one MAC for each of its parameters. Composing costs about `rank`
-        # MACs for each weight of the kernel, once for all positions.
-        dense, chain = math.prod(self.weight_shape), sum(p.numel() for p in self.factors().values())
-        return chain < dense * (1 + self.rank / max(1, x.numel() // self.in_channels))
-
-    def _time(self, implementation: str, x: Tensor, trains: bool) -> float:
-        """Seconds of the fastest of a few runs."""
+    def _twin(self) -> Self:
+        """A layer that computes the same with parameters of its own, and has no hooks: to be timed."""
         # Factors may be computed, which rules out copies: the twin gets parameters with their values.
         kind: Any = type(self).__base__ if is_parametrized(self) else type(self)
-        twin = object.__new__(kind)
+        twin: Self = object.__new__(kind)
         twin.__dict__ = dict(self.__dict__)
         for name in (*self.factors(), "bias"):
             twin.__dict__.pop(name, None)
@@ -296,21 +278,7 @@ class FactorizedConv2d(nn.Module):
             name: None if value is None else nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
             for name, value in {**self.factors(), "bias": self.bias}.items()
         }
-        twin.implementation = implementation
-        twin._pad_first = False  # `x` is already padded
-        x = x.detach().clone().requires_grad_(x.requires_grad)
-        best = math.inf
-        for _ in range(4):
-            started = time.perf_counter()
-            # What activation checkpointing counts must not hold what the twin saves for its own backward pass.
-            with torch.set_grad_enabled(trains), saved_tensors_hooks(_same, _same):
-                y = twin.forward(x)  # not twin(x), which would run the hooks
-            if trains:
-                y.sum().backward()
-            if x.device.type == "cuda":
-                torch.cuda.synchronize(x.device)
-            best = min(best, time.perf_counter() - started)
-        return best
+        return twin
 
     @torch.no_grad()
     def decompose_(self, weight: Tensor, *, warm_start: bool = False, moments: Tensor | None = None) -> float:
@@ -519,16 +487,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether `x` is an ordinary tensor, not one wrapped by `torch.func` or a tracer."""
-    try:
-        x.data_ptr()
-    except RuntimeError:
-        return False
-    return type(x) in (Tensor, nn.Parameter)

@@ -1,0 +1,75 @@
+"""Whether a layer's chain is faster than its composed kernel: measured, once for every shape in a process."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+if TYPE_CHECKING:
+    from decef.layers.factorized import FactorizedConv2d
+
+MEASURED: dict[tuple[Any, ...], bool] = {}  # whether the chain was faster, by layer, input and how they run
+RUNS = 4
+
+
+def factorized_is_faster(layer: FactorizedConv2d, x: Tensor) -> bool:
+    """See `FactorizedConv2d.prefers_factorized`."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *layer.factors().values()))):
+        return factorized_has_fewer_macs(layer, x)
+    kind = (type(layer), layer.weight_shape, layer.groups, layer.rank, layer.stride, layer._padding, layer.dilation)
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    where = (x.device, x.dtype, x.shape, x.stride(), x.requires_grad, trains, torch.get_num_threads())
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    key = (*kind, *where, autocast)
+    if key not in MEASURED:
+        MEASURED[key] = seconds(layer, "factorized", x, trains) < seconds(layer, "reconstructed", x, trains)
+    return MEASURED[key]
+
+
+def factorized_has_fewer_macs(layer: FactorizedConv2d, x: Tensor) -> bool:
+    """Whether the chain does fewer MACs than composing the kernel and convolving once.
+
+    Per output position the chain does about one for each of its parameters. Composing costs about `rank` for each
+    weight of the kernel, once for all positions.
+    """
+    dense, chain = math.prod(layer.weight_shape), sum(p.numel() for p in layer.factors().values())
+    return chain < dense * (1 + layer.rank / max(1, x.numel() // layer.in_channels))
+
+
+def seconds(layer: FactorizedConv2d, implementation: str, x: Tensor, trains: bool) -> float:
+    """Seconds of the fastest of a few runs, on an input that is already padded where the layer pads first."""
+    twin = layer._twin()
+    twin.implementation = implementation
+    twin._pad_first = False
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    best = math.inf
+    for _ in range(RUNS):
+        started = time.perf_counter()
+        # What activation checkpointing counts must not hold what the twin saves for its own backward pass.
+        with torch.set_grad_enabled(trains), saved_tensors_hooks(_same, _same):
+            y = twin.forward(x)  # not twin(x), which would run the hooks
+        if trains:
+            y.sum().backward()
+        if x.device.type == "cuda":
+            torch.cuda.synchronize(x.device)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _is_ordinary(x: Tensor) -> bool:
+    """Whether `x` is an ordinary tensor, not one wrapped by `torch.func` or a tracer."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return type(x) in (Tensor, nn.Parameter)
