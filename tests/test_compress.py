@@ -98,7 +98,7 @@ def test_compressions_side_by_side(made, tmp_path):
 
 def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
     done, out, given = made
-    monkeypatch.setattr("decef.compression.pipeline.plan", None)
+    monkeypatch.setattr("decef.compression.reach.plan", None)
     monkeypatch.setattr("decef.compression.pipeline.measure_top1", None)
     again = compress(trained, loader(), test=loader(1, shuffle=False), finetune=2, out=out, **given)
     assert again.network.state_dict().keys() == done.network.state_dict().keys()
@@ -201,10 +201,10 @@ def made_up_times(model):
 @pytest.mark.parametrize("budget", [Latency(0.6), Milliseconds(6.0)])
 def test_a_budget_of_time_is_met_as_measured(trained, options, monkeypatch, budget):
     """The layers' times promise too much, so that the first plan is too slow; the second is corrected."""
-    module = "decef.compression.pipeline"
+    module = "decef.compression.reach"
     tries, kept, dense = [], [], decef.cost(trained, SIZE).attrs["macs"]
 
-    def measured(self, _, small):
+    def measured(_, small, x):
         tries.append(0.15 + 0.85 * decef.cost(small, SIZE).attrs["macs"] / dense)
         return tries[-1]
 
@@ -216,7 +216,7 @@ def test_a_budget_of_time_is_met_as_measured(trained, options, monkeypatch, budg
     monkeypatch.setattr(f"{module}.measure_times", lambda model, *_, **__: made_up_times(model))
     monkeypatch.setattr(f"{module}.deploy", deployed)
     monkeypatch.setattr(f"{module}.interleaved_times", lambda steps, **_: dict.fromkeys(steps, 0.01))
-    monkeypatch.setattr(Compression, "_time_share", measured)
+    monkeypatch.setattr(f"{module}.time_share", measured)
     Compression(trained, loader(), **{**options, "budget": budget}).plan()
     assert abs(tries[0] / 0.6 - 1) > 0.05
     assert abs(tries[-1] / 0.6 - 1) <= 0.05
@@ -232,7 +232,7 @@ def test_the_network_runs_in_the_forms_that_met_the_budget_unless_others_are_fas
     kept = decef.deploy(network, loader().dataset[:1][0], engines=["eager"])
     kept.forms = dict.fromkeys(kept.forms, "branches")
     kept.save(tmp_path / "forms.json")
-    monkeypatch.setattr(Compression, "_time_share", lambda self, anew, before: share)
+    monkeypatch.setattr("decef.compression.pipeline.time_share", lambda anew, before, x: share)
     monkeypatch.setattr("decef.compression.pipeline.deploy", lambda *_, **__: "deployed anew")
     chosen = job._deployed(network)
     assert chosen.forms == kept.forms if share < 1 else chosen == "deployed anew"

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decef.compression.budgets import AnyBudget, Memory, Milliseconds, Reached, Size, search, words
+from decef.compression.budgets import AnyBudget, Memory, Milliseconds, Size, words
 from decef.compression.finetune import (
     Loader,
     batches,
@@ -28,6 +28,7 @@ from decef.compression.finetune import (
     step_seconds,
 )
 from decef.compression.finetune import top1 as measure_top1
+from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
 from decef.compression.report import FILES, NETWORK, write_report
 from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
@@ -37,13 +38,11 @@ from decef.inference.deploy import Deployed, Deployer, deploy
 from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
-from decef.inference.latency import measure_times
-from decef.inference.memory import activation_bytes, stored_bytes
-from decef.inference.timing import inference_call, interleaved_times
+from decef.inference.memory import stored_bytes
 from decef.machine import environment
 from decef.models.released import Card, save
-from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, layer_type, plan
-from decef.ranks import Budget, Latency, Rule
+from decef.plans import AUTO, Plan, layer_type
+from decef.ranks import Budget, Latency
 from decef.sites import check_patterns, find_sites
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import TrainConfig
@@ -133,9 +132,8 @@ class Compression:
             raise ValueError("a compression measures the times itself: say Latency(share) without times")
         if layer == AUTO and isinstance(budget, Budget) and budget.uniform:
             raise ValueError("layer 'auto' weighs energy against cost, which uniform=True doesn't: leave that out")
-        for given in filter(None, (data, test)):
-            if isinstance(given, Iterator):
-                raise ValueError("the data can be iterated once only: give a list or a DataLoader")
+        if isinstance(data, Iterator) or isinstance(test, Iterator):
+            raise ValueError("the data can be iterated once only: give a list or a DataLoader")
         if layer == "conv2d" or (layer != AUTO and not layer_type(layer)):
             raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
         whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
@@ -199,10 +197,16 @@ class Compression:
             if self._test is not None and "dense" not in self._accuracies():
                 self._note_top1("dense", self._model)
             with forked_generator(self._x.device):
-                reached = self._reach()
+                reached, deployed = self._planner().reach(self._budget)
+            if deployed is not None:
+                deployed.save(self._folder / FORMS)
             reached.plan.save(path)
             self._state["reached"] = {"asked": reached.asked, "value": reached.value}
         return Plan.load(path)
+
+    def _planner(self) -> Planner:
+        where: dict[str, Any] = {"include": self._include, "exclude": self._exclude, "progress": self._progress}
+        return Planner(self._model, self._x, self._layer, self._engine, **where)
 
     def estimate(self) -> float:
         """Seconds that fine-tuning would take here, from three of its steps on a copy."""
@@ -231,71 +235,14 @@ class Compression:
         made = Plan.load(self._folder / PLAN)
         if self._epochs and self._test is not None:
             self._note_top1("finetuned", network)
-        dense = self._fast_dense()
+        dense = deploy(self._model, self._x, engines=[self._engine])
         deployed = self._deployed(network)
         self._write_files(network, made, deployed)
         numbers = self._numbers(network, made, dense, deployed)
         write_report(self._folder / REPORT, numbers, own=not self._card.model)
         return Compressed(network, made, deployed, numbers, self._kept)
 
-    # The plan
-
-    def _reach(self) -> Reached:
-        make = self._planner()
-        budget = self._budget
-        if isinstance(budget, Budget):
-            made = make(budget)
-            whole = total_cost(self._model, self._input_size)
-            key = "macs" if budget.params is None else "params"
-            small = total_cost(convert(self._model, made, from_scratch=True), self._input_size)
-            return Reached(made, small[key] / whole[key], budget.share)
-        if isinstance(budget, (Memory, Size)):
-            measure = _memory if isinstance(budget, Memory) else _stored
-            whole_size = measure(self._model, self._x)
-            asked = budget.share if isinstance(budget, Memory) else budget.bytes / whole_size
-            _check_smaller(asked, f"{whole_size} bytes")
-            return search(
-                lambda share: make(Budget(params=share)),
-                lambda made: measure(convert(self._model, made, from_scratch=True), self._x) / whole_size,
-                asked,
-                over=0,
-            )
-        dense = self._fast_dense()
-        types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
-        times = {
-            name: measure_times(
-                self._model, name, self._x, engine=self._engine, include=self._include, exclude=self._exclude,
-                progress=self._progress,
-            )
-            for name in types
-        }  # fmt: skip
-        seconds = interleaved_times({"dense": inference_call(dense, self._x)}, reduce=min)["dense"]
-        asked = budget.share if isinstance(budget, Latency) else budget.limit / 1e3 / seconds
-        _check_smaller(asked, f"{seconds * 1e3:.3g} ms")
-        known = times if self._layer == AUTO else times[self._layer]
-
-        tried: list[tuple[Plan, Deployed]] = []
-
-        def measure_time(made: Plan) -> float:
-            small = convert(self._model, made, from_scratch=True)
-            tried.append((made, deploy(small, self._x, engines=[self._engine], progress=self._progress)))
-            return self._time_share(dense, tried[-1][1])
-
-        reached = search(lambda share: make(Latency(share, known)), measure_time, asked)
-        next(deployed for made, deployed in tried if made is reached.plan).save(self._folder / FORMS)
-        return reached
-
-    def _planner(self) -> Callable[[Rule], Plan]:
-        """Makes a plan by a rule, from the kernels' energies: those of the outputs spread a budget no better."""
-        where: dict[str, Any] = {
-            "include": self._include,
-            "exclude": self._exclude,
-            "input_size": self._input_size,
-        }
-        if self._layer == AUTO:
-            choice = TypeChoice(self._model, **where)
-            return lambda rule: choice.plan(rule, progress=self._progress)
-        return lambda rule: plan(self._model, self._layer, rank=rule, **where)
+    # What is asked
 
     def _data_words(self) -> str:
         known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
@@ -377,7 +324,7 @@ class Compression:
         if not (self._folder / FORMS).is_file():  # the budget was not one of time
             return anew
         before = Deployed.load(self._folder / FORMS, network, self._x)
-        return before if self._time_share(anew, before) < 1 else anew
+        return before if time_share(anew, before, self._x) < 1 else anew
 
     def _write_files(self, network: nn.Module, made: Plan, deployed: Deployed) -> None:
         final = [*self._accuracies().values()]
@@ -403,17 +350,6 @@ class Compression:
                 log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)
         return "eager"
 
-    def _fast_dense(self) -> Deployed:
-        return deploy(self._model, self._x, engines=[self._engine])
-
-    def _time_share(self, dense: nn.Module, small: nn.Module) -> float:
-        seconds = self._seconds(dense, small)
-        return seconds["small"] / seconds["dense"]
-
-    def _seconds(self, dense: nn.Module, small: nn.Module) -> dict[str, float]:
-        calls = {"dense": inference_call(dense, self._x), "small": inference_call(small, self._x)}
-        return interleaved_times(calls, rounds=10, reduce=min)
-
     def _accuracies(self) -> dict[str, float]:
         return self._state.get("top1", {})
 
@@ -424,7 +360,7 @@ class Compression:
         log.info("%s: top-1 %.2f %%", step, self._accuracies()[step])
 
     def _numbers(self, network: nn.Module, made: Plan, dense: Deployed, deployed: Deployed) -> dict[str, Any]:
-        seconds = self._seconds(dense, deployed)
+        seconds = seconds_beside(dense, deployed, self._x)
         sides = {"dense": self._model, "small": network}
         return {
             "asked": {**self._state.asked, "reached": self._state["reached"]},
@@ -432,7 +368,7 @@ class Compression:
             "seconds": seconds,
             "costs": {side: total_cost(model, self._input_size) for side, model in sides.items()},
             "bytes": {side: stored_bytes(model) for side, model in sides.items()},
-            "memory": {side: _memory(model, self._x) for side, model in sides.items()},
+            "memory": {side: memory_bytes(model, self._x) for side, model in sides.items()},
             "layers": [
                 {**row, "layer": row.get("layer") or made.layer, "form": deployed.forms.get(row["name"], "")}
                 for row in made.to_dict()["rows"]
@@ -441,21 +377,6 @@ class Compression:
             "files": {name: (self._folder / name).stat().st_size for name in FILES if (self._folder / name).is_file()},
             "made": environment(str(self._x.device)),
         }
-
-
-def _memory(model: nn.Module, x: Tensor) -> int:
-    """Bytes of a network's weights, and of its intermediate results at their peak."""
-    network = to_convolutions(model)
-    return stored_bytes(network) + activation_bytes(network, x.shape)
-
-
-def _stored(model: nn.Module, x: Tensor) -> int:
-    return stored_bytes(model)
-
-
-def _check_smaller(asked: float, whole: str) -> None:
-    if asked >= 1:
-        raise ValueError(f"the budget is no less than what the dense network takes, {whole}: there is nothing to do")
 
 
 def _listed(patterns: str | Iterable[str] | None) -> list[str] | None:

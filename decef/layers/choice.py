@@ -4,20 +4,42 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-if TYPE_CHECKING:
-    from decef.layers.factorized import FactorizedConv2d
-
 MEASURED: dict[tuple[Any, ...], bool] = {}  # whether the chain was faster, by layer, input and how they run
 RUNS = 4
 
 
-def factorized_is_faster(layer: FactorizedConv2d, x: Tensor) -> bool:
+class Layer(Protocol):
+    """What is looked at of a `FactorizedConv2d`."""
+
+    in_channels: int
+    groups: int
+    rank: int
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    implementation: str
+    _padding: tuple[int, int]
+    _pad_first: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]: ...
+
+    def factors(self) -> dict[str, nn.Parameter]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    def _twin(self) -> Self: ...
+
+
+def factorized_is_faster(layer: Layer, x: Tensor) -> bool:
     """See `FactorizedConv2d.prefers_factorized`."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *layer.factors().values()))):
@@ -32,7 +54,7 @@ def factorized_is_faster(layer: FactorizedConv2d, x: Tensor) -> bool:
     return MEASURED[key]
 
 
-def factorized_has_fewer_macs(layer: FactorizedConv2d, x: Tensor) -> bool:
+def factorized_has_fewer_macs(layer: Layer, x: Tensor) -> bool:
     """Whether the chain does fewer MACs than composing the kernel and convolving once.
 
     Per output position the chain does about one for each of its parameters. Composing costs about `rank` for each
@@ -42,7 +64,7 @@ def factorized_has_fewer_macs(layer: FactorizedConv2d, x: Tensor) -> bool:
     return chain < dense * (1 + layer.rank / max(1, x.numel() // layer.in_channels))
 
 
-def seconds(layer: FactorizedConv2d, implementation: str, x: Tensor, trains: bool) -> float:
+def seconds(layer: Layer, implementation: str, x: Tensor, trains: bool) -> float:
     """Seconds of the fastest of a few runs, on an input that is already padded where the layer pads first."""
     twin = layer._twin()
     twin.implementation = implementation
