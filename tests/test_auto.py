@@ -123,7 +123,7 @@ def test_by_time_every_layer_has_the_type_that_is_fast_there(trained):
 
 
 def test_a_budget_of_parameters_is_spread_the_same_whether_or_not_macs_are_known():
-    """With stride 2, DeCEF's depthwise filters are as large as the dense kernel's saving of MACs allows sooner."""
+    """With stride 2 a 1x1 convolution before the stride costs MACs that it doesn't cost in parameters."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Conv2d(a, b, 3, 2, 1, bias=False) for a, b in ((16, 32), (32, 32), (32, 32))))
     plans = [plan(model, "auto", rank=Budget(params=0.5), input_size=size).rows for size in (None, (16, 32, 32))]

@@ -43,12 +43,10 @@ def test_a_run_is_released_and_loaded_by_name(call, finished, tmp_path):
 
 def test_networks_that_are_not_there_or_damaged(call, finished, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
-    with pytest.raises(FileNotFoundError, match=r"there is no released network .*there are: broken"):
+    with pytest.raises(FileNotFoundError, match=r"there is no released network .*; the nearest in .*: broken$"):
         decef.load("resnet20", folder=tmp_path)
     with pytest.raises(ValueError, match="damaged or no released network"):
         decef.load("broken", folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"did you mean broken\?; in"):
-        decef.load("brokn", folder=tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"weights\.pt is no \.safetensors file of decef\.compress"):
         decef.load(tmp_path / "weights.pt")

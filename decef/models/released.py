@@ -19,7 +19,6 @@ from decef.plans import Plan
 
 #: Where the networks of this repository are.
 RELEASED = Path(__file__).resolve().parents[2] / "results" / "networks"
-NAMED = 8  # networks that a message names
 HEADER = "decef"  # the key of the card in the file's header
 
 
@@ -68,7 +67,7 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
         The network, with its `Card` as the attribute `card`.
 
     Raises:
-        FileNotFoundError: there is no such network; the message names some that there are.
+        FileNotFoundError: there is no such network; the message names the nearest.
         ValueError: the file is damaged or no released network, or `model` is needed or doesn't fit.
         ImportError: safetensors is not installed.
     """
@@ -106,12 +105,9 @@ def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, 
     if not path.is_file():
         if Path(name).is_file():
             raise ValueError(f"{name} is no .safetensors file of decef.compress or scripts/release.py")
-        there = sorted(p.stem for p in folder.glob("*.safetensors"))
-        near = get_close_matches(str(name), there, n=3)
+        nearest = get_close_matches(str(name), [p.stem for p in folder.glob("*.safetensors")], n=3, cutoff=0.0)
         raise FileNotFoundError(
-            f"there is no released network {path}"
-            + (f"; did you mean {' or '.join(near)}?" if near else "")
-            + f"; in {folder} there are: {', '.join(there[:NAMED] + ['...'] * (len(there) > NAMED)) or 'none'}"
+            f"there is no released network {path}; the nearest in {folder}: {', '.join(nearest) or 'none'}"
         )
     try:
         with safe_open(path, framework="pt") as file:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 #: Errors of a disk that is full or cannot be written.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 KEPT = "the last whole checkpoint is kept and the same command resumes from it"
 SESSION = ("started", "git_commit", "git_dirty", "python", "packages", "device", "threads", "processes", "machine")
 
