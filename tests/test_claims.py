@@ -549,16 +549,15 @@ def test_ranks_over_training_and_of_dense_networks_alone():
 
 
 def test_a_figure_is_of_its_task_alone():
-    def tile(**options):
-        return record("cpac", 0, 93.0, model="cpacnet", rank=2, dataset={"name": "magnetic_tile", **options})
+    def tile(name, **options):
+        return record("cpac", 0, 93.0, model="cpacnet", rank=2, dataset={"name": name, **options})
 
-    figures = [f for f in load_published() if f.dataset == "magnetic_tile" and f.metric == "top1"]
+    figures = [f for f in load_published() if f.dataset == "magnetic_tile_masks" and f.metric == "top1"]
     assert {f.id for f in figures} == {"C12", "C13", "C14"}
-    published, split = tile(as_published=True), tile(as_published=False)
-    assert {f.id for f in figures if f.fits(published)} == {"C12", "C14"}
-    assert not any(f.fits(split) for f in figures)
-    assert not any(f.fits(tile(as_published=True, train_size=50)) for f in figures)
-    assert all("on magnetic_tile as_published, " in line for line in published_lines(figures))
+    assert {f.id for f in figures if f.fits(tile("magnetic_tile_masks"))} == {"C12", "C14"}
+    assert not any(f.fits(tile("magnetic_tile_masks", train_size=50)) for f in figures)
+    assert not any(f.fits(tile("magnetic_tile", as_published=True)) for f in figures)  # photographs
+    assert all("on magnetic_tile_masks, " in line for line in published_lines(figures))
 
     mnist = [f for f in load_published() if f.id == "C8"]
     whole, part = (

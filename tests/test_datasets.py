@@ -212,6 +212,38 @@ def test_real_tiles(monkeypatch):
     assert (len(train), len(test)) == (563, 100)  # as many as the authors have
 
 
+def write_masks(root, per_class=(115, 85, 114, 96, 150, 103)):
+    """Masks of one pixel, whose grey level says which it is in the order of the files' names."""
+    names = ("Blowhole", "Break", "Crack", "Fray", "Free", "Uneven")
+    for name, n in zip(names, per_class, strict=True):
+        folder = root / "Magnetic-tile-defect-datasets_torch" / f"MT_{name}"
+        folder.mkdir(parents=True)
+        for grey, file in enumerate(sorted(f"{i}.png" for i in range(n))):
+            Image.fromarray(np.full((1, 1), grey, dtype=np.uint8)).save(folder / file)
+
+
+def test_masks_are_split_as_the_authors_split_them(tmp_path):
+    write_masks(tmp_path)
+    order = [(label, grey) for label, n in enumerate((115, 85, 114, 96, 150, 103)) for grey in range(n)]
+    torch.manual_seed(48)
+    authors = torch.utils.data.random_split(order, [563, 100])
+    for part, expected in zip(loaded("magnetic_tile_masks"), authors, strict=True):
+        assert part.images.shape == (len(expected), 1, 100, 100)
+        assert list(zip(part.labels.tolist(), part.images[:, 0, 0, 0].tolist(), strict=True)) == list(expected)
+
+
+def test_damaged_and_missing_masks(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"masks were not found: .*CPAC-CNN.*dataset\.root"):
+        loaded("magnetic_tile_masks")
+    write_masks(tmp_path, (115, 85, 114, 96, 150, 102))
+    with pytest.raises(ValueError, match=r"has 662 masks .* where the authors have 663"):
+        loaded("magnetic_tile_masks")
+    broken = tmp_path / "Magnetic-tile-defect-datasets_torch" / "MT_Crack" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{broken} is damaged"):
+        loaded("magnetic_tile_masks")
+
+
 # Folders ----------------------------------------------------------------------------------------------------------
 
 CLASSES = ("n01", "n02", "n03")

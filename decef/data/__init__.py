@@ -12,7 +12,7 @@ from decef.data.digits import load_digits
 from decef.data.folder import ImageFolder, class_names, find_folder, load_folder, names_md5
 from decef.data.images import Data, Images, normalize
 from decef.data.small import load_cifar100, load_fashion_mnist, load_mnist, load_svhn
-from decef.data.tiles import load_magnetic_tile
+from decef.data.tiles import load_magnetic_tile, load_magnetic_tile_masks
 from decef.machine import cores
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,6 +67,7 @@ DATASETS = {
     "mnist": Dataset((1, 28, 28), 10, (0.1307,), (0.3081,), load_mnist),
     "fashion_mnist": Dataset((1, 28, 28), 10, (0.2860,), (0.3530,), load_fashion_mnist),
     "magnetic_tile": Dataset((1, 100, 100), 6, (0.3919,), (0.1790,), load_magnetic_tile),
+    "magnetic_tile_masks": Dataset((1, 100, 100), 6, (0.0685,), (0.2520,), load_magnetic_tile_masks),
     "digits": Dataset((1, 8, 8), 10, (0.2874,), (0.3540,), load_digits),
 }
 #: Datasets in folders, with the names that the folder may have. The caller gives image size and number of classes.

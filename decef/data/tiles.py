@@ -19,6 +19,7 @@ CLASSES = ("blowhole", "break", "crack", "fray", "free", "uneven")
 SIZE = 100  # pixels, both ways
 PER_CLASS = 150
 TEST_SHARE = 0.15
+MASKS, TRAINING_MASKS = 663, 563
 
 
 def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> tuple[Images, Images]:
@@ -37,10 +38,11 @@ def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> 
         ValueError: a class has no photographs, or a file is damaged.
         ImportError: Pillow or scikit-learn is not installed.
     """
-    folder = _find(root)
+    source = "github.com/abin24/Magnetic-tile-defect-datasets."
+    folder = _find(root, "magnetic-tile", "photographs", source)
     photographs, labels = [], []
     for label, name in enumerate(CLASSES):
-        for pixels in _read(folder, name):
+        for pixels in _photographs(folder, name):
             photographs.append(pixels)
             labels.append(label)
     data = Images(torch.stack(photographs), torch.tensor(labels))
@@ -51,33 +53,67 @@ def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> 
     return _enlarged(train), test
 
 
-def _find(root: Path | None) -> Path:
-    candidates = [f for folder in search_path(root) for f in (folder, folder / "magnetic-tile")]
+def load_magnetic_tile_masks(root: Path | None = None) -> tuple[Images, Images]:
+    """The masks of the defects `(1, 100, 100)` that CPAC-Conv's authors train and test on: 563 and 100 of their 663.
+
+    White where the defect is, all black where there is none. They come from the authors' repository, resized and with
+    the small classes enlarged, as `load_magnetic_tile` does it. The test images are the authors' own, from their seed
+    48; copies of a mask are on both sides.
+
+    Args:
+        root: folder to look in first for `Magnetic-tile-defect-datasets_torch/MT_<class>/*.png`.
+
+    Raises:
+        FileNotFoundError: it is not found; there is no download.
+        ValueError: there are not 663 images, or a file is damaged.
+        ImportError: Pillow is not installed.
+    """
+    folder = _find(root, "Magnetic-tile-defect-datasets_torch", "masks", "github.com/wyn430/CPAC-CNN, folder Data,")
+    masks, labels = [], []
+    for label, name in enumerate(CLASSES):
+        for path in sorted(_place(folder, name).glob("*.png")):
+            masks.append(_pixels(path))
+            labels.append(label)
+    if len(masks) != MASKS:
+        raise ValueError(f"{folder} has {len(masks)} masks (*.png) where the authors have {MASKS}: get the folder anew")
+    data = Images(torch.stack(masks), torch.tensor(labels))
+    order = torch.randperm(MASKS, generator=torch.Generator().manual_seed(48))  # as torch's random_split draws it
+    return data.subset(order[:TRAINING_MASKS]), data.subset(order[TRAINING_MASKS:])
+
+
+def _find(root: Path | None, name: str, what: str, source: str) -> Path:
+    candidates = [f for folder in search_path(root) for f in (folder / name, folder)]
     for folder in candidates:
-        if (folder / "MT_crack").is_dir() or (folder / "MT_Crack").is_dir():
+        if _place(folder, "crack").is_dir():
             return folder
     raise FileNotFoundError(
-        f"the magnetic-tile photographs were not found: no MT_<class> folders in {', '.join(map(str, candidates))}. "
-        "Get them from github.com/abin24/Magnetic-tile-defect-datasets. and say where they are with "
-        "dataset.root=FOLDER or the environment variable DECEF_DATA"
+        f"the magnetic-tile {what} were not found: no MT_<class> folders in {', '.join(map(str, candidates))}. "
+        f"Get them from {source} and say where they are with dataset.root=FOLDER or the environment variable DECEF_DATA"
     )
 
 
-def _read(folder: Path, name: str) -> Iterator[Tensor]:
-    need("train", "PIL")
-    from PIL import Image
-
+def _place(folder: Path, name: str) -> Path:
     places = [folder / f"MT_{name.capitalize()}", folder / f"MT_{name}"]
-    place = next((place for place in places if place.is_dir()), places[-1])
+    return next((place for place in places if place.is_dir()), places[-1])
+
+
+def _photographs(folder: Path, name: str) -> Iterator[Tensor]:
+    place = _place(folder, name)
     paths = sorted((*place.glob("*.jpg"), *place.glob("Imgs/*.jpg")))[:PER_CLASS]
     if not paths:
         raise ValueError(f"{place} has no photographs (*.jpg)")
-    for path in paths:
-        try:
-            image = Image.open(path).convert("L").resize((SIZE, SIZE), Image.Resampling.NEAREST)
-        except OSError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        yield torch.from_numpy(np.array(image)).unsqueeze(0)
+    yield from map(_pixels, paths)
+
+
+def _pixels(path: Path) -> Tensor:
+    need("train", "PIL")
+    from PIL import Image
+
+    try:
+        image = Image.open(path).convert("L").resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    except OSError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return torch.from_numpy(np.array(image)).unsqueeze(0)
 
 
 def _enlarged(data: Images) -> Images:

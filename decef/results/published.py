@@ -30,12 +30,11 @@ class Published:
     where: str
     status: str
     training: str = ""
-    task: str = ""
 
     def fits(self, record: Record) -> bool:
         """Whether a run has this value's task, network, layer and rank setting; other options may differ."""
         ours = (record.task, record.model, record.layer, record.rank_setting)
-        return ours == (f"{self.dataset} {self.task}".strip(), self.network, self.layer, self.setting)
+        return ours == (self.dataset, self.network, self.layer, self.setting)
 
 
 @cache
@@ -63,7 +62,7 @@ def load_published() -> tuple[Published, ...]:
             for what, name, known in (("paper", one.paper, load_papers()), ("status", one.status, STATUSES)):
                 if name not in known:
                     raise ValueError(f"published.yaml: {one.id} has {what} '{name}'; there are {', '.join(known)}")
-            key = (one.id, one.dataset, one.task, one.network, one.metric, setting)
+            key = (one.id, one.dataset, one.network, one.metric, setting)
             if key in seen:
                 raise ValueError(f"published.yaml: {' '.join(filter(None, key))} stands there twice")
             seen.add(key)
@@ -90,8 +89,7 @@ def published_lines(published: Iterable[Published]) -> list[str]:
     for one in published:
         source = "; ".join(filter(None, [one.where, one.training]))
         value = f"{one.value:,.0f}" if one.value >= 1e4 else f"{one.value:g}"
-        dataset = " ".join(filter(None, [one.dataset, one.task]))
-        about = f"{one.id}, {one.network} on {dataset}, {one.metric} ({source})"
+        about = f"{one.id}, {one.network} on {one.dataset}, {one.metric} ({source})"
         lines.setdefault(about, []).append(f"{one.setting}: {value}")
     return [f"{about}: {'; '.join(values)}" for about, values in lines.items()]
 
