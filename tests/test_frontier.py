@@ -20,6 +20,7 @@ def trained():
 
 def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     images, test = DIGITS
     points = decomposed(
@@ -45,6 +46,7 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
 
 def test_networks_of_equal_shapes_run_as_the_first(trained, monkeypatch):
     monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+    monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     measured = []
     deploy = Deployer.deploy
