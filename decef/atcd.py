@@ -6,11 +6,14 @@ filters. It only needs a projection, so here it works with every layer type that
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from decef.conversion import fold
 from decef.layers import FactorizedConv2d
+from decef.layers.factorized import without_autocast
 
 
 class ATCD:
@@ -37,7 +40,7 @@ class ATCD:
 
     Attributes:
         dense: the network to train, a copy of `model` with `torch.nn.Conv2d` in place of the factorised layers.
-            `after_epoch` copies everything but the kernels back to `model`.
+            `after_epoch` copies its other parameters and its buffers back to `model`.
 
     Raises:
         ValueError: `model` has no factorised layer, or has one without a dense kernel in training; or `every` is
@@ -103,13 +106,19 @@ class ATCD:
             if not conv.weight.isfinite().all():
                 raise FloatingPointError("a kernel is not finite any more: the training diverged")
             errors.append(layer.decompose_(conv.weight, warm_start=True))
-            conv.weight.copy_(layer.compose())
+            with without_autocast(conv.weight.device):
+                conv.weight.copy_(layer.compose())
         return max(errors)
 
     @torch.no_grad()
     def _copy_rest(self) -> None:
-        """Copy to `model` everything but the projected kernels: biases, normalisation, classifier."""
-        own = self.model.state_dict()
-        for name, value in self.dense.state_dict().items():
+        """Copy to `model` all parameters and buffers but the projected kernels: biases, normalisation, classifier."""
+        own = _tensors(self.model)
+        for name, value in _tensors(self.dense).items():
             if name in own:
                 own[name].copy_(value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, also those that are in no state dict."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))

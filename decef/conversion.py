@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -20,6 +22,8 @@ from decef.moments import moments_on
 from decef.plans import Plan, layer_type, plan
 from decef.progress import bar
 from decef.sites import count_parameters
+
+log = logging.getLogger(__name__)
 
 RECALIBRATION = 50  # batches
 
@@ -55,7 +59,7 @@ def convert(
         **arguments: arguments of `plan`, if `how` is a layer type.
 
     Raises:
-        ValueError: the plan names a layer that the network doesn't have, a rank that is not possible there, or
+        ValueError: the plan names a layer that the network doesn't have, no rank or one that is not possible there, or
             different types or ranks for layers that share a weight; a weight has NaN or infinite values; `data` would
             do nothing. Also what `plan` and `input_moments` raise.
         TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
@@ -73,11 +77,17 @@ def convert(
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     types = {row.name: layer_type(row.layer or how.layer) for row in how.rows if row.action == "convert"}
+    if not types and how.layer != "conv2d":
+        reasons = Counter(row.reason for row in how.rows)
+        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.items()) or "the network has no convolution"
+        log.warning("nothing is converted: %s", why)
+    if without := [row.name for row in how.rows if row.action == "convert" and row.rank is None]:
+        raise ValueError(f"the plan converts '{without[0]}', but has no rank for it")
     model = copied(model)
     modules = dict(model.named_modules())
     for name, layer_class in types.items():
-        if not isinstance(modules.get(name), nn.Conv2d):
-            raise ValueError(f"the plan converts '{name}', which is no Conv2d in this network")
+        if type(modules.get(name)) is not nn.Conv2d:
+            raise ValueError(f"the plan converts '{name}', which is no plain Conv2d in this network")
         if not issubclass(layer_class, FactorizedConv2d):
             raise ValueError(f"the plan converts '{name}' to conv2d, no low-rank layer: its action must be keep")
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
@@ -216,7 +226,7 @@ def _replaced(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
     if type(value) is tuple:
         items = tuple(_replaced(item, new, seen) for item in value)
         return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    if type(value) in (list, dict):
+    if isinstance(value, (list, dict)):
         seen.add(id(value))
         for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
             if (other := _replaced(item, new, seen)) is not item:

@@ -106,20 +106,20 @@ class _Row(TypedDict):
 
 
 def _rows(model: nn.Module, input_size: Sequence[int]) -> dict[str, _Row]:
-    flops = _flops_by_module(model, input_size)
+    flops = module_flops(model, input_size)
     rows: dict[str, _Row] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen.update(map(id, own))
-        module_flops = flops.get(name, 0)
-        if own or module_flops:
+        count = flops.get(name, 0)
+        if own or count:
             rows[name] = {
                 "type": type(module).__name__,
                 "params": sum(p.numel() for p in own),
                 "trainable_params": sum(p.numel() for p in own if p.requires_grad),
-                "macs": module_flops // 2,
-                "flops": module_flops,
+                "macs": count // 2,
+                "flops": count,
             }
     return rows
 
@@ -128,8 +128,12 @@ def _totals(rows: Mapping[str, _Row]) -> dict[str, int]:
     return {column: sum(row[column] for row in rows.values()) for column in COLUMNS}  # type: ignore[literal-required]
 
 
-def _flops_by_module(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
-    """FLOPs of every module by name, summed over its calls, without those of its submodules."""
+def module_flops(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
+    """FLOPs of every module by name for one input, summed over its calls, without those of its submodules.
+
+    Raises:
+        ValueError: the network doesn't run on an input of this size.
+    """
     model = _on_meta(model)
     own: dict[nn.Module, int] = {}
     open_calls: list[tuple[int, int]] = []  # FLOPs counted before the call, FLOPs of the calls inside it
@@ -164,8 +168,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return model
 
 
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _same(input: torch.Tensor) -> torch.Tensor:
+    return input
 
 
 def _one(input_size: Sequence[int]) -> tuple[int, ...]:
@@ -183,8 +187,11 @@ def _forward(model: nn.Module, shape: Sequence[int]) -> None:
         with torch.no_grad():
             model(torch.zeros(*shape, device="meta", dtype=dtype))
     # timm's vision transformers assert the image size, and unpack a shape that may be too short.
-    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
-        raise ValueError(f"the network does not run on an input of size {tuple(shape[1:])}: {error}") from error
+    except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"the network does not run on an input of size {tuple(shape[1:])}: {error} (it was run without values, on "
+            "the meta device)"
+        ) from error
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:

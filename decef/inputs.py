@@ -35,8 +35,8 @@ def inputs_of(batch: object, model: nn.Module) -> Tensor:
 
 
 def argument(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
-    """What a convolution was called with, for hooks: `conv(x)` or `conv(input=x)`."""
-    return args[0] if args else kwargs["input"]
+    """What a convolution was called with, for hooks: `conv(x)` or `conv(input=x)`, of a subclass by another name."""
+    return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
 
 
 def without_leftover(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from decef.copies import copied
 from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, argument, check_batches, inputs_of
+from decef.layers.factorized import pair, without_autocast, zero_pads
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
@@ -94,15 +95,18 @@ def _collect(
 
         def remember(module: nn.Module, args: Any, kwargs: Any, name: str = name, conv: nn.Conv2d = conv) -> None:
             for patches in input_patches(conv, argument(args, kwargs)):
-                moments = (patches @ patches.mT).double()
+                with without_autocast(patches.device):
+                    moments = (patches @ patches.mT).double()
                 sums[name] = sums[name] + moments if name in sums else moments
                 counts[name] = counts.get(name, 0) + patches.shape[-1]
 
         hooks.append(conv.register_forward_pre_hook(remember, with_kwargs=True))
     try:
         for batch in inputs:
-            model(inputs_of(batch, model))
-            batches += 1
+            x = inputs_of(batch, model)
+            if len(x):
+                model(x)
+                batches += 1
     finally:
         for hook in hooks:
             hook.remove()
@@ -120,10 +124,11 @@ def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
         `(groups, d, patches)`, with d as in `input_moments`.
     """
     x = x if x.dim() == 4 else x[None]
-    pads = conv._reversed_padding_repeated_twice
-    if any(pads):
-        x = F.pad(x, pads, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    kernel, dilation, stride = ((v[0], v[1]) for v in (conv.kernel_size, conv.dilation, conv.stride))
+    kernel, dilation, stride = (pair(v) for v in (conv.kernel_size, conv.dilation, conv.stride))
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
+    elif any(pads := zero_pads(conv.padding, kernel, dilation)):
+        x = F.pad(x, pads)
     unfolded_size = math.prod(x.shape[1:]) * math.prod(kernel) // math.prod(stride)
     for part in x.split(max(1, PATCHES_AT_ONCE // max(1, unfolded_size))):
         patches = F.unfold(part, kernel, dilation, 0, stride)  # (b, in kh kw, positions)

@@ -16,7 +16,7 @@ from decef.files import replace_file
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import moments_on
 from decef.progress import bar
-from decef.ranks import Budget, Candidate, Latency, PerLayer, Rule, Totals, as_rule
+from decef.ranks import Budget, Candidate, Fixed, Latency, PerLayer, Rule, Share, Totals, as_rule
 from decef.ranks.budget import NO_INPUT_SIZE
 from decef.ranks.rules import checked_rank
 from decef.ranks.steps import Step, frontier, measured_energy
@@ -163,8 +163,8 @@ def plan(
 
     Raises:
         ValueError: an unknown layer type, a pattern that matches no convolution, an impossible rank, a budget that
-            cannot be met, an option value that the layer type refuses, data without a batch, or a network that does not
-            run on `input_size`.
+            cannot be met, an option value that the layer type refuses, data without a batch or where they would do
+            nothing, or a network that does not run on `input_size`.
         TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
     if layer == AUTO:
@@ -180,6 +180,9 @@ def plan(
         ).plan(rank)
     layer_class, rule = layer_type(layer), as_rule(rank)
     _check_options(layer, options)
+    blind = isinstance(rule, (Fixed, PerLayer, Share)) or (isinstance(rule, Budget) and rule.uniform)
+    if blind and data is not None and not isinstance(data, Mapping):  # moments may be there for the decomposition
+        raise ValueError("data would do nothing: these ranks don't depend on what a kernel keeps; give them to convert")
     if isinstance(rule, Budget) and rule.params is None and input_size is None and layer_class is not nn.Conv2d:
         raise ValueError(NO_INPUT_SIZE)
     sites = find_sites(model, input_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decef.costs import input_shapes, layer_macs, shared_weights
+from decef.copies import copied
+from decef.costs import input_shapes, layer_macs, module_flops, shared_weights
 from decef.layers import FactorizedConv2d
 from decef.ranks import Candidate
 
@@ -75,11 +75,18 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> list[Site]
     shapes = None if input_size is None else input_shapes(model, input_size)
     sharing = shared_weights(model)
     macs_of = _mac_counter()
+    flops: dict[str, int] = {}  # of all modules, for those that may not be called with one tensor
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)):
             inputs = None if shapes is None else shapes.get(name, [])
-            macs = macs_of(module, inputs) if inputs else None
+            if not inputs:
+                macs = None
+            elif type(module) is nn.Conv2d or isinstance(module, FactorizedConv2d):
+                macs = macs_of(module, inputs)
+            else:
+                flops = flops or module_flops(model, input_size or ())
+                macs = flops[name] // 2
             sites.append(Site(name, module, sharing.get(name, [name]), inputs, macs))
     return sites
 
@@ -136,6 +143,10 @@ def _reason_to_keep(
     for name in ("weight", "bias"):
         if name not in module._parameters:
             return f"its {name} is computed before each call (pruning, weight norm), not a parameter"
+    if "forward" in vars(module):
+        return "its forward was replaced, so it computes something else"
+    if more := {**module._parameters, **module._buffers, **module._modules}.keys() - {"weight", "bias"}:
+        return f"it has more than a weight and a bias: {', '.join(sorted(more))}"
     if max(module.kernel_size) < min_kernel_size:
         return f"kernel smaller than {min_kernel_size}"
     try:
@@ -158,7 +169,7 @@ def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapp
     for site in sites:
         assert isinstance(site.module, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
-        site.unit = layer_class.like(copy.deepcopy(site.module).to("meta"), 1, **options)
+        site.unit = layer_class.like(copied(site.module).to("meta"), 1, **options)
         site.macs_per_rank = macs_of(site.unit, site.inputs or [])
 
 

@@ -362,3 +362,12 @@ def test_consecutive_1d_layers_do_not_train_where_atcd_does(separate_init, atcd,
     config = dataclasses.replace(TRAIN, epochs=6, weight_decay=0.0, atcd=atcd)
     top1 = train(model, config, size=1437)[-1]["train_top1"]
     assert top1 > 50 if trains else top1 < 15
+
+
+def test_buffers_that_are_in_no_state_dict_come_back():
+    model = nn.Sequential(DeCEFConv2d(3, 8, 3, rank=2), nn.BatchNorm2d(8))
+    model[1].register_buffer("counter", torch.zeros(1), persistent=False)
+    atcd = ATCD(model)
+    atcd.dense[1].counter += 1
+    atcd.after_epoch()
+    assert model[1].counter == 1

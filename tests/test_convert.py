@@ -437,9 +437,9 @@ def test_every_network_is_asked_how_it_starts():
 
 def test_a_plan_for_another_network():
     made = plan(network(), "decef", rank=9, include="layer2.*")
-    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no Conv2d"):
+    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no plain Conv2d"):
         convert(nn.Sequential(nn.Conv2d(3, 8, 3)), made)
-    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no Conv2d"):
+    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no plain Conv2d"):
         convert(convert(network(), made), made)
     made.rows[3].rank = 99
     with pytest.raises(ValueError, match=rf"layer '{made.rows[3].name}': rank=99"):
@@ -692,3 +692,106 @@ def test_new_factors_have_the_scale_of_small_weights_in_half_precision():
         conv.weight.mul_(5e-5 / conv.weight.square().mean().sqrt())  # its square is 0 in half precision
     small = convert(nn.Sequential(conv).half(), "decef", rank=4, from_scratch=True)
     assert small[0].weight.float().square().mean().sqrt().item() == pytest.approx(5e-5, rel=0.1)
+
+
+class Masked(nn.Conv2d):
+    """A convolution that takes a mask too, as partial convolutions do."""
+
+    def forward(self, x, mask):
+        return super().forward(x * mask)
+
+
+class WithMasked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.masked, self.conv = Masked(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.conv(self.masked(x, mask=torch.ones_like(x)))
+
+
+def test_a_convolution_that_takes_more_than_one_tensor_is_kept_and_counted():
+    model = WithMasked()
+    rows = {row.name: row for row in plan(model, "decef", rank=2, input_size=(3, 8, 8)).rows}
+    assert (rows["masked"].action, rows["masked"].reason) == ("keep", "Masked is not a plain Conv2d")
+    assert rows["masked"].macs_before == 8 * 3 * 9 * 36
+    assert rows["conv"].action == "convert"
+
+
+def own_forward(conv):
+    conv.forward = lambda x: nn.functional.conv2d(x, conv.weight - conv.weight.mean(), conv.bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (own_forward, "its forward was replaced, so it computes something else"),
+        (lambda conv: conv.register_buffer("gain", torch.ones(1)), "it has more than a weight and a bias: gain"),
+        (lambda conv: conv.add_module("lora", nn.Linear(2, 2)), "it has more than a weight and a bias: lora"),
+    ],
+)
+def test_a_convolution_that_is_more_than_its_kernel_is_kept(change, reason):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    change(model[0])
+    made = plan(model, "decef", rank=2)
+    assert [(row.action, row.reason) for row in made.rows] == [("keep", reason), ("convert", "")]
+
+
+def test_only_a_kernel_that_is_all_of_a_convolution_is_taken():
+    for other in (nn.ConvTranspose2d(8, 8, 3), Masked(8, 8, 3), nn.Linear(8, 8)):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} is not a plain Conv2d"):
+            DeCEFConv2d.from_conv2d(other, 2)
+    edited = plan(WithMasked(), "decef", rank=2)
+    edited.rows[0].action, edited.rows[0].rank = "convert", 2
+    with pytest.raises(ValueError, match="converts 'masked', which is no plain Conv2d"):
+        convert(WithMasked(), edited)
+    edited.rows[0].action, edited.rows[1].rank = "keep", None
+    with pytest.raises(ValueError, match="converts 'conv', but has no rank for it"):
+        convert(WithMasked(), edited)
+
+
+def test_a_convolution_that_keeps_its_output_is_planned():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    model[0].register_forward_hook(lambda module, args, output: setattr(module, "seen", output))
+    model(torch.randn(1, 3, 8, 8))
+    assert plan(model, "decef", rank=2, input_size=(3, 8, 8)).ranks == {"0": 2}
+
+
+def test_it_is_said_why_nothing_is_converted(caplog):
+    convert(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(2, 2)), "decef", rank=2)
+    convert(nn.Linear(2, 2), "decef", rank=2)
+    convert(nn.Conv2d(3, 8, 3), "conv2d", rank=2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "nothing is converted: 1 x a 1x1 kernel has no eigen-filters: DeCEF needs a kernel of more than one element",
+        "nothing is converted: the network has no convolution",
+    ]
+
+
+@pytest.mark.parametrize("layer", ["cpac", "rank1"])
+def test_the_default_device_does_not_matter(layer):
+    with torch.device("meta"):
+        made = convert(nn.Sequential(nn.Conv2d(3, 8, 3, device="cpu")), layer, rank=5)
+    assert {p.device.type for p in made.parameters()} == {"cpu"}
+
+
+def test_under_autocast_kernels_keep_their_precision():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    batches = [torch.randn(20, 3, 8, 8)]
+    how = {"rank": 3, "data": batches}
+    expected = [p for layer in ("decef", "cpac") for p in fold(convert(model, layer, **how)).parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [p for layer in ("decef", "cpac") for p in fold(convert(model, layer, **how)).parameters()]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=0.05, atol=0.02)  # what the convolutions put out was rounded, the kernels not
+        assert one.dtype == torch.float32
+    plain = fold(convert(model, "decef", rank=3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(list(fold(convert(model, "decef", rank=3)).parameters()), list(plain.parameters()))
+
+
+@pytest.mark.parametrize("rank", [2, {"0": 2}, Share(0.5), Budget(flops=0.7, uniform=True)])
+def test_data_for_ranks_that_do_not_depend_on_them_are_refused(rank):
+    model, batches = nn.Sequential(nn.Conv2d(3, 8, 3)), [torch.randn(4, 3, 8, 8)]
+    with pytest.raises(ValueError, match="data would do nothing: these ranks"):
+        plan(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))
+    convert(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))  # there they are for the factors

@@ -349,3 +349,17 @@ def test_flops_budget_of_a_network_with_an_idle_layer():
 
     ranks = plan(Net(), "decef", rank=Budget(flops=0.7), input_size=(4, 8, 8)).ranks
     assert ranks["used"] == 2
+
+
+def test_a_network_that_calls_its_layers_by_name_and_one_that_takes_two_tensors():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(input=self.conv(input=x))
+
+    assert total_cost(Named(), (3, 8, 8))["macs"] == 8 * 3 * 9 * 36
+    with pytest.raises(ValueError, match=r"does not run on an input of size \(3, 8, 8\): .*missing 1 required"):
+        total_cost(nn.Bilinear(3, 3, 3), (3, 8, 8))

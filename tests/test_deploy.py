@@ -11,12 +11,13 @@ from torch.nn.utils import parametrizations
 from torch.testing import assert_close
 
 import decef
+from decef.conversion import convert
 from decef.inference import engines
 from decef.inference.deploy import _fastest
 from decef.inference.engines import ENGINES, Loadable, available, load, to_onnx
 from decef.inference.export import export as write
 from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
-from decef.layers import LAYERS, FactorizedConv2d
+from decef.layers import LAYERS, DeCEFConv2d, FactorizedConv2d
 from decef.models import create_model
 from decef.models.released import RELEASED
 from decef.ranks import Budget
@@ -469,3 +470,19 @@ def test_however_many_networks_are_compiled_none_runs_uncompiled(monkeypatch):
         with torch.no_grad():
             runner(x)
         assert len(ran) == count + 1
+
+
+def test_what_is_deployed_stays_in_evaluation_mode():
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5)).eval()
+    deployed = decef.deploy(convert(model, "decef", rank=8), x, engines=["eager"])
+    assert not deployed.training
+    nn.Sequential(deployed).train()
+    assert_close(deployed(x), model(x))
+
+
+@pytest.mark.parametrize("form", ["wide", "branches"])
+def test_forms_run_on_one_image_without_a_batch_dimension(form):
+    layer, x = DeCEFConv2d(3, 8, 3, rank=2), torch.randn(3, 8, 8)
+    made = to_convolutions(nn.Sequential(layer), form)
+    assert_close(made(x), layer(x))

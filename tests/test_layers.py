@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from decef.layers import (
@@ -575,3 +576,10 @@ def test_repr_shows_what_the_layer_is(cls):
 def test_like_takes_over_device_and_dtype(cls):
     layer = cls.like(nn.Conv2d(4, 8, 3, device="meta", dtype=torch.bfloat16), 1)
     assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_a_factor_that_is_computed_can_not_be_decomposed_into():
+    layer = DeCEFConv2d(3, 8, 3, rank=2)
+    prune.l1_unstructured(layer, "coefficients", 0.5)
+    with pytest.raises(ValueError, match="coefficients is computed before each call"):
+        layer.decompose_(torch.randn(8, 3, 3, 3))

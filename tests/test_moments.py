@@ -133,7 +133,7 @@ def test_data_that_can_not_be_used():
         ([], "no batch"),
         ([{"image": torch.randn(2, 3, 8, 8)}], "begins with one, not dict"),
     ):
-        for rank in (2, decef.ranks.Budget(params=0.5)):
+        for rank in (decef.ranks.Energy(0.9), decef.ranks.Budget(params=0.5)):
             with pytest.raises(ValueError, match=says):
                 decef.plan(model, "decef", rank=rank, data=data)
 
@@ -236,3 +236,20 @@ def test_layers_that_share_a_weight_are_fitted_to_the_inputs_of_all():
 def test_one_image_without_a_batch_dimension():
     conv, x = nn.Conv2d(2, 4, 3, stride=2, padding=1), torch.randn(2, 5, 5)
     assert torch.equal(*(torch.cat(list(input_patches(conv, images)), -1) for images in (x, x[None])))
+
+
+@pytest.mark.parametrize("padding", [0, 2, "same", "valid"])
+def test_a_convolution_that_was_changed_has_the_moments_of_one_made_so(padding):
+    """As where strides are turned into dilations."""
+    fresh = nn.Conv2d(3, 8, 3, padding=padding, dilation=2)
+    changed = nn.Conv2d(3, 8, 3, padding=1)
+    changed.padding, changed.dilation, changed.stride = fresh.padding, (2, 2), 1
+    x = torch.randn(4, 3, 7, 6)
+    assert_close(input_moments(changed, [""], [x]), input_moments(fresh, [""], [x]))
+
+
+def test_batches_without_images_do_not_count():
+    conv, x = nn.Conv2d(3, 8, 3), torch.randn(4, 3, 7, 6)
+    assert_close(input_moments(conv, [""], [x[:0], x]), input_moments(conv, [""], [x]))
+    with pytest.raises(ValueError, match="the data yields no batch"):
+        input_moments(conv, [""], [x[:0]])

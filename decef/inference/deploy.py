@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,11 @@ class Deployed(nn.Module):
         self.engine, self.arrangement, self.forms, self.times = engine, arrangement, dict(forms), times
         self.precision, self.error = precision, error
         self.bytes, self.quantized = network.bytes, network.quantized
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever `mode` is: what is deployed doesn't train."""
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.inference_mode():

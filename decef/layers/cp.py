@@ -198,7 +198,7 @@ def _hosvd_start(tensors: Tensor, rank: int) -> list[Tensor]:
             vectors = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors.flip(-1)[..., :rank]
         missing = rank - vectors.shape[-1]
         if missing:  # more components than dimensions of this mode: fill up with random vectors
-            extra = torch.randn(*vectors.shape[:2], missing, generator=generator, dtype=tensors.dtype)
+            extra = torch.randn(*vectors.shape[:2], missing, generator=generator, dtype=tensors.dtype, device="cpu")
             extra = extra / extra.norm(dim=1, keepdim=True)
             vectors = torch.cat([vectors, extra.to(tensors.device)], dim=-1)
         factors.append(vectors)
@@ -210,7 +210,7 @@ def _exact(tensors: Tensor, rank: int) -> list[Tensor]:
     dims = tensors.shape[1:]
     largest = max(range(len(dims)), key=lambda k: dims[k])
     small = [k for k in range(len(dims)) if k != largest]
-    index = torch.cartesian_prod(*[torch.arange(dims[k]) for k in small]).view(-1, len(small)).to(tensors.device)
+    index = torch.cartesian_prod(*[torch.arange(dims[k], device=tensors.device) for k in small]).view(-1, len(small))
     factors = [torch.zeros(len(tensors), d, rank, dtype=tensors.dtype, device=tensors.device) for d in dims]
     components = torch.arange(len(index), device=tensors.device)
     for column, mode in enumerate(small):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.choice import factorized_is_faster
@@ -78,11 +79,11 @@ class FactorizedConv2d(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
         )
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = _pair(dense.kernel_size)
-        self.stride, self.dilation = _pair(dense.stride), _pair(dense.dilation)
+        self.kernel_size = pair(dense.kernel_size)
+        self.stride, self.dilation = pair(dense.stride), pair(dense.dilation)
         self.padding = dense.padding
         self.padding_mode: PaddingMode = padding_mode
-        left, right, top, bottom = dense._reversed_padding_repeated_twice
+        left, right, top, bottom = zero_pads(dense.padding, self.kernel_size, self.dilation)
         # A convolution of the chain can only pad with zeros, and evenly; otherwise the input is padded first.
         self._pad_first = padding_mode != "zeros" or left != right or top != bottom
         self._pads = (left, right, top, bottom)
@@ -196,7 +197,7 @@ class FactorizedConv2d(nn.Module):
         def both(values: tuple[int, int], neutral: int) -> tuple[int, int]:
             return (values[0] if vertical else neutral, values[1] if horizontal else neutral)
 
-        padding = self.padding if isinstance(self.padding, str) else both(_pair(self.padding), 0)
+        padding = self.padding if isinstance(self.padding, str) else both(pair(self.padding), 0)
         return {
             "stride": both(self.stride, 1),
             "padding": padding,
@@ -262,7 +263,8 @@ class FactorizedConv2d(nn.Module):
         Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
         backward pass if gradients are needed. The answer is kept for the life of the process. Where timing is not
         possible (`torch.jit.trace`, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with
-        fewer MACs is taken. `torch.fx` cannot trace the choice: say "factorized" or "reconstructed" for it.
+        fewer MACs is taken. `torch.fx` cannot trace the choice: say "factorized" or "reconstructed" for it. For
+        `torch.jit.script`, which can't compile these layers, `fold` the network or trace it.
         """
         return factorized_is_faster(self, x)
 
@@ -299,7 +301,8 @@ class FactorizedConv2d(nn.Module):
             kernel.
 
         Raises:
-            ValueError: `weight` or `moments` has the wrong shape or is not finite, or `warm_start` comes with moments.
+            ValueError: `weight` or `moments` has the wrong shape or is not finite, `warm_start` comes with moments, or
+                a factor is computed before each call, as by pruning.
         """
         if warm_start and moments is not None:
             raise ValueError("warm_start is not possible with moments: a fit to outputs starts anew")
@@ -308,6 +311,16 @@ class FactorizedConv2d(nn.Module):
         weight = weight.detach().to(torch.float64)
         if not weight.isfinite().all():
             raise ValueError("weight has NaN or infinite values, which have no decomposition")
+        computed = next((name for name in self.factors() if name not in self._parameters), None)
+        if computed is not None:
+            raise ValueError(
+                f"its {computed} is computed before each call (pruning, weight norm), so it can't be set: make that "
+                "permanent first, as torch.nn.utils.prune.remove does"
+            )
+        with without_autocast(weight.device):
+            return self._decompose(weight, warm_start, moments)
+
+    def _decompose(self, weight: Tensor, warm_start: bool, moments: Tensor | None) -> float:
         nearest = self._factorize(weight, warm_start)
         if moments is None:
             self._set_factors(nearest)
@@ -344,17 +357,23 @@ class FactorizedConv2d(nn.Module):
     def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
         """A freshly initialised layer with the arguments, device, dtype, mode and `requires_grad` of `conv`.
 
-        `rank=None` means full rank; `kwargs` are further arguments of the class. For errors see the class.
+        `rank=None` means full rank; `kwargs` are further arguments of the class.
+
+        Raises:
+            ValueError: `conv` is no `torch.nn.Conv2d`, or of a subclass that computes something else; or see the class.
         """
+        for method in ("forward", "_conv_forward"):
+            if getattr(type(conv), method, None) is not getattr(nn.Conv2d, method):
+                raise ValueError(f"{type(conv).__name__} is not a plain Conv2d: it computes something else")
         if rank is None:
             rank = cls.max_rank_for(*conv.weight.shape, groups=conv.groups)
         layer = cls(
             conv.in_channels,
             conv.out_channels,
-            _pair(conv.kernel_size),
-            _pair(conv.stride),
-            conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            _pair(conv.dilation),
+            pair(conv.kernel_size),
+            pair(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else pair(conv.padding),
+            pair(conv.dilation),
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
@@ -386,7 +405,7 @@ class FactorizedConv2d(nn.Module):
     @torch.no_grad()
     def to_conv2d(self) -> nn.Conv2d:
         """A `torch.nn.Conv2d` that computes the same in evaluation mode; its weight is trainable if any factor is."""
-        with evaluating(self):
+        with evaluating(self), without_autocast(self.factors()[self.scale_factor].device):
             weight, bias = self.compose(), self.compose_bias()
         conv = nn.Conv2d(
             self.in_channels,
@@ -452,7 +471,7 @@ class Copies(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x] * self.count, 1)
+        return torch.cat([x] * self.count, -3)
 
 
 class BlockSum(nn.Module):
@@ -463,7 +482,7 @@ class BlockSum(nn.Module):
         self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *others = x.chunk(self.count, 1)
+        first, *others = x.chunk(self.count, -3)
         for other in others:
             first = first + other
         return first
@@ -473,6 +492,11 @@ def orthonormality_penalty(rows: Tensor) -> Tensor:
     """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero if their rows are orthonormal."""
     gram = rows @ rows.transpose(1, 2)
     return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which kernels and factors are computed in their own precision, also where autocast is on."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 @contextmanager
@@ -485,5 +509,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.training = training
 
 
-def _pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
+def pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
+    """One number for both directions, or two, as two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def zero_pads(padding: Size | str | tuple[int, ...], kernel: Size, dilation: Size) -> tuple[int, int, int, int]:
+    """What a convolution with this `padding` adds on the left, right, top and bottom."""
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(pair(dilation), pair(kernel), strict=True)]
+        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
+        return left, right, top, bottom
+    vertical, horizontal = (0, 0) if isinstance(padding, str) else pair(padding)
+    return horizontal, horizontal, vertical, vertical
