@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 if TYPE_CHECKING:
     from decef.training.config import RunConfig
 
+sys.path.append(str(Path.cwd()))  # for networks of one's own, <module>:<function>
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIBRARIES = ("timm", "torchvision")  # whose models are named <library>/<name>
 
@@ -44,8 +45,8 @@ def expand(arguments: list[str]) -> list[str]:
     """Rewrite arguments that Hydra doesn't understand.
 
     `model=timm/<name>` becomes `model=timm model.name=timm/<name>`; torchvision likewise. `model=<module>:<function>`
-    becomes `model=own model.name=<module>:<function>`, with the current folder searched. `layer.name=<name>`, which
-    W&B sweeps use, becomes `layer=<name>`, so that the layer type comes with its own options.
+    becomes `model=own model.name=<module>:<function>`. `layer.name=<name>`, which W&B sweeps use, becomes
+    `layer=<name>`, so that the layer type comes with its own options.
     """
     expanded = []
     for argument in arguments:
@@ -54,7 +55,6 @@ def expand(arguments: list[str]) -> list[str]:
         if key == "layer.name":
             expanded.append(f"layer={value}")
         elif key == "model" and ":" in value:
-            sys.path.append(str(Path.cwd()))
             expanded += ["model=own", f'model.name="{value}"']
         elif key != "model" or not slash or library not in LIBRARIES:
             expanded.append(argument)
@@ -108,7 +108,7 @@ def _groups(config: str) -> list[str]:
 def _check_choices(group: str, values: list[str]) -> None:
     choices = sorted(path.stem for path in (CONFIGS / group).glob("[!_]*.yaml"))
     for value in values:
-        if value not in (*choices, "null"):
+        if value not in choices and (group, value) != ("experiment", "null"):
             fail(f"there is no {group} '{value}'{_near(value, choices)}; there are {', '.join(choices)}")
 
 

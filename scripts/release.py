@@ -6,6 +6,7 @@ python scripts/release.py results/runs/<run id> resnet20-cifar10-decef-0.667
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 
 from cli import fail
@@ -20,6 +21,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/networks"), help="folder for <name>.safetensors")
     parser.add_argument("--root", type=Path, help="where the data are; default: as for training")
     arguments = parser.parse_args()
+    if not re.fullmatch(r"[\w.-]+", arguments.name):
+        fail(f"'{arguments.name}' can't be a network's name: use letters, digits, '.', '_' and '-'")
 
     from decef.models.released import halved, save
     from decef.training.loop import evaluate

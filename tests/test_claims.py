@@ -490,6 +490,19 @@ def test_ranks_are_judged_by_each_definition():
     assert got.verdict == MIXED
 
 
+def test_networks_of_other_data_or_training_are_no_further_seeds():
+    dense = [record("conv2d", seed, 90.0) for seed in range(3)]
+    dense += [
+        record("conv2d", 3, 90.0, dataset={"name": "svhn"}),
+        record("conv2d", 4, 90.0, dataset={"train_size": 100}),
+    ]
+    table = ranks(FALLING, RANDOM)
+    made = {dense[0].id: {"threshold": 0.5}, **{run.id: {"threshold": 0.3} for run in dense[1:]}}
+    tables = findings.dense_ranks(dense, Measurements({run.id: table for run in dense}, {}, made))
+    assert sorted(len(group) for group in tables.values()) == [1, 1, 1, 2]
+    assert "resnet20, 4 convolutions, schedule standard" in tables
+
+
 def test_rank_tables_of_unknown_origin_are_no_evidence(tmp_path, caplog):
     ask, weights = claim(kind="monotone_rank", over="depth"), tmp_path / "resnet20.th"
     weights.write_bytes(b"nobody knows these")

@@ -91,6 +91,9 @@ def test_any_network_of_timm(call, tmp_path):
     ("arguments", "message"),
     [
         (["layer=dcef"], "there is no layer 'dcef'; did you mean 'decef'"),
+        (["layer=null"], "there is no layer 'null'"),
+        (["train.validation=0.0001"], "train.validation=0.0001 sets 0 of"),
+        (["train.validation=0.9999"], "training images aside"),
         (["-m", "layer=conv2d,decef,cpca"], "there is no layer 'cpca'; did you mean 'cpac'"),
         (["layer=conv2d,decef"], "add -m"),
         (["model=resnet21"], "there is no model 'resnet21'"),

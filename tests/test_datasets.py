@@ -1,6 +1,7 @@
 """Every dataset in its official layout, damaged files, and folders that are read by workers."""
 
 import gzip
+import json
 import logging
 import os
 import pickle
@@ -13,13 +14,15 @@ import pytest
 import scipy.io
 import torch
 from PIL import Image
+from support import config
 from torch import nn
 
 from decef.data import Images, dataset, folder_identity
 from decef.data.small import read_idx
 from decef.data.subsets import stratified_subset
-from decef.training.config import DatasetConfig
+from decef.training.config import DatasetConfig, InputError
 from decef.training.loop import evaluate
+from decef.training.run import run
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
 
@@ -372,6 +375,20 @@ def test_too_many_damaged_images_are_an_error_in_the_part_that_has_them(tmp_path
     with pytest.raises(ValueError, match=r"11 of 42 images cannot be read, among them .*JPEG"):
         list(train.views(6))
     assert sum(len(labels) for _, labels in good.views(6)) == 31
+
+
+def test_a_run_that_has_no_good_image_to_test_on_fails(folder):
+    for path in (folder / "val").rglob("*.JPEG"):
+        if path.stem.endswith("_0"):  # few enough to be left out
+            path.write_bytes(b"")
+        else:
+            path.unlink()
+    data = {"name": "imagefolder", "root": str(folder), "size": 16, "num_classes": 3, "workers": 0}
+    small = config(folder / "results", dataset=data, model={"name": "plain", "width": 0.1}, layer={"name": "conv2d"})
+    with pytest.raises(InputError, match="none of the images to test on can be read"):
+        run(small)
+    (summary,) = (folder / "results" / "runs").glob("*/summary.json")
+    assert json.loads(summary.read_text())["status"] == "failed"
 
 
 def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):

@@ -253,6 +253,9 @@ def test_on_a_gpu_the_same_entries_have_its_schedule():
         Entry("a", "", f"{TINY} train=standard layer=conv2d", 1, 1.0),
         Entry("b", "", "train=standard dataset=cifar10 layer=conv2d", 2, 1.0),
     ]
+    released = [dataclasses.replace(entry, release="net") for entry in entries]
+    assert [entry.release for entry in for_gpu(released)] == ["net-paper", "net-paper"]
+    assert for_gpu([Entry("c", "", "train=recover", 1, 1.0, release="net")])[0].release == "net"
     given = []
     jobs, _ = list_jobs(for_gpu(entries), lambda arguments: named(arguments, given))
     assert [arguments[-2:] for arguments in given] == [

@@ -19,7 +19,16 @@ from decef.results.overview import overview_table
 from decef.training.build import build
 from decef.training.config import InputError, RunConfig
 from decef.training.networks import load_networks
-from decef.training.record import first_difference, identity, load_config, load_records, read_metrics, replay, run_id
+from decef.training.record import (
+    Record,
+    first_difference,
+    identity,
+    load_config,
+    load_records,
+    read_metrics,
+    replay,
+    run_id,
+)
 from decef.training.run import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -217,6 +226,20 @@ def test_an_edited_network_of_ones_own_is_another_run(tmp_path, monkeypatch):
     began = {"name": "a_net_to_edit:net", "source_md5": "0" * 32}
     with pytest.raises(InputError, match=r"a_net_to_edit.py is not what it was when the run began"):
         config(tmp_path, model=began).resolved()
+
+
+def test_an_option_of_ones_own_network_that_is_off_makes_another_run(tmp_path, monkeypatch):
+    """Whether it is off by default is not known."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_net_with_options.py").write_text(
+        "from torch import nn\ndef net(norm=True, drop=0.5):\n    return nn.Sequential(nn.Conv2d(1, 4, 3))\n"
+    )
+    given = [{}, {"norm": False}, {"drop": 0}, {"norm": False, "drop": 0}]
+    configs = [config(tmp_path, model={"name": "a_net_with_options:net", **one}).resolved() for one in given]
+    assert len(set(map(run_id, configs))) == 4
+    other = dataclasses.replace(configs[0].model, source_md5="0" * 32)
+    models = [Record(one, {}).model for one in (configs[0], dataclasses.replace(configs[0], model=other))]
+    assert models[0] != models[1] == "a_net_with_options:net of source 00000000"
 
 
 def test_records_in_the_repository_are_found_again():

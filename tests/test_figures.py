@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -252,6 +253,13 @@ def test_cost_bars_are_the_ranks_that_ran(records):
         total = {c.get_label(): sum(bar.get_height() for bar in c) * 1e6 for c in (dense, layer)}
         assert total["dense"] + linear == pytest.approx(macs["conv2d"])
         assert total[layer.get_label()] + linear == pytest.approx(macs[layer.get_label()])
+
+
+def test_a_network_that_is_not_here_costs_no_other_its_bars(records, caplog):
+    group = [r for r in records["cifar10-quick"] if r.model == "resnet20"]
+    away = [replace(r, config=replace(r.config, model=replace(r.config.model, name="gone:net"))) for r in group]
+    assert len(list(figures.costs(ROOT / "results", [*away, *group]))) == 1
+    assert "left out: the costs of cifar10-quick-gone-net" in caplog.text
 
 
 def test_of_auto_alone_there_are_no_cost_bars(records):

@@ -20,7 +20,7 @@ from wandb_server import ENTITY, WandbServer
 
 from decef.results.dashboard import spec
 from decef.results.tables import write_tables
-from decef.training.record import load_records
+from decef.training.record import experiment_id, load_config, load_records
 from decef.training.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
@@ -77,7 +77,7 @@ def test_an_online_run_is_its_record(mirrored):
     assert not offline_runs(Path(env["HOME"], "results"))
     for name in server.runs:
         check_mirror(server, env, name)
-        assert server.runs[name]["group"] == name.rsplit("-s0", 1)[0]
+        assert server.runs[name]["group"] == experiment_id(load_config(Path(env["HOME"], "results", "runs", name)))
         (artifact,) = (a for a in server.artifacts if a["artifactCollectionName"] == name)
         checkpoint = Path(env["HOME"], "results", "runs", name, "checkpoint.pt")
         assert artifact["committed"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from decef.data.cifar import load_cifar10
 from decef.data.digits import load_digits
-from decef.data.folder import ImageFolder, class_names, find_folder, load_folder, names_md5
+from decef.data.folder import ImageFolder, UnreadableError, class_names, find_folder, load_folder, names_md5
 from decef.data.images import Data, Images, normalize
 from decef.data.small import load_cifar100, load_fashion_mnist, load_mnist, load_svhn
 from decef.data.tiles import load_magnetic_tile, load_magnetic_tile_masks
@@ -135,4 +135,14 @@ def folder_identity(root: Path | None) -> tuple[int, str]:
     return len(class_names(folder)), names_md5(folder)
 
 
-__all__ = ["DATASETS", "FOLDERS", "Data", "Dataset", "Images", "dataset", "folder_identity", "normalize"]
+__all__ = [
+    "DATASETS",
+    "FOLDERS",
+    "Data",
+    "Dataset",
+    "Images",
+    "UnreadableError",
+    "dataset",
+    "folder_identity",
+    "normalize",
+]

@@ -79,14 +79,16 @@ class ImageFolder:
         """See `Data`.
 
         Raises:
-            ValueError: none of a batch's images can be read, or too many of all images can't.
+            UnreadableError: none of a batch's images can be read, or too many of all images can't.
         """
         order = torch.randperm(len(self), generator=generator).tolist()
         base = int(torch.randint(2**62, (), generator=generator))
         wanted = [order[here] for here in parts(len(self), batch_size, part)]
         for images, good, labels in self._read(_Crops(self, base), wanted):
             if not good.any():
-                raise ValueError(f"none of a batch's images can be read; the last is {next(reversed(self.skipped))}")
+                raise UnreadableError(
+                    f"none of a batch's images can be read; the last is {next(reversed(self.skipped))}"
+                )
             shown = torch.where(good, torch.arange(len(good)), good.nonzero()[0, 0])
             yield self._here(images[shown]), self._here(labels[shown])
 
@@ -94,7 +96,7 @@ class ImageFolder:
         """See `Data`; images that cannot be read are left out.
 
         Raises:
-            ValueError: too many images cannot be read.
+            UnreadableError: too many images cannot be read.
         """
         wanted = [part.tolist() for part in torch.arange(len(self)).split(min(batch_size, VIEW_BATCH))]
         for images, good, labels in self._read(_Views(self), wanted):
@@ -119,11 +121,15 @@ class ImageFolder:
                     log.warning("%s cannot be read and is left out: %s", path, error)
                     self.skipped[path] = error
             if len(self.skipped) > max(10, MOST_SKIPPED * len(self)):
-                raise ValueError(
+                raise UnreadableError(
                     f"{len(self.skipped)} of {len(self)} images cannot be read, among them {next(iter(self.skipped))}: "
                     "repair or remove them"
                 )
             yield images, good, labels
+
+
+class UnreadableError(ValueError):
+    """Images that are needed are damaged."""
 
 
 class _Files(Dataset[Any]):

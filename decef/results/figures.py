@@ -105,7 +105,11 @@ def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         order = [layer for layer in LAYERS if layer in ran]
         settings = "; ".join(f"{layer}: {ran[layer].rank_setting}" for layer in order)
         shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
-        plans = {layer: _plan(ran[layer]) for layer in order}
+        try:
+            plans = {layer: _plan(ran[layer]) for layer in order}
+        except ValueError as error:  # a network of one's own that isn't here
+            log.warning("left out: the costs of %s: %s", name, error)
+            continue
         yield Drawing(f"costs-{name}", plots.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
 
 

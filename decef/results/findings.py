@@ -7,6 +7,7 @@ For each experiment it yields a `Finding` with comparisons of values, one value 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -231,6 +232,7 @@ def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, 
     """
     runs = {record.id: record for record in records}
     tables: dict[str, dict[str, pd.DataFrame]] = {}
+    experiments_of: dict[str, str] = {}
     seen: dict[str, str] = {}
     for name, table in measured.ranks.items():
         made = measured.origins.get(name, {})
@@ -251,7 +253,12 @@ def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, 
                 network, trained = runs[name].model, f"schedule {runs[name].config.train.name}"
             else:
                 network, trained = made["network"], "trained by others"
-            tables.setdefault(f"{network}, {len(last)} convolutions, {trained}", {})[name] = table
+            label = f"{network}, {len(last)} convolutions, {trained}"
+            about = [runs[name].experiment if name in runs else None, made.get("threshold")]
+            experiment = json.dumps(about, sort_keys=True)
+            if experiments_of.setdefault(label, experiment) != experiment:  # other data, training or threshold
+                label += f", {hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
+            tables.setdefault(label, {})[name] = table
     return dict(sorted(tables.items()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -148,6 +149,11 @@ class ModelConfig:
             _check_whole(f"model.{key}", getattr(self, key))
         for key in ("dense_stem", "factorize_classifier"):
             _check_flag(f"model.{key}", getattr(self, key))
+        for key in ("include", "exclude"):
+            value = getattr(self, key)
+            names = value if isinstance(value, tuple) else (value,)
+            if value is not None and not all(isinstance(name, str) for name in names):
+                raise ValueError(f"model.{key}={value!r} must be a name of layers, or a list of names")
         # In the architecture's order, wherever they come from: W&B returns them sorted by name.
         known = [*inspect.signature(MODELS[self.name]).parameters] if self.name in MODELS else []
         order = sorted(self.options, key=lambda key: (known.index(key) if key in known else len(known), key))
@@ -216,6 +222,8 @@ class LayerConfig:
         if self.name != AUTO:
             usual = inspect.signature(layer_type(self.name)).parameters
             for key, value in self.options.items():
+                if key not in usual or usual[key].kind != inspect.Parameter.KEYWORD_ONLY:
+                    raise ValueError(f"layer.{key}={value!r} would do nothing: {self.name} has no such option")
                 if key in usual and isinstance(usual[key].default, bool):
                     _check_flag(f"layer.{key}", value)
         if self.orthogonality and not hasattr(layer_type(self.name), "orthogonality"):
@@ -476,6 +484,7 @@ _POSITIVE = (lambda v: v > 0, "a number above 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number, 0 or more")
 _FLAG = (lambda v: isinstance(v, bool), "true or false")
 _MUST: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (lambda v: re.fullmatch(r"[\w.-]+", v) is not None, "a name of letters, digits, '.', '_' and '-'"),
     "epochs": (lambda v: _is_whole(v) and v >= 1, "a whole number, at least 1"),
     "batch_size": (lambda v: _is_whole(v) and v >= 1, "a whole number, at least 1"),
     "lr": _POSITIVE,

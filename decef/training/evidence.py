@@ -105,7 +105,15 @@ def load_entries(path: Path) -> list[Entry]:
 def for_gpu(entries: Sequence[Entry]) -> list[Entry]:
     """The same entries with the schedule for a GPU."""
     old, new = f"train={CPU_SCHEDULE}", f"train={GPU_SCHEDULE}"
-    return [replace(entry, overrides=entry.overrides.replace(old, new)) for entry in entries]
+    return [
+        replace(
+            entry,
+            overrides=entry.overrides.replace(old, new),
+            # its networks are others, beside those of the schedule for a CPU
+            release=f"{entry.release}-{GPU_SCHEDULE}" if entry.release and old in entry.overrides else entry.release,
+        )
+        for entry in entries
+    ]
 
 
 def list_jobs(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from decef.atcd import ATCD
 from decef.conversion import RECALIBRATION, recalibrate
-from decef.data import Data
+from decef.data import Data, UnreadableError
 from decef.training.config import TrainConfig
 from decef.training.distributed import Processes
 from decef.training.optim import lr_at, make_optimizer, penalties
@@ -303,6 +303,8 @@ def evaluate(
         correct += (logits.argmax(1) == labels).sum()
         seen += len(labels)
     loss, correct, seen = processes.all_reduce(loss, correct, seen)
+    if not seen:
+        raise UnreadableError("none of the images to test on can be read: repair or replace them")
     return (loss / seen).item(), (100 * correct / seen).item()
 
 
@@ -314,11 +316,23 @@ def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2)
 
 
+def validation_images(images: int, share: float) -> int:
+    """How many training images are set aside.
+
+    Raises:
+        ValueError: none are although some were asked for, or all.
+    """
+    held_out = round(share * images)
+    if held_out == images or (share and not held_out):
+        raise ValueError(f"train.validation={share:g} sets {held_out} of {images} training images aside")
+    return held_out
+
+
 def split_validation(train: Data, share: float) -> tuple[Data, Data | None]:
     """The images to train on, and a random share of them that is set aside; None where that is none."""
     # The same images for every seed, so that seeds differ only in training.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    held_out = round(share * len(train))
+    held_out = validation_images(len(train), share)
     if not held_out:
         return train, None
     return train.subset(order[held_out:].sort().values), train.subset(order[:held_out].sort().values)

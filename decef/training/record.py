@@ -150,7 +150,8 @@ class Record:
         left_out = ("name", *REPLACEMENT_OPTIONS, "weights_md5", "source_md5", "decompose_on")
         model = self.experiment["model"]
         options = [(k, v) for k, v in model.items() if k not in left_out and (k, v) != ("shortcut", "A")]
-        return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options)])
+        source = [f"of source {model['source_md5'][:8]}"] if "source_md5" in model else []
+        return " ".join([model["name"], *(k if v is True else f"{k} {v}" for k, v in options), *source])
 
     @property
     def weights(self) -> str | None:
@@ -217,17 +218,28 @@ def identity(config: RunConfig) -> dict[str, Any]:
     kept["layer"].pop("implementation", None)
     for key in ("channels_last", *config.train.idle):
         del kept["train"][key]
-    return without_off(_whole_as_int(kept))
+    found = without_off(_whole_as_int(kept))
+    if ":" in config.model.name:  # one's own: what its options are by default is not known, so none of them is off
+        found["model"].update(_whole_as_int(dict(config.model.options)))
+    return found
+
+
+def experiment_id(config: RunConfig) -> str:
+    """A readable name for runs that differ in the seed alone: `run_id` without the seed."""
+    return _named(config, [], {key: value for key, value in identity(config).items() if key != "seed"})
 
 
 def run_id(config: RunConfig) -> str:
     """A readable name for a run, with a hash of its `identity` at the end."""
+    return _named(config, [f"s{config.seed}"], identity(config))
+
+
+def _named(config: RunConfig, more: Sequence[str], content: Mapping[str, Any]) -> str:
     layer = config.layer
     cost = [f"{key[0]}{value:g}" for key in RANK_SETTINGS if (value := getattr(layer, key))]
     parts = [config.dataset.name, config.model.name, layer.name, *cost, config.train.name]
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    name = "-".join([*parts, f"s{config.seed}", digest])
-    return re.sub(r"[^\w.-]+", "_", name)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]+", "_", "-".join([*parts, *more, digest]))
 
 
 def _read_yaml(path: Path) -> Any:

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from decef.costs import total_cost
-from decef.data import Data, Dataset
+from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.machine import keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
-from decef.training.loop import check_possible, fit, split_validation
+from decef.training.loop import check_possible, fit, split_validation, validation_images
 from decef.training.precision import resolve_precision
 from decef.training.record import Metrics, Summary
 from decef.training.recorder import Recorder
@@ -57,7 +57,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
 
     Raises:
         InputError: something in the config cannot be used, which shows before any long work; or the results cannot be
-            written.
+            written, or images not be read.
         FloatingPointError: the training diverged; the record says "failed".
     """
     with input_errors():
@@ -138,6 +138,7 @@ def _load_data(job: _Job) -> tuple[Data, Data]:
     )
     if settings.train_size:
         train = stratified_subset(train, settings.train_size)
+    validation_images(len(train), job.train.validation)
     return train.to(job.device), test.to(job.device)
 
 
@@ -167,6 +168,8 @@ def _train_and_record(
         raise advised from error
     except (Exception, KeyboardInterrupt) as error:
         recorder.fail(error)
+        if isinstance(error, UnreadableError):
+            raise InputError(str(error)) from error
         raise
     return recorder.finish()
 
