@@ -181,8 +181,23 @@ def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
         assert_close(layer(x), layer.to_conv2d()(x))
         layer(x).sum().backward()
         gradients.append(x.grad)
-    assert len(remembered) == 2
+    assert sum(map(len, remembered.values())) == 2
     assert len(calls) == 6  # measuring runs no hooks
+
+
+def test_auto_does_not_go_on_measuring_images_of_ever_other_sizes(monkeypatch):
+    """Beyond some sizes the nearest decides: here the chain is faster up to 10 pixels."""
+    measured = []
+    monkeypatch.setattr("decef.layers.choice.MEASURED", {})
+    monkeypatch.setattr(
+        "decef.layers.choice.seconds",
+        lambda layer, name, x, _: measured.append(x.shape[-1]) or (x.shape[-1] if name == "factorized" else 10.5),
+    )
+    layer = make(DeCEFConv2d)
+    sizes = [5, 6, 7, 8, 10, 12, 14, 16, 9, 13, 40]
+    chosen = [layer.prefers_factorized(torch.randn(1, 4, size, size, dtype=F64)) for size in sizes]
+    assert chosen == [size <= 10 for size in sizes]
+    assert set(measured) == set(sizes[:8])
 
 
 @pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])

@@ -37,7 +37,7 @@ class FactorizedConv2d(nn.Module):
     Args:
         rank: size of the low-rank set, from 1 to `max_rank`; `rank_meaning` says what it counts.
         implementation: "factorized" runs the chain, "reconstructed" composes the kernel and convolves once, "auto"
-            takes the faster of the two, measured once for every shape (see `prefers_factorized`). Both compute the same
+            takes the faster of the two, measured once for a shape (see `prefers_factorized`). Both compute the same
             function of input and factors, but not to the last bit: name one if a run has to repeat bit for bit.
 
     Shape: input `(B, in_channels, H, W)` or `(in_channels, H, W)`, output as for `torch.nn.Conv2d`.
@@ -261,10 +261,11 @@ class FactorizedConv2d(nn.Module):
         """Whether the chain is faster than composing the kernel and convolving once, for inputs like `x`.
 
         Both are timed on the first call for a layer's shape and an input's shape, dtype, layout and device, with the
-        backward pass if gradients are needed. The answer is kept for the life of the process. Where timing is not
-        possible (`torch.jit.trace`, compiling, `torch.func` transforms, devices other than CPU and CUDA), the one with
-        fewer MACs is taken. `torch.fx` cannot trace the choice: say "factorized" or "reconstructed" for it. For
-        `torch.jit.script`, which can't compile these layers, `fold` the network or trace it.
+        backward pass if gradients are needed. The answer is kept for the life of the process; after `MOST_SHAPES` input
+        shapes that of the nearest in size is taken. Where timing is not possible (`torch.jit.trace`, compiling,
+        `torch.func` transforms, devices other than CPU and CUDA), the one with fewer MACs is taken. `torch.fx` cannot
+        trace the choice: say "factorized" or "reconstructed" for it. For `torch.jit.script`, which can't compile these
+        layers, `fold` the network or trace it.
         """
         return factorized_is_faster(self, x)
 
