@@ -20,8 +20,10 @@ from torch import nn
 from decef.data import Images, dataset, folder_identity
 from decef.data.small import read_idx
 from decef.data.subsets import stratified_subset
+from decef.results.comparisons import experiments
 from decef.training.config import DatasetConfig, InputError
 from decef.training.loop import evaluate
+from decef.training.record import load_records
 from decef.training.run import run
 
 REAL = Path(os.environ.get("DECEF_DATA", "data"))
@@ -405,6 +407,24 @@ def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):
     assert resolved(moved).images_md5 == here.images_md5 != resolved(other).images_md5
     with pytest.raises(ValueError, match="has not the images that the run began with"):
         resolved(other, num_classes=3, images_md5=here.images_md5)
+
+
+def test_runs_on_two_parts_of_imagenet_are_not_one(folder, tmp_path_factory):
+    """Their ids are: they are told apart by the images' names in the record."""
+    other = tmp_path_factory.mktemp("other")
+    write_images(other / "train", 9)
+    write_images(other / "val")
+    data = {"name": "imagenet", "size": 16, "num_classes": 3, "workers": 0}
+    how = {"model": {"name": "plain", "width": 0.1}, "layer": {"name": "conv2d"}}
+
+    def trained(root, seed):
+        return run(config(folder / "results", dataset={**data, "root": str(root)}, seed=seed, **how))
+
+    assert trained(folder, 0)["images_md5"] != trained(other, 1)["images_md5"]
+    assert trained(folder, 0)["status"] == "finished"
+    assert [len(runs) for runs in experiments(load_records(folder / "results"))] == [1, 1]
+    with pytest.raises(InputError, match="is of other images than are here"):
+        trained(other, 0)
 
 
 def test_folders_that_do_not_fit(folder):

@@ -125,13 +125,17 @@ def dataset(
     return replace(known, mean=tuple(mean or known.mean), std=tuple(std or known.std))
 
 
-def folder_identity(root: Path | None) -> tuple[int, str]:
+def folder_identity(root: Path | None, name: str = "imagefolder") -> tuple[int, str]:
     """Number of classes in a folder of images, and an MD5 of the names of all files in it.
+
+    Args:
+        root: folder to look in first.
+        name: a key of `FOLDERS`.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    folder = find_folder(root)
+    folder = find_folder(root, *FOLDERS[name])
     return len(class_names(folder)), names_md5(folder)
 
 

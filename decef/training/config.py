@@ -119,6 +119,15 @@ class DatasetConfig:
         known = config.dataset()
         return replace(config, mean=known.mean, std=known.std)
 
+    def part_md5(self) -> str | None:
+        """MD5 of the images' names in a part of ImageNet; None if it is whole, not here or another dataset."""
+        if self.name != "imagenet" or self.num_classes == 1000:
+            return None
+        try:
+            return folder_identity(self.folder, self.name)[1]
+        except FileNotFoundError:
+            return None
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -80,6 +80,7 @@ class Summary(Environment, total=False):
     dense: dict[str, int]
     ranks: dict[str, int]
     images: dict[str, int]  # how many there are to train and to test on
+    images_md5: str  # of their names, for a part of ImageNet, see `DatasetConfig.part_md5`
     precision: str
     processes: int
     epochs: int
@@ -125,8 +126,11 @@ class Record:
 
     @cached_property
     def experiment(self) -> dict[str, Any]:
-        """The run's `identity` without the seed."""
-        return {key: value for key, value in identity(self.config).items() if key != "seed"}
+        """The run's `identity` without the seed, and which part of ImageNet it was on."""
+        found = {key: value for key, value in identity(self.config).items() if key != "seed"}
+        if md5 := self.summary.get("images_md5"):
+            found["dataset"] = {**found["dataset"], "images_md5": md5}
+        return found
 
     @property
     def pair(self) -> tuple[int, str | None]:

@@ -65,6 +65,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
     with ExitStack() as held:
         processes = held.enter_context(joined(job.device))
         summary = processes.broadcast(job.recorder.read_summary())
+        _check_images(job, summary)
         if _finished(job, summary):
             return summary
         resuming = job.recorder.checkpoint.is_file()
@@ -95,6 +96,16 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         else:
             _fit(job, built.model, train, test, checkpoint, lambda state: None, lambda metrics: None, processes)
         return processes.broadcast(summary)
+
+
+def _check_images(job: _Job, summary: Summary) -> None:
+    """Raise `InputError` if the run was begun on another part of ImageNet than is here."""
+    here, before = job.config.dataset.part_md5(), summary.get("images_md5")
+    if here and before and here != before:
+        raise InputError(
+            f"{job.recorder.path} is of other images than are here: set dataset.root to those, or say results=FOLDER "
+            "for a record of its own"
+        )
 
 
 def _finished(job: _Job, summary: Summary) -> bool:
@@ -155,6 +166,8 @@ def _train_and_record(
         device=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
         images={"train": len(train), "test": len(test)},
     )
+    if md5 := job.config.dataset.part_md5():
+        known["images_md5"] = md5
     recorder.start(known, checkpoint["epoch"] if checkpoint else 0, job.wandb_mode)
 
     def save(state: dict[str, Any]) -> None:
