@@ -1,6 +1,7 @@
 """The queue of runs: what is wanted once is run once, stops in time, goes on, and says what failed."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from decef.training.record import Record
 sys.path.insert(0, str(ROOT / "scripts"))
 from cli import run_config
 
+composed = functools.cache(run_config)  # composing takes longer than all else here
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
 
@@ -183,8 +185,7 @@ def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
         asked = [claims[name] for name in named if "runs" in claims[name].asks]
         if not asked:
             continue
-        plain = ("model.weights=null", "model.decompose_on=null")  # the files need not be there
-        configs = [run_config([*given, *plain]) for given in entry.settings()]
+        configs = [without_weights(composed(given)) for given in entry.settings()]
         for claim in asked:
             asks = claim.asks
             resolved = {"model.weights": None, "train.decay": None}  # what the plain configs don't have yet
@@ -196,6 +197,11 @@ def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
                 assert list(chosen([record], {}, None, shares)), (entry.name, claim.id)
                 checked.add(claim.id)
     assert {f"decef-two-thirds-{where}" for where in ("resnet", "vgg", "mobilenet")} <= checked
+
+
+def without_weights(config):
+    """The files need not be there."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, weights=None, decompose_on=None))
 
 
 def costs_of(config):
@@ -243,7 +249,7 @@ def test_every_entry_of_the_list_can_start():
         for entry in entries
         for i in range(max(map(len, entry.sweep.values()), default=1))
     ]
-    jobs, blocked = list_jobs(every_value, lambda given: run_config(given).resolved())
+    jobs, blocked = list_jobs(every_value, lambda given: composed(given).resolved())
     assert all("file of weights" in reason for reason in blocked.values())
     assert len(jobs) > 100
 
