@@ -241,7 +241,7 @@ def test_damaged_and_missing_masks(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"masks were not found: .*CPAC-CNN.*dataset\.root"):
         loaded("magnetic_tile_masks")
     write_masks(tmp_path, (115, 85, 114, 96, 150, 102))
-    with pytest.raises(ValueError, match=r"has 662 masks .* where the authors have 663"):
+    with pytest.raises(ValueError, match=r"has 662 masks .*, the authors have 663"):
         loaded("magnetic_tile_masks")
     broken = tmp_path / "Magnetic-tile-defect-datasets_torch" / "MT_Crack" / "0.png"
     broken.write_bytes(broken.read_bytes()[:20])

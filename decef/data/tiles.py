@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import random_split
 
 from decef.data.images import Images
 from decef.data.search import search_path
@@ -19,7 +20,7 @@ CLASSES = ("blowhole", "break", "crack", "fray", "free", "uneven")
 SIZE = 100  # pixels, both ways
 PER_CLASS = 150
 TEST_SHARE = 0.15
-MASKS, TRAINING_MASKS = 663, 563
+MASKS = (563, 100)  # to train and to test on
 
 
 def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> tuple[Images, Images]:
@@ -40,12 +41,7 @@ def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> 
     """
     source = "github.com/abin24/Magnetic-tile-defect-datasets."
     folder = _find(root, "magnetic-tile", "photographs", source)
-    photographs, labels = [], []
-    for label, name in enumerate(CLASSES):
-        for pixels in _photographs(folder, name):
-            photographs.append(pixels)
-            labels.append(label)
-    data = Images(torch.stack(photographs), torch.tensor(labels))
+    data = _read(folder, "*.jpg", "Imgs/*.jpg", most=PER_CLASS)
     if as_published:
         data = _enlarged(data)
         return stratified_split(data, math.ceil(TEST_SHARE * len(data)))
@@ -65,20 +61,16 @@ def load_magnetic_tile_masks(root: Path | None = None) -> tuple[Images, Images]:
 
     Raises:
         FileNotFoundError: it is not found; there is no download.
-        ValueError: there are not 663 images, or a file is damaged.
+        ValueError: a class has no masks, there are not 663 of them, or a file is damaged.
         ImportError: Pillow is not installed.
     """
     folder = _find(root, "Magnetic-tile-defect-datasets_torch", "masks", "github.com/wyn430/CPAC-CNN, folder Data,")
-    masks, labels = [], []
-    for label, name in enumerate(CLASSES):
-        for path in sorted(_place(folder, name).glob("*.png")):
-            masks.append(_pixels(path))
-            labels.append(label)
-    if len(masks) != MASKS:
-        raise ValueError(f"{folder} has {len(masks)} masks (*.png) where the authors have {MASKS}: get the folder anew")
-    data = Images(torch.stack(masks), torch.tensor(labels))
-    order = torch.randperm(MASKS, generator=torch.Generator().manual_seed(48))  # as torch's random_split draws it
-    return data.subset(order[:TRAINING_MASKS]), data.subset(order[TRAINING_MASKS:])
+    data = _read(folder, "*.png")
+    if len(data) != sum(MASKS):
+        raise ValueError(f"{folder} has {len(data)} masks (*.png), the authors have {sum(MASKS)}: get the folder anew")
+    numbers: Any = range(len(data))
+    train, test = random_split(numbers, MASKS, torch.Generator().manual_seed(48))
+    return data.subset(torch.tensor(train.indices)), data.subset(torch.tensor(test.indices))
 
 
 def _find(root: Path | None, name: str, what: str, source: str) -> Path:
@@ -97,12 +89,18 @@ def _place(folder: Path, name: str) -> Path:
     return next((place for place in places if place.is_dir()), places[-1])
 
 
-def _photographs(folder: Path, name: str) -> Iterator[Tensor]:
-    place = _place(folder, name)
-    paths = sorted((*place.glob("*.jpg"), *place.glob("Imgs/*.jpg")))[:PER_CLASS]
-    if not paths:
-        raise ValueError(f"{place} has no photographs (*.jpg)")
-    yield from map(_pixels, paths)
+def _read(folder: Path, *patterns: str, most: int | None = None) -> Images:
+    """The images of all classes, in the order of their files' names, at most `most` of each."""
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for label, name in enumerate(CLASSES):
+        place = _place(folder, name)
+        paths = sorted(path for pattern in patterns for path in place.glob(pattern))[:most]
+        if not paths:
+            raise ValueError(f"{place} has no images ({patterns[0]})")
+        images += map(_pixels, paths)
+        labels += [label] * len(paths)
+    return Images(torch.stack(images), torch.tensor(labels))
 
 
 def _pixels(path: Path) -> Tensor:

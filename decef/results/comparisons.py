@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from decef.training.record import Record
+from decef.training.record import Record, short_hash
 
 
 def experiments(records: Iterable[Record]) -> list[list[Record]]:
@@ -58,6 +57,6 @@ def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     def unique(comparison: str, name: str) -> str:
         most = max(sizes[name])
         plain = len(groups[comparison]) == most and sizes[name].count(most) == 1
-        return name if plain else f"{name}-{hashlib.sha256(comparison.encode()).hexdigest()[:8]}"
+        return name if plain else f"{name}-{short_hash(comparison)}"
 
     return {unique(c, name): groups[c] for c, name in names.items()}

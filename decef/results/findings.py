@@ -7,7 +7,6 @@ For each experiment it yields a `Finding` with comparisons of values, one value 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -22,7 +21,7 @@ from decef.results.comparisons import experiments, precision_words
 from decef.results.published import Published, load_known_weights
 from decef.results.selectors import chosen, selector_words, selects, twin_key, twins
 from decef.results.statistics import PERCENT, differences, estimate, rank_correlation
-from decef.training.record import Record
+from decef.training.record import Record, short_hash
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -257,7 +256,7 @@ def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, 
             about = [runs[name].experiment if name in runs else None, made.get("threshold")]
             experiment = json.dumps(about, sort_keys=True)
             if experiments_of.setdefault(label, experiment) != experiment:  # other data, training or threshold
-                label += f", {hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
+                label += f", {short_hash(experiment)}"
             tables.setdefault(label, {})[name] = table
     return dict(sorted(tables.items()))
 

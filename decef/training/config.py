@@ -120,7 +120,10 @@ class DatasetConfig:
         return replace(config, mean=known.mean, std=known.std)
 
     def part_md5(self) -> str | None:
-        """MD5 of the images' names in a part of ImageNet; None if it is whole, not here or another dataset."""
+        """MD5 of the images' names in a part of ImageNet; None if it is whole, not here or another dataset.
+
+        It stands in a record's summary, not in its config as `images_md5` does: older records keep their ids.
+        """
         if self.name != "imagenet" or self.num_classes == 1000:
             return None
         try:

@@ -242,8 +242,13 @@ def _named(config: RunConfig, more: Sequence[str], content: Mapping[str, Any]) -
     layer = config.layer
     cost = [f"{key[0]}{value:g}" for key in RANK_SETTINGS if (value := getattr(layer, key))]
     parts = [config.dataset.name, config.model.name, layer.name, *cost, config.train.name]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    digest = short_hash(json.dumps(content, sort_keys=True))
     return re.sub(r"[^\w.-]+", "_", "-".join([*parts, *more, digest]))
+
+
+def short_hash(text: str) -> str:
+    """Eight hexadecimal digits that tell texts apart in names."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _read_yaml(path: Path) -> Any:
