@@ -60,6 +60,14 @@ for line in sys.stdin:
 """
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _short_rounds():
+    """Times are measured, but no test rests on how exact they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
+        yield
+
+
 @pytest.fixture(scope="session")
 def call():
     """Runs a script of scripts/, or another by its path, as somebody would type it who has no W&B account."""

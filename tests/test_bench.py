@@ -33,7 +33,6 @@ MADE = {
 
 def test_times_of_a_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("decef.results.bench_layers.SHAPES", (TINY,))
-    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     rows = list(bench_layers(["decef", "basisconv2021"], [0.5], [2], CPU))
     assert [(row["layer"], row["pass"]) for row in rows] == [
         (layer, which) for layer in ("decef", "basisconv2021") for which in ("inference", "training")
@@ -176,7 +175,6 @@ def test_bound_at_the_speed_of_the_dense_layers():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     monkeypatch.setattr("decef.results.bench_inference.NETWORK_ROUNDS", 1)
 
 

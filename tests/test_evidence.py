@@ -185,7 +185,7 @@ def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
         asked = [claims[name] for name in named if "runs" in claims[name].asks]
         if not asked:
             continue
-        configs = [without_weights(composed(given)) for given in entry.settings()]
+        configs = [without_weights(composed(given)) for one in each_value(entry) for given in one.settings()]
         for claim in asked:
             asks = claim.asks
             resolved = {"model.weights": None, "train.decay": None}  # what the plain configs don't have yet
@@ -197,6 +197,16 @@ def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
                 assert list(chosen([record], {}, None, shares)), (entry.name, claim.id)
                 checked.add(claim.id)
     assert {f"decef-two-thirds-{where}" for where in ("resnet", "vgg", "mobilenet")} <= checked
+
+
+def each_value(entry):
+    """The entry once for every value in its sweep, not for every combination."""
+    return [
+        dataclasses.replace(
+            entry, name=f"{entry.name} {i}", sweep={key: [v[i % len(v)]] for key, v in entry.sweep.items()}
+        )
+        for i in range(max(map(len, entry.sweep.values()), default=1))
+    ]
 
 
 def without_weights(config):
@@ -241,15 +251,8 @@ def named(arguments, given):
 
 
 def test_every_entry_of_the_list_can_start():
-    entries = load_entries(ROOT / "configs" / "evidence.yaml")
-    every_value = [
-        dataclasses.replace(
-            entry, name=f"{entry.name} {i}", sweep={key: [v[i % len(v)]] for key, v in entry.sweep.items()}
-        )
-        for entry in entries
-        for i in range(max(map(len, entry.sweep.values()), default=1))
-    ]
-    jobs, blocked = list_jobs(every_value, lambda given: composed(given).resolved())
+    entries = [one for entry in load_entries(ROOT / "configs" / "evidence.yaml") for one in each_value(entry)]
+    jobs, blocked = list_jobs(entries, lambda given: composed(given).resolved())
     assert all("file of weights" in reason for reason in blocked.values())
     assert len(jobs) > 100
 

@@ -19,7 +19,6 @@ def trained():
 
 
 def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     images, test = DIGITS
@@ -45,7 +44,6 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
 
 
 def test_networks_of_equal_shapes_run_as_the_first(trained, monkeypatch):
-    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
     monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     measured = []

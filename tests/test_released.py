@@ -88,7 +88,7 @@ def test_the_released_networks_are_what_their_records_say():
 
 
 @functools.cache
-def first_images(name, mean, std, count=500):
+def first_images(name, mean, std, count=200):
     """The first test images of a dataset, or None where it isn't."""
     try:
         _, test = dataset(name, mean=mean, std=std).load()

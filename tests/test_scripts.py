@@ -113,7 +113,6 @@ def test_frontier(main_of, trained, tmp_path, monkeypatch, caplog, capsys):
     engines = {"fp32": ["eager"], "int8": []}
     monkeypatch.setattr("decef.inference.engines.available", lambda device, precision="fp32": engines[precision])
     monkeypatch.setattr("decef.results.frontier.ROUNDS", 1)
-    monkeypatch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
     small = {"dataset__name": "cifar10", "dataset__train_size": 64, "train__epochs": 1, "train__lr": 1e-3}
     began_so = {"name": "resnet20", "dense_stem": True, "weights": str(trained[2])}
     usual = {"dataset__mean": list(IMAGENET_MEAN), "dataset__std": list(IMAGENET_STD)}

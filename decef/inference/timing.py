@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import timer as clock
 from torch.utils.flop_counter import flop_registry
 
 T = TypeVar("T")
@@ -40,6 +39,8 @@ def interleaved_times(
         reduce: makes one number of a step's times in all rounds: the median for reports, `min` for choosing the fastest
             on a busy machine.
     """
+    from torch.utils.benchmark import timer as clock  # takes a quarter of a second to import, by setuptools
+
     timers = {name: Timer(step, timer=clock) for name, step in steps.items()}
     numbers = {}
     for name, timer in timers.items():
