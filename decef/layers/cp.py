@@ -140,25 +140,30 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float, penalty: flo
     Returns:
         The new factors, and how much of the squared norm of all tensors they keep, less the penalty.
     """
-    *large, vertical, horizontal = factors
-    spatial = _khatri_rao(vertical, horizontal)  # (batch, d_v d_h, rank)
+    factors = list(factors)
+    grams = [factor.mT @ factor for factor in factors]
+
+    def solve(mode: int, product: Tensor) -> Tensor:
+        others = reduce(torch.mul, grams[:mode] + grams[mode + 1 :])
+        factors[mode] = _least_squares(product, factors[mode], others, proximal, penalty)
+        grams[mode] = factors[mode].mT @ factors[mode]
+        return factors[mode]
+
+    *large, v, h = range(len(factors))
+    spatial = _khatri_rao(factors[v], factors[h])  # (batch, d_v d_h, rank)
     if len(large) == 1:
-        large = [_least_squares(tensors @ spatial, large[0], [vertical, horizontal], proximal, penalty)]
-        core = tensors.mT @ large[0]
+        core = tensors.mT @ solve(0, tensors @ spatial)
     else:
-        one, other = large
-        rest = torch.einsum("bdoi,bor->bdir", tensors, other)
-        one = _least_squares((rest * spatial[:, None]).sum(2), one, [other, vertical, horizontal], proximal, penalty)
+        rest = torch.einsum("bdoi,bor->bdir", tensors, factors[1])
+        one = solve(0, (rest * spatial[:, None]).sum(2))
         rest = torch.einsum("bdoi,bdr->boir", tensors, one)
-        other = _least_squares((rest * spatial[:, None]).sum(2), other, [one, vertical, horizontal], proximal, penalty)
+        other = solve(1, (rest * spatial[:, None]).sum(2))
         core = (rest * other[:, :, None]).sum(1)
-        large = [one, other]
-    core = core.unflatten(1, (vertical.shape[1], horizontal.shape[1]))  # (batch, d_v, d_h, rank)
-    vertical = _least_squares((core * horizontal[:, None]).sum(2), vertical, [*large, horizontal], proximal, penalty)
+    core = core.unflatten(1, (factors[v].shape[1], factors[h].shape[1]))  # (batch, d_v, d_h, rank)
+    vertical = solve(v, (core * factors[h][:, None]).sum(2))
     target = (core * vertical[:, :, None]).sum(1)
-    horizontal = _least_squares(target, horizontal, [*large, vertical], proximal, penalty)
-    factors = [*large, vertical, horizontal]
-    gram = reduce(torch.mul, [f.mT @ f for f in factors])
+    horizontal = solve(h, target)
+    gram = reduce(torch.mul, grams)
     kept = 2 * (target * horizontal).sum() - gram.sum() - penalty * gram.diagonal(dim1=1, dim2=2).sum()
     for factor in factors[1:]:  # the first factor carries the scale, so that no factor can grow while another shrinks
         norm = factor.norm(dim=1, keepdim=True).clamp_min(torch.finfo(factor.dtype).tiny)
@@ -167,9 +172,16 @@ def _sweep(tensors: Tensor, factors: list[Tensor], proximal: float, penalty: flo
     return factors, kept
 
 
-def _least_squares(product: Tensor, factor: Tensor, others: list[Tensor], proximal: float, penalty: float) -> Tensor:
-    """The best factor given the others, kept near the last one; `product` is the tensor contracted with the others."""
-    gram = reduce(torch.mul, [f.mT @ f for f in others])  # (batch, rank, rank); its diagonal has squared norms
+def _least_squares(product: Tensor, factor: Tensor, gram: Tensor, proximal: float, penalty: float) -> Tensor:
+    """The best factor given the others, kept near the last one.
+
+    Args:
+        product: the tensor contracted with the others, `(batch, d, rank)`.
+        factor: the last one.
+        gram: the components' inner products in the other modes, `(batch, rank, rank)`; squared norms on its diagonal.
+        proximal: see PROXIMAL.
+        penalty: see PENALTY.
+    """
     gram = gram + penalty * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
     floor = torch.finfo(gram.dtype).tiny ** 0.5  # keeps the system solvable for a tensor of zeros, whose factors are 0
     weight = proximal * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(floor)[:, None, None]
