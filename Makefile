@@ -46,9 +46,9 @@ lint: setup ## Check style and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-quickstart: setup ## Train all layer types on the bundled digits and print their table (a few minutes)
-	$(RUN) scripts/train.py -m experiment=quickstart results=$(RESULTS)
-	$(RUN) scripts/tables.py --results $(RESULTS) --print digits-quickstart
+quickstart: setup ## Train all layer types on the bundled digits and print their table, in reproduced/ (a few minutes)
+	$(RUN) scripts/train.py -m experiment=quickstart results=$(REPRODUCED)
+	$(RUN) scripts/tables.py --results $(REPRODUCED) --print digits-quickstart
 
 reproduce-cifar: setup ## Train the layer types on CIFAR-10 from scratch, into reproduced/ (TRAIN=paper SEEDS=0,1,2 MODEL=resnet56 FLOPS=0.5)
 	$(RUN) scripts/train.py -m experiment=cifar10 train=$(TRAIN) model=$(MODEL) layer.flops=$(FLOPS) seed=$(SEEDS) results=$(REPRODUCED)
@@ -69,7 +69,7 @@ evidence-status: setup ## Say which runs of configs/evidence.yaml are done, and 
 	$(RUN) scripts/evidence.py status --processes $(PROCESSES) --device $(DEVICE) --results $(RESULTS)
 
 costs: setup ## Count parameters and MACs of every architecture and layer type, into results/costs.md and docs/layers.md
-	$(RUN) scripts/costs.py --out $(RESULTS)/costs --page docs/layers.md
+	$(RUN) scripts/costs.py --out $(RESULTS)/costs $(if $(filter results,$(RESULTS)),--page docs/layers.md)
 
 tables: setup ## Rebuild results/tables and the table in README.md from the run records (SOURCE=wandb: from W&B, into tables-wandb)
 	$(RUN) scripts/tables.py --results $(RESULTS) --source $(SOURCE) $(if $(filter results-local,$(RESULTS)-$(SOURCE)),--readme README.md)

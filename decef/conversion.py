@@ -85,6 +85,12 @@ def convert(
         raise ValueError(f"the plan converts '{without[0]}', but has no rank for it")
     model = copied(model)
     modules = dict(model.named_modules())
+    planned = {row.name for row in how.rows}
+    if unplanned := [name for name, m in modules.items() if type(m) is nn.Conv2d and name not in planned]:
+        log.warning(
+            "the plan was made for another network: of %d convolutions here, such as '%s', it says nothing, and they "
+            "stay dense", len(unplanned), unplanned[0],
+        )  # fmt: skip
     for name, layer_class in types.items():
         if type(modules.get(name)) is not nn.Conv2d:
             raise ValueError(f"the plan converts '{name}', which is no plain Conv2d in this network")
@@ -137,8 +143,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         `model`, in evaluation mode.
 
     Raises:
-        ValueError: `data` yields no batch, something else or is one tensor; or `count` is less than 1. Then, as after
-            any other error, the statistics are as they were.
+        ValueError: `data` yields no batch, something else, NaN or is one tensor; or `count` is less than 1. Then, as
+            after any other error, the statistics are as they were.
     """
     check_batches(data)
     batches = islice(data, max(0, count))
@@ -158,6 +164,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         norm.train()
     try:
         for x in without_leftover(inputs_of(batch, model) for batch in chain([first], batches)):
+            if not x.isfinite().all():
+                raise ValueError("the data has NaN or infinite values, which would be the statistics of every layer")
             model(x)
     except BaseException:
         for norm, state in zip(norms, before, strict=True):

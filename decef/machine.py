@@ -78,7 +78,7 @@ def environment(device: str) -> Environment:
         device: its name, as records have it.
     """
     packages: dict[str, str | None] = {}
-    for name in ("torch", "torchvision", "timm", "numpy", "hydra-core", "wandb"):
+    for name in ("torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "hydra-core", "wandb"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,9 @@ class Plan:
         """
         try:
             read = cls(data["layer"], [PlanRow(**row) for row in data["rows"]], dict(data["options"]))
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"this is no plan: it has no {error}") from error
+        except TypeError as error:
             raise ValueError(f"this is no plan: {error}") from error
         for row in read.rows:
             if row.action not in ("convert", "keep"):
@@ -114,15 +117,20 @@ class Plan:
 
         Raises:
             ImportError: PyYAML is not installed.
+            FileNotFoundError: there is no such file.
             ValueError: it is not YAML; or see `from_dict`.
         """
         need("train", "yaml")
         import yaml
 
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no plan {path}")
         try:
             return cls.from_dict(yaml.safe_load(Path(path).read_text()))
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no plan, as it is not YAML: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.layer} {self.options or ''}\n{self.to_frame().to_string(index=False, na_rep='')}"
@@ -273,6 +281,23 @@ class TypeChoice:
                 continue
             rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
         return Plan(AUTO, rows, self._options)
+
+
+def planner(model: nn.Module, layer: str, *, progress: bool = False, **where: Any) -> Callable[[Rule], Plan]:
+    """What makes plans by several rules as `plan` does. With layer "auto" they share one `TypeChoice`.
+
+    Args:
+        model: the network.
+        layer: a layer type, or "auto".
+        progress: show a bar while energies are measured, as with layer "auto" they are.
+        **where: other arguments of `plan`.
+
+    Raises:
+        ValueError, TypeError: see `plan`.
+    """
+    if layer == AUTO:
+        return partial(TypeChoice(model, **where).plan, progress=progress)
+    return lambda rule: plan(model, layer, rank=rule, **where)
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:

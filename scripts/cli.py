@@ -6,6 +6,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -71,6 +72,9 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
     Every choice of a sweep is checked, so that a typo in the last one shows before the first one runs.
     """
     given = [a for a in arguments if "=" in a and not a.startswith(("-", "hydra"))]
+    for before, word in pairwise(["", *arguments]):
+        if not re.search("=|^[-~]", word) and not before.startswith("-"):  # after an option: its value, as --cfg job
+            fail(f"{word} is no setting: those are given as key=value, such as layer=decef; --help lists them")
     try:
         overrides = OverridesParser.create(_loader()).parse_overrides(given)
     except HydraException as error:
@@ -90,6 +94,12 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
     _check_keys(first, config, groups)
     for position, text in others:
         _check_keys([*first[:position], text, *first[position + 1 :]], config, groups)
+
+
+def given_value(key: str, arguments: Sequence[str]) -> str | None:
+    """The value that Hydra reads in the last `key=value`, quoted or not; None if there is none."""
+    given = [argument for argument in arguments if argument.startswith(f"{key}=")]
+    return str(OverridesParser.create().parse_override(given[-1]).value()) if given else None
 
 
 def _loader() -> ConfigLoader:

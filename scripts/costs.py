@@ -29,6 +29,8 @@ def main() -> None:
 
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is not a share: it must be above 0 and at most 1")
+    if arguments.page and not arguments.page.is_file():
+        fail(f"there is no page {arguments.page}")
     imagenet = dataset("imagenet", size=224, num_classes=1000)
     networks = []
     for names, data in ((CIFAR, dataset("cifar10")), (IMAGENET, imagenet)):

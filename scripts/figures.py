@@ -23,6 +23,8 @@ def main() -> None:
         fail("--weights and --layer belong to a network: name it with --network")
     if arguments.network and not arguments.weights and not Path(arguments.network).is_dir():
         fail(f"{arguments.network} is no run's folder: say --weights FILE, as random filters have nothing to show")
+    if not arguments.results.is_dir():
+        fail(f"there is no folder {arguments.results}: train something first, or name another with --results")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.models.weights import describe_file

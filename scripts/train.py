@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from cli import check_arguments, expand, fail
+from cli import check_arguments, expand, fail, given_value
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -111,8 +111,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command resumes")
-    given = [a.partition("=")[2] for a in sys.argv if a.startswith("results=")]
-    failures = _failures(given[-1] if given else "results")
+    failures = _failures(given_value("results", sys.argv[1:]) or "results")
     if failures.is_file():
         failed = failures.read_text()
         failures.unlink()

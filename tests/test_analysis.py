@@ -99,9 +99,14 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
     torch.save(CifarResNet(8), tmp_path / "w.th")
     with pytest.raises(ValueError, match=r"or a network saved whole: save its state_dict\(\) instead$"):
         load_weights(CifarResNet(8), tmp_path / "w.th")
-    (tmp_path / "w.th").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no file of weights"):
+    torch.save({"net": state}, tmp_path / "w.th")
+    with pytest.raises(ValueError, match=r"no state dict, alone or under the key state_dict or model: it has 'net'$"):
         load_weights(CifarResNet(8), tmp_path / "w.th")
+    whole = (tmp_path / "w.th").read_bytes()
+    for damaged in (b"nothing", b"hello", whole[: len(whole) // 2], b""):
+        (tmp_path / "w.th").write_bytes(damaged)
+        with pytest.raises(ValueError, match="no file of weights"):
+            load_weights(CifarResNet(8), tmp_path / "w.th")
 
 
 @pytest.mark.skipif(not weights.is_file(), reason="no trained weights under $DECEF_DATA or data/")

@@ -8,7 +8,7 @@ from torch import nn
 
 from decef.inference.engines import Loadable
 from decef.inference.profiling import time_by_operator
-from decef.inference.timing import Roofline, interleaved_times, peak_memory
+from decef.inference.timing import Roofline, interleaved_times, peak_memory, times_beside
 from decef.plans import plan
 from decef.ranks import Budget
 from decef.results.bench_inference import Case, at_dense_speed, bench_inference, plans, write_inference
@@ -66,6 +66,13 @@ def test_steps_run_in_turn():
     while "aa" in turns or "bb" in turns:
         turns = turns.replace("aa", "a").replace("bb", "b")
     assert turns == "abababab"  # to see how long it takes, and three rounds
+
+
+def test_a_ratio_is_that_of_a_round(monkeypatch):
+    """Rounds that are slowed down slow both steps; the fastest of each need not be of one round."""
+    rounds = {"one": [4.0, 1.0, 2.0], "other": [8.0, 3.0, 2.0]}
+    monkeypatch.setattr("decef.inference.timing._rounds", lambda steps, number: rounds)
+    assert times_beside(print, print, 3) == (2.0, 2.0)
 
 
 def test_score_of_auto():

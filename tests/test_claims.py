@@ -19,6 +19,7 @@ from decef.results.claims import (
     MIXED,
     NOT_TESTED,
     ONE_SEED,
+    REFUTED,
     UNDECIDED,
     Claim,
     judge,
@@ -243,9 +244,10 @@ BETTER, WORSE, UNCLEAR = (0.0, 0.1, -0.1), (-2.0, -2.1, -1.9), (-3.0, 1.0, 2.0)
         ([BETTER, BETTER], HOLDS, "2 of 2 comparisons decided: 2 hold, 0 don't"),
         ([WORSE], FAILS, "1 of 1 comparison decided: 0 hold, 1 doesn't"),
         ([BETTER, WORSE], MIXED, "2 of 2 comparisons decided: 1 holds, 1 doesn't"),
+        ([BETTER, WORSE, UNCLEAR], MIXED, "2 of 3 comparisons decided: 1 holds, 1 doesn't; 1 needs more seeds"),
         ([(5.0,), (5.0,)], UNDECIDED, "0 of 2 comparisons decided; 2 need more seeds"),
         ([BETTER, (5.0,)], UNDECIDED, "1 of 2 comparisons decided: 1 holds, 0 don't; 1 needs more seeds"),
-        ([WORSE, UNCLEAR], UNDECIDED, "1 of 2 comparisons decided: 0 hold, 1 doesn't; 1 needs more seeds"),
+        ([WORSE, UNCLEAR], REFUTED, "1 of 2 comparisons decided: 0 hold, 1 doesn't; 1 needs more seeds"),
     ],
 )
 def test_comparisons_are_summed_up_and_counted(differences, verdict, words):
@@ -705,7 +707,7 @@ def test_the_command_line_writes_the_same_bytes_twice(tmp_path, monkeypatch, cap
     monkeypatch.setattr("sys.argv", ["claims.py", "--results", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(ROOT / "scripts" / "claims.py"), run_name="__main__")
-    assert "there is no folder" in capsys.readouterr().err
+    assert "is no folder of results: train something first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_any_network_of_timm(call, tmp_path):
         (["layer.rnk=3"], "there is no key 'layer.rnk'; did you mean 'layer.rank'"),
         (["dataset=cifar10", "dataset.root=cifar"], "data_batch_1 is missing"),
         (["results=file"], "cannot be written"),
+        (["layer", "decef"], "layer is no setting: those are given as key=value"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, message):
@@ -120,6 +121,15 @@ def test_a_sweep_over_all_choices_by_hydras_glob(monkeypatch):
     check_arguments(["-m", "layer=glob(*)", "layer.rank=1"])
     with pytest.raises(SystemExit):
         check_arguments(["layer=glob(*)", "layer.rank=1"])
+
+
+@pytest.mark.parametrize("given", ["a b", "'a b'", '"a b"'])
+def test_a_value_is_what_hydra_reads(monkeypatch, given):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from cli import given_value
+
+    assert given_value("results", ["results=x", f"results={given}", "seed=1"]) == "a b"
+    assert given_value("device", ["results=x"]) is None
 
 
 def test_help_comes_without_torch(tmp_path):

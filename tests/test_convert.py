@@ -202,7 +202,9 @@ def test_only_a_rule_that_names_layers_is_called_where_there_is_no_candidate():
 
 def test_a_budget_that_cannot_be_met_where_nothing_can_be_converted():
     model = nn.Sequential(nn.Conv2d(3, 16, 1))
-    with pytest.raises(ValueError, match=r"0.1 of the dense network's parameters can't be met"):
+    with pytest.raises(
+        ValueError, match=r"0.1 of the dense network's parameters can't be met: there is no convolution"
+    ):
         plan(model, "decef", rank=Budget(params=0.1))
     with pytest.raises(ValueError, match="a time budget needs times"):
         plan(model, "decef", rank=Latency(0.1))
@@ -305,6 +307,11 @@ def test_a_plan_of_nothing_and_a_file_that_is_no_yaml(tmp_path):
     (tmp_path / "plan.yaml").write_text("rows: [")
     with pytest.raises(ValueError, match=r"plan\.yaml is no plan, as it is not YAML"):
         Plan.load(tmp_path / "plan.yaml")
+    (tmp_path / "plan.yaml").write_text("rows: []")
+    with pytest.raises(ValueError, match=r"plan\.yaml: this is no plan: it has no 'layer'"):
+        Plan.load(tmp_path / "plan.yaml")
+    with pytest.raises(FileNotFoundError, match=r"there is no plan .*other\.yaml"):
+        Plan.load(tmp_path / "other.yaml")
 
 
 @pytest.mark.parametrize(
@@ -571,8 +578,12 @@ def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
 def test_recalibrate_leaves_the_statistics_if_a_batch_fails():
     model = network()
     before = copy.deepcopy(model.state_dict())
-    for bad, error in (({"image": images()}, ValueError), (torch.randn(4, 5, 8, 8), RuntimeError)):
-        with pytest.raises(error, match=r"must be a tensor, or a tuple .* not dict|channels"):
+    for bad, error, says in (
+        ({"image": images()}, ValueError, r"must be a tensor, or a tuple .* not dict"),
+        (torch.randn(4, 5, 8, 8), RuntimeError, "channels"),
+        (images() * torch.nan, ValueError, "the data has NaN or infinite values"),
+    ):
+        with pytest.raises(error, match=says):
             recalibrate(model, [images().double(), bad])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
@@ -765,6 +776,15 @@ def test_it_is_said_why_nothing_is_converted(caplog):
         "nothing is converted: 1 x a 1x1 kernel has no eigen-filters: DeCEF needs a kernel of more than one element",
         "nothing is converted: the network has no convolution",
     ]
+
+
+def test_a_plan_of_another_network_that_fits_in_part_is_said_to(caplog):
+    made = plan(CifarResNet(8), "decef", rank=2)
+    convert(CifarResNet(8), made)
+    assert not caplog.records
+    convert(CifarResNet(14), made)
+    (record,) = caplog.records
+    assert "made for another network: of 6 convolutions here, such as 'layer1.1.conv1', it says" in record.getMessage()
 
 
 @pytest.mark.parametrize("layer", ["cpac", "rank1"])

@@ -11,7 +11,7 @@ import pytest
 import vl_convert
 
 from decef.plans import layer_names
-from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Verdict, judge, load_claims
+from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, REFUTED, UNDECIDED, Verdict, judge, load_claims
 from decef.results.look import look_of
 from decef.results.report import VERDICTS, build
 from decef.training.record import to_record
@@ -179,13 +179,16 @@ def test_configurations_are_told_once_for_a_table_and_in_what_a_row_differs():
 
 
 def test_verdicts_stand_with_how_many_comparisons_were_decided():
-    claims = dict(zip((HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED), load_claims(), strict=False))
+    claims = dict(zip((HOLDS, MIXED, REFUTED, FAILS, UNDECIDED, NOT_TESTED), load_claims(), strict=False))
     text = build([], [(claim, Verdict(verdict)) for verdict, claim in claims.items()])
     words = " ".join(Parsed(text).words.split())
     assert " ".join(f"1 {verdict}" for verdict in VERDICTS) in words
     for verdict, claim in claims.items():
         assert (claim.experiment in words) == (verdict in (UNDECIDED, NOT_TESTED))
-    assert all(f".pill.{name} {{" in text for name in ("holds", "holds-in-some-not-in-others", "doesn-t-hold"))
+    assert all(
+        f".pill.{name} {{" in text
+        for name in ("holds", "holds-in-some-not-in-others", "doesn-t-hold-in-some-others-open")
+    )
 
     words = " ".join(Parsed(page(*grid())).words.split())
     assert "1 of 1 comparison decided: 0 hold, 1 doesn't doesn't hold" in words  # decef-two-thirds-resnet

@@ -342,7 +342,7 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
             {"dataset": {"name": "imagenet", "size": 64, "num_classes": 10, "crop_padding": 4}},
             "dataset.crop_padding=4 would do nothing",
         ),
-        ({"seed": 2**32}, "seed=4294967296 must be at most"),
+        ({"seed": 2**31}, "seed=2147483648 must be at most"),
         ({"layer__implementation": "fast"}, "implementation='fast'"),
         ({"layer__name": "decaf"}, "unknown layer type 'decaf'"),
         ({"model__name": "resnet21"}, "unknown model"),
@@ -382,6 +382,54 @@ def test_bad_input_is_refused_before_data_is_loaded(tmp_path, monkeypatch, chang
     with pytest.raises(InputError, match=message):
         run(config(tmp_path, **changes))
     assert not (tmp_path / "runs").exists()
+
+
+OWN = """
+from torch import nn
+
+class Pair(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), None
+
+def make(channels=1, classes=10, kind=nn.Sequential):
+    return kind(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+def pair():
+    return make(kind=Pair)
+
+def few():
+    return make(classes=5)
+
+def colours():
+    return make(channels=3)
+
+def needs(width):
+    return make()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("pair", r"must give logits of shape \(2, 10\) for two images of 1 x 8 x 8, not tuple"),
+        ("few", r"must give logits of shape \(2, 10\) for two images of 1 x 8 x 8, not \(2, 5\)"),
+        ("colours", "doesn't run on images of 1 x 8 x 8: .*channels"),
+        ("needs", "can't be called with the options of the model: missing a required argument: 'width'"),
+    ],
+)
+def test_a_network_of_ones_own_that_is_none_for_these_images(tmp_path, monkeypatch, function, message):
+    (tmp_path / "own_for_digits.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=message):
+        run(config(tmp_path, model={"name": f"own_for_digits:{function}"}))
+    run(config(tmp_path, model={"name": "own_for_digits:make"}, train__epochs=1))
+
+
+def test_emulated_bf16_is_said_to_be(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("decef.training.run.has_bf16", lambda device: False)
+    model = {"name": "plain", "width": 0.05, "relu": True}
+    run(config(tmp_path, model=model, train__precision="bf16", train__epochs=1, dataset__train_size=64))
+    assert "bf16 is emulated here" in caplog.text
 
 
 def test_wandb_offline_without_a_key(tmp_path, monkeypatch):

@@ -1,17 +1,19 @@
 """What large trainings need: several processes, and what a device can't do."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import ROOT, TRAIN, train
 
 from decef.models import PlainNet
 from decef.training.distributed import Processes
-from decef.training.loop import check_possible
+from decef.training.loop import Training, check_possible, seed_epoch
 
 
 def plain(seed=0):
@@ -32,6 +34,26 @@ def test_fewer_images_than_a_batch():
 def test_a_batch_that_processes_cannot_share():
     with pytest.raises(ValueError, match=r"train\.batch_size=64 can't be shared equally by 3 processes"):
         check_possible(TRAIN, torch.device("cpu"), Processes(0, 3))
+
+
+def test_every_process_drops_other_units_and_all_draw_the_same_images():
+    units, images = [], []
+    for rank in range(3):
+        generator = seed_epoch(0, 3, rank)
+        units.append(F.dropout(torch.ones(64)))
+        images.append(torch.randperm(64, generator=generator))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(units, 2))
+    assert torch.equal(images[0], images[1])
+
+
+def test_training_diverged_when_the_first_process_did(monkeypatch):
+    """Of three, of which the others diverged in steps 5 and 7."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value, op: value.clamp_(max=min(5, 7)))
+    training = Training(plain(), TRAIN, torch.device("cpu"))
+    training.processes = Processes(0, 3)
+    training.start_epoch()
+    with pytest.raises(FloatingPointError, match="not finite any more from step 5 on"):
+        training._check(0.1)
 
 
 SMALL = ["dataset=digits", "dataset.train_size=512", "model=plain", "model.width=0.1", "layer=decef", "layer.rank=4"]

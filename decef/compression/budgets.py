@@ -133,8 +133,8 @@ def search(
     if not met:
         least = min(made.value for made in found)
         raise ValueError(
-            f"a budget of {asked:.3g} of the dense network's can't be met: the smallest that was found has "
-            f"{least:.3g}" + (f" ({reason})" if reason else "")
+            f"the budget, {asked:.3g} of what the dense network takes, can't be met: the least that was found is "
+            f"{least:.3g} of it" + (f" ({reason})" if reason else "")
         )
     return min(met, key=lambda made: abs(made.off))
 

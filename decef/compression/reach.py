@@ -15,8 +15,8 @@ from decef.inference.deploy import Deployed, deploy
 from decef.inference.forms import to_convolutions
 from decef.inference.latency import measure_times
 from decef.inference.memory import activation_bytes, stored_bytes
-from decef.inference.timing import inference_call, interleaved_times
-from decef.plans import AUTO, AUTO_TYPES, Plan, TypeChoice, plan
+from decef.inference.timing import inference_call, interleaved_times, times_beside
+from decef.plans import AUTO, AUTO_TYPES, Plan, planner
 from decef.ranks import Budget, Latency, Rule
 
 
@@ -84,7 +84,7 @@ class Planner:
         types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
         given = {**self._where, "engine": self._engine, "progress": self._progress}
         times = {name: measure_times(self._model, name, self._x, **given) for name in types}
-        seconds = interleaved_times({"dense": inference_call(dense, self._x)}, reduce=min)["dense"]
+        (seconds,) = interleaved_times({"dense": inference_call(dense, self._x)}).values()
         asked = budget.share if isinstance(budget, Latency) else budget.limit / 1e3 / seconds
         _check_smaller(asked, f"{seconds * 1e3:.3g} ms")
         known = times if self._layer == AUTO else times[self._layer]
@@ -102,19 +102,16 @@ class Planner:
     def _plan(self) -> Callable[[Rule], Plan]:
         """Makes a plan by a rule, from the kernels' energies: those of the outputs spread a budget no better."""
         where = {**self._where, "input_size": self._input_size}
-        if self._layer == AUTO:
-            choice = TypeChoice(self._model, **where)
-            return lambda rule: choice.plan(rule, progress=self._progress)
-        return lambda rule: plan(self._model, self._layer, rank=rule, **where)
+        return planner(self._model, self._layer, progress=self._progress, **where)
 
     def _small(self, made: Plan) -> nn.Module:
         return convert(self._model, made, from_scratch=True)
 
 
 def seconds_beside(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float]:
-    """Seconds of a call of two networks, timed in turn, as "dense" and "small"."""
-    calls = {"dense": inference_call(dense, x), "small": inference_call(small, x)}
-    return interleaved_times(calls, rounds=10, reduce=min)
+    """Seconds of a call of two networks, timed in turn, as "dense" and "small"; see `times_beside`."""
+    seconds, ratio = times_beside(inference_call(dense, x), inference_call(small, x), rounds=10)
+    return {"dense": seconds, "small": ratio * seconds}
 
 
 def time_share(dense: nn.Module, small: nn.Module, x: Tensor) -> float:

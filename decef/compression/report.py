@@ -63,14 +63,15 @@ def summary(numbers: Mapping[str, Any]) -> str:
     converted = [row for row in numbers["layers"] if row["action"] == "convert"]
     said = (
         f"{len(converted)} of {len(numbers['layers'])} convolutions became low-rank layers. The network has "
-        f"{share['params']:.2f} of the parameters and {share['flops']:.2f} of the FLOPs, and takes "
-        f"{seconds['small'] / seconds['dense']:.2f} of the time"
+        f"{share['params']:.2f} of the parameters and {share['flops']:.2f} of the FLOPs, and "
     )
+    if converted and all(row["form"] == "reconstructed" for row in converted):
+        said += "is no faster: all of them run as dense convolutions here, which nothing beat"
+    else:
+        said += f"takes {seconds['small'] / seconds['dense']:.2f} of the time"
     if top1:
         last = list(top1.values())[-1]
         said += f"; its top-1 is {last:.2f} %, the dense network's {top1['dense']:.2f} % ({last - top1['dense']:+.2f})"
-    if converted and all(row["form"] == "reconstructed" for row in converted):
-        said += ". All of them run as dense convolutions here, which nothing beat: the times differ by noise"
     return f"{said}."
 
 
@@ -81,9 +82,9 @@ def _table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         ("parameters", *(costs[side]["params"] for side in ("dense", "small")), ",.0f"),
         ("FLOPs", *(costs[side]["flops"] for side in ("dense", "small")), ",.0f"),
         (f"ms, {batch} x {' x '.join(map(str, size))}", *(1e3 * seconds[side] for side in ("dense", "small")), ".3g"),
-        ("weights, MB", *(numbers["bytes"][side] / 1e6 for side in ("dense", "small")), ".3g"),
+        ("weights, as low-rank chains, MB", *(numbers["bytes"][side] / 1e6 for side in ("dense", "small")), ".3g"),
         (
-            "weights and intermediate results at their peak, MB",
+            "weights and intermediate results at their peak, as low-rank chains, MB",
             *(numbers["memory"][s] / 1e6 for s in ("dense", "small")),
             ".3g",
         ),

@@ -285,6 +285,8 @@ def _checked(
         raise ValueError(f"calibration would do nothing in {precision}: it is for int8")
     if engines is None:
         engines = need_engines(x.device, precision)
+    elif isinstance(engines, str):
+        raise ValueError(f"engines={engines!r} must be a list: give [{engines!r}]")
     engines = [check_engine(engine, x, precision) for engine in engines]
     if calibration is None:
         return engines, None

@@ -39,8 +39,9 @@ def need_engines(device: torch.device, precision: str) -> list[str]:
     """`available`, if there is any.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no such precision.
     """
+    check_precision(precision)
     found = available(device, precision)
     if not found:
         raise ValueError(f"no engine here runs in {precision}: that needs a CPU, and pip install 'decef[deploy]'")

@@ -36,9 +36,23 @@ def interleaved_times(
     Args:
         steps: what to time, by name.
         rounds: number of rounds; at most two if a call of any step takes more than half a second.
-        reduce: makes one number of a step's times in all rounds: the median for reports, `min` for choosing the fastest
-            on a busy machine.
+        reduce: makes one number of a step's times in all rounds: the median, or `min` to choose among many by.
     """
+    return {name: reduce(values) for name, values in _rounds(steps, rounds).items()}
+
+
+def times_beside(one: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Seconds a call of one step, and how many times as long a call of the other takes.
+
+    The second is the median over the rounds of the ratio in each: what slows down a round slows both.
+    """
+    times = _rounds({"one": one, "other": other}, rounds)
+    ratios = (second / first for first, second in zip(times["one"], times["other"], strict=True))
+    return statistics.median(times["one"]), statistics.median(ratios)
+
+
+def _rounds(steps: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, list[float]]:
+    """By step the seconds a call in every round."""
     from torch.utils.benchmark import timer as clock  # takes a quarter of a second to import, by setuptools
 
     timers = {name: Timer(step, timer=clock) for name, step in steps.items()}
@@ -55,7 +69,7 @@ def interleaved_times(
         for name, timer in timers.items():
             time.sleep(SETTLE)
             times[name].append(_warm_mean(timer, numbers[name]))
-    return {name: reduce(values) for name, values in times.items()}
+    return times
 
 
 def _warm_mean(timer: Timer, calls: int) -> float:
@@ -148,7 +162,10 @@ def _backward_flops(
 
 
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes that a step allocates, on top of what was allocated before it."""
+    """Peak bytes that a step allocates, on top of what was allocated before it.
+
+    On a CPU, what the step frees of that counts as still there.
+    """
     step()  # allocates what is allocated only once and stays
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

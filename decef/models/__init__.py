@@ -110,13 +110,18 @@ def _own_function(name: str) -> Callable[..., object]:
     module_name, _, function = name.partition(":")
     try:
         found: Callable[..., object] = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: of a module as ./file
         raise ValueError(f"model '{name}' must be <module>:<function>, importable from here: {error}") from error
     return found
 
 
 def _own(name: str, options: dict[str, Any]) -> nn.Module:
-    network = _own_function(name)(**options)
+    function = _own_function(name)
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{name} can't be called with the options of the model: {error}") from error
+    network = function(**options)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module, not a {type(network).__name__}")
     return network

@@ -59,7 +59,8 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
     """A released or compressed network, in evaluation mode and single precision; nothing in its file is executed.
 
     Args:
-        name: of the network, such as "resnet20-cifar10-decef-0.667", or the path of its file.
+        name: of the network, such as "resnet20-cifar10-decef-0.667", or the path of its file, or of the folder that
+            `decef.compress` wrote.
         folder: where networks are looked for by name.
         model: the dense network, its weights don't matter; needed for one that this package has no name for.
 
@@ -102,6 +103,8 @@ def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, 
     from safetensors import SafetensorError, safe_open
 
     path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
+    if (within := Path(name) / "network.safetensors").is_file():  # a folder of decef.compress
+        path = within
     if not path.is_file():
         if Path(name).is_file():
             raise ValueError(f"{name} is no .safetensors file of decef.compress or scripts/release.py")

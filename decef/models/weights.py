@@ -29,13 +29,16 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is damaged, no file of weights, or a network saved whole: save its state_dict() instead"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever torch's reader stumbles over in what is no file of its own
         raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not data or not all(isinstance(v, Tensor) for v in data.values()):
-        raise ValueError(f"{path} holds no state dict")
+        keys = f": it has {', '.join(map(repr, list(data)[:5]))}" if isinstance(data, Mapping) and data else ""
+        raise ValueError(f"{path} holds no state dict, alone or under the key state_dict or model{keys}")
     for prefix in ("module.", "_orig_mod.", "module."):  # in either order
         if all(name.startswith(prefix) for name in data):
             data = {name.removeprefix(prefix): value for name, value in data.items()}

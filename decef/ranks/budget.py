@@ -63,6 +63,11 @@ class Budget:
         smallest = kept + sum(layer.per_rank for layer in layers)
         # Costs are whole numbers, so half a unit only makes up for rounding, of a share like 0.667 and of the product.
         limit = self.share * total + 0.5
+        if smallest > limit and not layers:
+            raise ValueError(
+                f"a budget of {self.share:g} of the dense network's {what} can't be met: there is no convolution that "
+                "this layer type could make cheaper, of those that may be replaced"
+            )
         if smallest > limit:
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's {what} can't be met: with rank 1 in every layer "

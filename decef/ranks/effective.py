@@ -41,10 +41,13 @@ def effective_rank(
         `(in_channels,)` in float64; 0 for a channel whose filters are all zero.
 
     Raises:
-        ValueError: an unknown definition, a threshold outside (0, 1], or a threshold for a definition without one.
+        ValueError: no kernel, an unknown definition, a threshold outside (0, 1], or a threshold for a definition
+            without one.
     """
     if definition not in DEFINITIONS:
         raise ValueError(f"definition={definition!r} is not one of {', '.join(DEFINITIONS)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be a kernel of four dimensions, not of shape {tuple(weight.shape)}")
     default = DEFINITIONS[definition]
     if threshold is not None and default is None:
         raise ValueError(f"definition={definition!r} has no threshold")

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
@@ -41,7 +42,7 @@ class LayerTimes:
         if rank > self.block:
             rank = math.ceil(rank / self.block) * self.block
         ranks = sorted(self.at_rank)
-        times = list(_rising(self.at_rank[r] for r in ranks))
+        times = list(accumulate((self.at_rank[r] for r in ranks), max))
         if len(ranks) == 1:
             return times[0]
         i = min(max(bisect_right(ranks, rank), 1), len(ranks) - 1)
@@ -149,10 +150,3 @@ class Latency:
                 f"{chosen / total:.2f} of it"
             )
         return chosen
-
-
-def _rising(values: Iterator[float]) -> Iterator[float]:
-    largest = 0.0
-    for value in values:
-        largest = max(largest, value)
-        yield largest

@@ -24,7 +24,8 @@ from decef.results.selectors import is_setting
 from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
 from decef.training.record import Record
 
-HOLDS, MIXED, FAILS = "holds", "holds in some, not in others", "doesn't hold"
+HOLDS, FAILS = "holds", "doesn't hold"
+MIXED, REFUTED = "holds in some, not in others", "doesn't hold in some, others open"
 UNDECIDED, ONE_SEED, NOT_TESTED = "too few seeds to say", "one seed", "not tested yet"
 HOLDS_IF = ("all", "any")  # which of its experiments must hold for a claim to hold
 
@@ -156,11 +157,13 @@ def _overall(verdicts: Iterable[str], holds_if: str) -> str:
     found = set(verdicts) - {NOT_TESTED}
     if not found:
         return NOT_TESTED
-    if holds_if == "any" and HOLDS in found:
-        return HOLDS
-    if {HOLDS, FAILS} <= found:
-        return MIXED
-    return next(iter(found)) if found in ({HOLDS}, {FAILS}) else UNDECIDED
+    if len(found) == 1 and found <= {HOLDS, FAILS}:
+        return found.pop()
+    if holds_if == "any":
+        return HOLDS if HOLDS in found else UNDECIDED
+    if FAILS in found:  # whatever is still open: not all can hold any more
+        return MIXED if HOLDS in found else REFUTED
+    return UNDECIDED
 
 
 def _evidence(finding: Finding, corrected: Mapping[Comparison, float]) -> Evidence:

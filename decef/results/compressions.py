@@ -13,7 +13,7 @@ import pandas as pd
 from decef.results.pages import write_measured
 
 STEPS = ("converted", "recalibrated", "finetuned")
-SHARED = ("network", "engine", "batch_size", "images")  # settings that all must share to be comparable
+SHARED = ("network", "engine", "batch_size", "images", "test")  # settings that all must share to be comparable
 
 
 def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -30,12 +30,12 @@ def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]
 
     Raises:
         FileNotFoundError: a folder has no report.
-        ValueError: they are of different networks, engines, batch sizes or machines.
+        ValueError: they are of different networks, engines, batch sizes, images, test images, machines or threads.
     """
     found = {folder: _read(folder) for folder in folders}
     (first, reference), *others = found.items()
     for folder, numbers in others:
-        for part, key in (*(("asked", key) for key in SHARED), ("made", "machine")):
+        for part, key in (*(("asked", key) for key in SHARED), ("made", "machine"), ("made", "threads")):
             one, other = reference[part][key], numbers[part][key]
             if one != other:
                 raise ValueError(f"{first} and {folder} can't be compared: they have {key} {one!r} and {other!r}")

@@ -19,10 +19,10 @@ from decef.conversion import convert
 from decef.data import Data
 from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import need_engines
-from decef.inference.timing import inference_call, interleaved_times
+from decef.inference.timing import inference_call, times_beside
 from decef.machine import Environment
 from decef.models.released import load, read
-from decef.plans import plan
+from decef.plans import planner
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.results.without_finetuning import moments_of, recalibrated_on
@@ -68,11 +68,8 @@ def decomposed(
         ValueError: there is no such layer type, or it can't have so small a share; nothing was decomposed then.
     """
     input_size = next(seen.views(1))[0].shape[1:]
-    plans = [
-        (layer, share, plan(model, layer, rank=Budget(flops=share), exclude=exclude, input_size=input_size))
-        for share in shares
-        for layer in layers
-    ]
+    planners = {layer: planner(model, layer, exclude=exclude, input_size=input_size) for layer in layers}
+    plans = [(layer, share, make(Budget(flops=share))) for share in shares for layer, make in planners.items()]
 
     def points() -> Iterator[Point]:
         moments = moments_of(seen, model)
@@ -134,7 +131,7 @@ def measure(
 
     Yields:
         A row per network and precision: `layer`, `budget`, `stage`, `precision`, `top1` in percent, `seconds` of a
-        call, `time`, that over the dense network's in fp32 as both ran in turn, `engine`, `forms`, `bytes` of its file.
+        call, `time`, that over the dense network's in fp32, see `times_beside`, `engine`, `forms`, `bytes` of its file.
 
     Raises:
         ValueError: a precision that no engine has here, a batch without images, or fewer images than a batch.
@@ -168,9 +165,7 @@ def measure(
         reference = reference or deployed(deployer, shapes, "fp32")
         for precision in precisions:
             network = deployed(deployer, shapes, precision)
-            seconds = interleaved_times(
-                {"dense": inference_call(reference, x), "this": inference_call(network, x)}, ROUNDS, min
-            )
+            seconds, ratio = times_beside(inference_call(reference, x), inference_call(network, x), ROUNDS)
             forms = Counter(network.forms.values())
             yield {
                 "layer": point.layer,
@@ -178,8 +173,8 @@ def measure(
                 "stage": point.stage,
                 "precision": precision,
                 "top1": top1(network, test, batch),
-                "seconds": seconds["this"],
-                "time": seconds["this"] / seconds["dense"],
+                "seconds": ratio * seconds,
+                "time": ratio,
                 "engine": network.engine,
                 "forms": ", ".join(f"{count} {form}" for form, count in sorted(forms.items())),
                 "bytes": network.bytes,
@@ -200,7 +195,6 @@ def top1(network: nn.Module, test: Data, batch: int) -> float:
 def write_frontier(rows: Sequence[dict[str, Any]], out: Path, about: str, made: Environment) -> None:
     """Write rows of `measure`; see `write_measured`."""
     frame = pd.DataFrame(rows)
-    shown = frame.assign(ms=1e3 * frame.seconds, MB=frame.bytes / 1e6).drop(columns=["seconds", "bytes"])
-    write_measured(
-        "frontier", frame, shown.round({"top1": 2, "ms": 3, "time": 3, "MB": 2}).fillna(""), out, about, made
-    )
+    # Seconds of different moments can't be compared on a shared machine, as the ratios can.
+    shown = frame.assign(MB=frame.bytes / 1e6).drop(columns=["seconds", "bytes"])
+    write_measured("frontier", frame, shown.round({"top1": 2, "time": 3, "MB": 2}).fillna(""), out, about, made)

@@ -72,7 +72,9 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
         axes, (("flops", "MFLOPs per image"), ("params", "parameters / million")), strict=True
     ):
         front = pareto(frame, cost)
-        panel.plot(front[cost] / 1e6, front.top1, color="0.6", linewidth=1, zorder=1, label="Pareto front")
+        panel.step(
+            front[cost] / 1e6, front.top1, where="post", color="0.6", linewidth=1, zorder=1, label="Pareto front"
+        )
         for row, text, look in curves:
             interval = None if row.n < 2 else [[row.top1 - row.top1_low], [row.top1_high - row.top1]]
             bars = panel.errorbar(
@@ -90,7 +92,7 @@ def plot_tradeoff(frame: pd.DataFrame) -> Figure:
 
 
 def pareto(frame: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """The Pareto front: the rows for which no other row costs at most as much and is at least as accurate."""
+    """The Pareto front: rows that no other beats in one and equals in the other; of rows equal in both, the first."""
     ordered = frame.sort_values([cost, "top1"], ascending=[True, False])
     return ordered[ordered.top1 > ordered.top1.cummax().shift(fill_value=-np.inf)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any
 
 import pandas as pd
@@ -47,12 +47,6 @@ class Row:
         return self.runs[0]
 
     @property
-    def images_per_second(self) -> float | None:
-        """Images per second in training, mean over the runs."""
-        rates = [rate for run in self.runs if (rate := run.summary["images_per_second"])]
-        return fmean(rates) if rates else None
-
-    @property
     def source(self) -> str | None:
         """Where the published value is from, and how it was trained; None without such a value."""
         known = self.published
@@ -89,7 +83,6 @@ class Row:
             "macs": first.cost("macs"),
             "flops": first.cost("flops"),
             "flops_ratio": first.ratio("flops"),
-            "images_per_second": self.images_per_second,
             "published_top1": known.value if known else None,
             "published_source": self.source,
             "runs": " ".join(run.id for run in self.runs),

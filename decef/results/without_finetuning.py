@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ from decef.costs import total_cost
 from decef.data import Data
 from decef.machine import Environment
 from decef.moments import input_moments
-from decef.plans import AUTO, plan
+from decef.plans import AUTO, planner
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.training.loop import EVAL_BATCH, evaluate
@@ -55,10 +56,16 @@ def without_finetuning(
         mean relative error of these over the layers. `recalibrated` is the top-1 after batch norm was measured again.
     """
     input_size = next(test.views(1))[0].shape[1:]
+    where: dict[str, Any] = {"exclude": exclude, "input_size": input_size, "implementation": "reconstructed"}
+    planners = {layer: planner(model, layer, **where) for layer in layers}
+    plans = {  # all before anything is measured, as one might not be possible
+        (share, layer, spread): make(Budget(flops=share, uniform=spread == UNIFORM))
+        for share in shares
+        for layer, make in planners.items()
+        for spread in ((ENERGY,) if layer == AUTO else (ENERGY, UNIFORM))
+    }
     dense = total_cost(model, input_size)
-    moments: dict[str, Tensor] = {}
-    if seen is not None:
-        moments = moments_of(seen, model)
+    moments: dict[str, Tensor] = {} if seen is None else moments_of(seen, model)
 
     def row(network: nn.Module, layer: str, budget: str, spread: str, nearest: str, error: float) -> dict[str, object]:
         loss, top1 = evaluate(network, test)
@@ -74,20 +81,11 @@ def without_finetuning(
         }  # fmt: skip
 
     yield row(model, "conv2d", "dense", "", "", 0.0)
-    for share in shares:
-        for layer in layers:
-            for spread in (ENERGY,) if layer == AUTO else (ENERGY, UNIFORM):
-                rule = Budget(flops=share, uniform=spread == UNIFORM)
-                the_plan = plan(
-                    model, layer, rank=rule, exclude=exclude, input_size=input_size, implementation="reconstructed"
-                )
-                for nearest in ("kernels", "outputs") if moments else ("kernels",):
-                    converted = convert(
-                        model, the_plan, data=moments if nearest == "outputs" else None, progress=progress
-                    )
-                    errors = [r.error for r in the_plan.rows if r.error is not None]
-                    error = fmean(errors) if errors else 0.0
-                    yield row(converted, layer, f"{share:.3f}", spread, nearest, error)
+    for (share, layer, spread), made in plans.items():
+        for nearest in ("kernels", "outputs") if moments else ("kernels",):
+            converted = convert(model, made, data=moments if nearest == "outputs" else None, progress=progress)
+            errors = [r.error for r in made.rows if r.error is not None]
+            yield row(converted, layer, f"{share:.3f}", spread, nearest, fmean(errors) if errors else 0.0)
 
 
 def moments_of(seen: Data, model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from decef.conversion import convert
 from decef.costs import total_cost
@@ -75,13 +76,33 @@ def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
     """The network before any layer is replaced.
 
     Raises:
-        ValueError: there is no such network, or it doesn't take these options.
+        ValueError: there is no such network, it doesn't take these options, or it is one's own and doesn't give logits.
     """
     options = dict(model.options)
     if model.factorize_classifier:
         options["conv_classifier"] = True
     channels, size, _ = dataset.input_size
-    return create_model(model.name, num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options)
+    network = create_model(
+        model.name, num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options
+    )
+    if ":" in model.name:
+        _check_logits(model.name, network, dataset)
+    return network
+
+
+@torch.no_grad()
+def _check_logits(name: str, network: nn.Module, dataset: Dataset) -> None:
+    """Raise ValueError if a network of one's own isn't one for these images and classes."""
+    was_training, device = network.training, next((p.device for p in network.parameters()), None)
+    size, wanted = " x ".join(map(str, dataset.input_size)), (2, dataset.num_classes)
+    try:
+        logits = network.eval()(torch.zeros(2, *dataset.input_size, device=device))
+    except Exception as error:
+        raise ValueError(f"{name} doesn't run on images of {size}: {error}") from error
+    network.train(was_training)
+    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if got != wanted:
+        raise ValueError(f"{name} must give logits of shape {wanted} for two images of {size}, not {got}")
 
 
 def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:

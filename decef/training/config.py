@@ -21,7 +21,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DECAYS = ("factors", "kernel")
 DEFAULT_FLOPS = 0.667  # the DeCEF paper's "about 2/3", for a layer with neither rank, budget nor energy
 DEFAULT_DECAY = "factors"
-MAX_SEED = 2**32 - 1  # `seed_epoch` multiplies it, and torch's seeds have 64 bits
+MAX_SEED = 2**31 - 1  # a larger one would give images in the order that a smaller one does, see `seed_epoch`
 #: Model options that say which layers are replaced. They mean nothing for a dense network.
 REPLACEMENT_OPTIONS = ("dense_stem", "include", "exclude", "min_kernel_size", "factorize_classifier")
 

@@ -37,6 +37,13 @@ class Processes:
             dist.all_reduce(stacked)
         return list(stacked)
 
+    def least(self, value: Tensor) -> Tensor:
+        """The least of a scalar over all processes."""
+        value = value.detach().clone()
+        if self.count > 1:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return value
+
     def broadcast(self, value: Any = None) -> Any:
         """The first process's `value`, returned in all processes. The others' own `value` is ignored."""
         if self.count == 1:

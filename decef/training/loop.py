@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -272,9 +273,9 @@ class Training:
         return evaluate(self.model, data, channels_last=layout, autocast=self.autocast, processes=self.processes)
 
     def _check(self, lr: float) -> None:
-        (bad,) = self.processes.all_reduce(self._bad_step)
-        if bad:
-            raise _diverged(int(self._bad_step) or int(bad), lr)
+        first = self.processes.least(torch.where(self._bad_step > 0, self._bad_step, math.inf))
+        if first.isfinite():
+            raise _diverged(int(first), lr)
 
 
 def _diverged(step: int, lr: float) -> FloatingPointError:
@@ -309,10 +310,14 @@ def evaluate(
 
 
 def seed_epoch(seed: int, epoch: int, rank: int = 0) -> torch.Generator:
-    """Seed the global generators (for dropout) for an epoch and a process; return the generator for the data."""
+    """Seed the global generators (for dropout) for an epoch and a process; return the generator for the data.
+
+    On a CPU, torch's generator takes the lowest 32 bits of a seed.
+    """
     own = (seed * 1_000_003 + epoch) * 2 + 1 + (rank << 40)
+    own = (own ^ own >> 32) % 2**32
     torch.manual_seed(own)
-    np.random.seed((own ^ own >> 32) % 2**32)
+    np.random.seed(own)
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2)
 
 

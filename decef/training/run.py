@@ -21,7 +21,7 @@ from decef.training.build import build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
 from decef.training.loop import check_possible, fit, split_validation, validation_images
-from decef.training.precision import resolve_precision
+from decef.training.precision import has_bf16, resolve_precision
 from decef.training.record import Metrics, Summary
 from decef.training.recorder import Recorder
 from decef.training.tracking import resolve_mode
@@ -89,6 +89,8 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             return summary
         if checkpoint is not None:  # a run keeps its precision, even if resumed elsewhere
             job = replace(job, train=replace(job.train, precision=checkpoint["precision"]))
+        if job.train.precision == "bf16" and not has_bf16(job.device):
+            log.warning("bf16 is emulated here, many times slower than fp32; it need not come out as on other hardware")
         train, test = data or _load_data(job)
         built = built or _build(job, checkpoint, train)
         if processes.is_first:

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from decef.plans import layer_names
-from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, UNDECIDED, Claim, Verdict
+from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, REFUTED, UNDECIDED, Claim, Verdict
 from decef.results.claims_page import asks_words
 from decef.results.comparisons import comparison_groups
 from decef.results.look import look_of
@@ -38,7 +38,7 @@ CURVES = {
 }
 #: What the page's script knows of a row: its id, what to filter by, and how many runs it has.
 FILTERED = ("id", "dataset", "network", "layer", "schedule", "n")
-VERDICTS = (HOLDS, MIXED, FAILS, UNDECIDED, NOT_TESTED)
+VERDICTS = (HOLDS, MIXED, REFUTED, FAILS, UNDECIDED, NOT_TESTED)
 #: The number that each numeric column of `Row.cells` is sorted by. The other columns are sorted by their text.
 SORTED_BY = {
     "top-1 %": "top1",
