@@ -18,7 +18,7 @@ def main() -> None:
     from decef.results.findings import load_measurements
     from decef.training.record import load_records
 
-    if not any(arguments.results.is_dir() and (arguments.results / made).is_dir() for made in ("runs", "ranks")):
+    if not any((arguments.results / made).is_dir() for made in ("runs", "ranks")):
         fail(f"{arguments.results} is no folder of results: train something first, or name another with --results")
     try:
         records, measured = load_records(arguments.results), load_measurements(arguments.results)
