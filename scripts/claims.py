@@ -13,6 +13,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    from decef.files import replace_file
     from decef.results.claims import judge, load_claims
     from decef.results.claims_page import markdown
     from decef.results.findings import load_measurements
@@ -28,7 +29,7 @@ def main() -> None:
     for claim, verdict in verdicts:
         print(f"{claim.id:28} {verdict.verdict}")
     path = arguments.results / "CLAIMS.md"
-    path.write_text(markdown(verdicts))
+    replace_file(path, markdown(verdicts).encode())
     print(f"wrote {path}")
 
 

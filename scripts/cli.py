@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -102,10 +103,17 @@ def given_value(key: str, arguments: Sequence[str]) -> str | None:
     return str(OverridesParser.create().parse_override(given[-1]).value()) if given else None
 
 
-def _loader() -> ConfigLoader:
-    """What finds the choices that `layer=glob(*)` stands for."""
+@contextmanager
+def configs() -> Iterator[None]:
+    """In which Hydra composes from `CONFIGS`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def _loader() -> ConfigLoader:
+    """What finds the choices that `layer=glob(*)` stands for."""
+    with configs():
         return GlobalHydra.instance().config_loader()
 
 
@@ -131,8 +139,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
     """
     from decef.training.config import RunConfig
 
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with configs():
         try:
             composed = compose("train", overrides=expand(list(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
@@ -142,8 +149,7 @@ def run_config(overrides: Sequence[str]) -> RunConfig:
 
 
 def _check_keys(overrides: list[str], config: str, groups: Sequence[str]) -> None:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with configs():
         try:
             compose(config, overrides=overrides)
         except (HydraException, OmegaConfBaseException) as error:

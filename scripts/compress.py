@@ -55,11 +55,10 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     import torch
 
     from decef.compression.loaders import TestBatches, TrainingBatches
-    from decef.data.subsets import stratified_subset
-    from decef.models.released import Card
-    from decef.models.weights import find_weights, load_weights
+    from decef.models.weights import load_weights
     from decef.training.build import dense_network
     from decef.training.config import DatasetConfig, ModelConfig, group
+    from decef.training.networks import card_for
     from decef.training.run import find_device
 
     threads = settings["threads"]
@@ -74,28 +73,9 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     model_config = group("model", ModelConfig, settings["model"]).resolved()
     if not model_config.weights:
         raise ValueError("say model.weights=FILE: a network that is not trained has nothing to keep")
-    data = dataset_config.dataset()
-    model = load_weights(dense_network(model_config, data), find_weights(model_config.weights))
+    model = load_weights(dense_network(model_config, dataset_config.dataset()), Path(model_config.weights))
     device = find_device(settings["device"])
-    train, test = data.load(
-        dataset_config.folder,
-        crop_padding=dataset_config.crop_padding or 0,
-        flip=dataset_config.flip,
-        workers=dataset_config.workers,
-    )
-    if dataset_config.train_size:
-        train = stratified_subset(train, dataset_config.train_size)
-    own = ":" in model_config.name
-    card = Card(
-        name=Path(settings["out"]).name,
-        model="" if own else model_config.name,
-        options=dict(model_config.options),
-        input_size=data.input_size,
-        num_classes=data.num_classes,
-        mean=data.mean,
-        std=data.std,
-        dataset=dataset_config.name,
-    )
+    train, test = dataset_config.load()
     return kind(
         model.to(device),
         TrainingBatches(train, settings["finetune"]["batch_size"]),
@@ -111,7 +91,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
         engine=settings["engine"],
         seed=settings["seed"],
         out=settings["out"],
-        card=card,
+        card=card_for(Path(settings["out"]).name, model_config, dataset_config),
         progress=True,
     )
 

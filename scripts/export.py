@@ -8,7 +8,6 @@ python scripts/export.py small/network.safetensors --form factorized --out netwo
 
 import argparse
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,6 @@ def main() -> None:
         fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
     if arguments.int8 and arguments.out.suffix != ".onnx":
         fail("--int8 is for .onnx files")
-
-    sys.path.append(str(Path.cwd()))  # for a network of one's own
 
     from decef.conversion import convert
     from decef.inference.export import export

@@ -21,8 +21,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.network and (arguments.weights or arguments.layer):
         fail("--weights and --layer belong to a network: name it with --network")
-    if arguments.network and not arguments.weights and not Path(arguments.network).is_dir():
-        fail(f"{arguments.network} is no run's folder: say --weights FILE, as random filters have nothing to show")
     if not arguments.results.is_dir():
         fail(f"there is no folder {arguments.results}: train something first, or name another with --results")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -34,7 +32,7 @@ def main() -> None:
 
     try:
         if arguments.network:
-            (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
+            (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights, trained=True)
             name = Path(arguments.network).name
             write_filters(
                 model,

@@ -5,7 +5,6 @@ python scripts/release.py results/runs/<run id> resnet20-cifar10-decef-0.667
 
 import argparse
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -28,6 +27,7 @@ def main() -> None:
     from decef.training.loop import evaluate
     from decef.training.networks import card_of, load_networks
     from decef.training.precision import autocast_for
+    from decef.training.record import read_summary
 
     try:
         _, network = load_networks(str(arguments.run))[-1]
@@ -35,7 +35,7 @@ def main() -> None:
         _, test = data.load(arguments.root)
     except (ValueError, FileNotFoundError, ImportError) as error:
         fail(str(error))
-    precision = json.loads((arguments.run / "summary.json").read_text())["precision"]
+    precision = read_summary(arguments.run)["precision"]
     _, again = evaluate(network, test, autocast=autocast_for(test.device, precision))
     assert card.top1 is not None
     if abs(again - card.top1) > max(0.1, 150 / len(test)):  # another machine rounds otherwise: an image in a few

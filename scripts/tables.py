@@ -45,7 +45,7 @@ def main() -> None:
         folder = "tables" if arguments.source == "local" else "tables-wandb"
         written = write_tables(records, arguments.results / folder)
         if arguments.readme:
-            replace_between(arguments.readme, "results", overview_table(arguments.results))
+            replace_between(arguments.readme, "results", overview_table(records, arguments.results))
     except (ValueError, OSError) as error:
         fail(str(error))
     for path in written:

@@ -10,7 +10,6 @@ python scripts/train.py --from results/runs/<run id> [results=replayed] [device=
 repeats a recorded run exactly, in another folder, and says whether the same came out.
 """
 
-import json
 import logging
 import os
 import sys
@@ -61,8 +60,7 @@ def _failures(results: str) -> Path:
 
 def train_again(arguments: list[str]) -> None:
     """Repeat a recorded run. `arguments` are --from, its folder, then where to run, as overrides."""
-    from decef.training.config import InputError
-    from decef.training.record import SUMMARY, first_difference, read_metrics, replay
+    from decef.training.record import first_difference, read_metrics, read_summary, replay
     from decef.training.run import run
 
     if len(arguments) < 2:
@@ -77,9 +75,9 @@ def train_again(arguments: list[str]) -> None:
     try:
         config, precision = replay(source)
         results = Path(places["results"] or "replayed")
-        done = results / "runs" / source.resolve().name / SUMMARY
-        if done.is_file() and json.loads(done.read_text()).get("status") == "finished":
-            raise ValueError(f"{done.parent} is there already: remove it, or say results=FOLDER for another place")
+        done = results / "runs" / source.resolve().name
+        if read_summary(done).get("status") == "finished":
+            raise ValueError(f"{done} is there already: remove it, or say results=FOLDER for another place")
         config = replace(
             config,
             dataset=replace(config.dataset, root=places["dataset.root"]),
@@ -89,8 +87,10 @@ def train_again(arguments: list[str]) -> None:
             progress=True,
         )
         summary = run(config, precision)
-    except (InputError, ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         fail(str(error))
+    except FloatingPointError as error:
+        sys.exit(f"the training failed: {error}")
     epoch = first_difference(read_metrics(source), read_metrics(results / "runs" / summary["id"]))
     if epoch is not None:
         sys.exit(f"not the same from epoch {epoch} on: another machine or other versions? {source} says what it ran on")
@@ -99,7 +99,10 @@ def train_again(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--from"]:
-        train_again(sys.argv[1:])
+        try:
+            train_again(sys.argv[1:])
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command resumes")
         sys.exit()
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:])

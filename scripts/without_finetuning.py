@@ -61,9 +61,7 @@ def main() -> None:
             trained_on = replace(trained_on, mean=tuple(arguments.mean))
         if arguments.std is not None:
             trained_on = replace(trained_on, std=tuple(arguments.std))
-        train, test = trained_on.dataset().load(
-            arguments.data, crop_padding=trained_on.crop_padding or 0, flip=trained_on.flip
-        )
+        train, test = trained_on.load(arguments.data)
         source = f"those of {run.name}" if arguments.weights is None else describe_file(arguments.weights)
         seen = f", {arguments.images} training images" if arguments.images else ""
         about = f"{name} on {trained_on.name}, weights: {source}{seen}"

@@ -69,6 +69,16 @@ def _short_rounds():
 
 
 @pytest.fixture(scope="session")
+def trained():
+    """A small ResNet trained on digits, which no test changes."""
+    from support import network, train  # slow to import, and not needed by all workers
+
+    model = network()
+    train(model, size=1437)
+    return model
+
+
+@pytest.fixture(scope="session")
 def call():
     """Runs a script of scripts/, or another by its path, as somebody would type it who has no W&B account."""
     start = [sys.executable, "-c", DRIVER]

@@ -117,13 +117,6 @@ def test_published_weights_classify_cifar10():
     assert 89 < top1 < 95  # 91.73 on all of them, as published
 
 
-@pytest.fixture(scope="module")
-def trained():
-    model = network()
-    train(model, size=1437)
-    return model
-
-
 def test_accuracy_without_finetuning_falls_with_the_budget(trained, tmp_path):
     seen, test = DIGITS
     rows = list(
@@ -239,7 +232,6 @@ def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():
 
 def test_removal_table_is_what_each_component_is_worth():
     model = network("cpac")
-    train(model, size=1437)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, test = DIGITS
     table = removal_table(model, test)

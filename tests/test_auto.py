@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import DIGITS, config, network, train
+from support import DIGITS, config, network
 from torch import nn
 
 import decef
@@ -36,13 +36,6 @@ def _measured_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("decef.plans.measured_energy", remembered)
         yield
-
-
-@pytest.fixture(scope="module")
-def trained():
-    model = network()
-    train(model, size=1437)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ MADE = {
 
 def test_times_of_a_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("decef.results.bench_layers.SHAPES", (TINY,))
-    rows = list(bench_layers(["decef", "basisconv2021"], [0.5], [2], CPU))
+    rows = list(bench_layers(["decef", "basisconv2021"], 0.5, [2], CPU))
     assert [(row["layer"], row["pass"]) for row in rows] == [
         (layer, which) for layer in ("decef", "basisconv2021") for which in ("inference", "training")
     ]

@@ -650,6 +650,9 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
     [
         ("published: [B12, B21]", "published: [B12, B99]", "basisconv-resnet56 has published value 'B99'"),
         ("kind: trains", "kind: train", "has kind 'train'; there are non_inferior"),
+        ("flops: [0.15, 0.2]", "flop: [0.15, 0.2]", "has argument 'flop'; there are"),
+        ("over: depth", "over: dept", "has over 'dept'; there are depth, training"),
+        ("      control_at_most: 15\n", "", "has only one of control and control_at_most"),
         ("holds_if: any", "holds_if: some", "has holds_if 'some'; there are all, any"),
         ("layer.name: rank1", "layer.nmae: rank1", "selects by 'layer.nmae', which is no setting of a run"),
         ("margin: 0.5", "margn: 0.5", "missing a required argument: 'margin'"),

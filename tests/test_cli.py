@@ -13,10 +13,6 @@ TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_s
 SMALL = [*TINY, "model=plain", "model.width=0.1", "model.relu=true"]  # where the network doesn't matter
 
 
-def command(script, *arguments):
-    return [sys.executable, str(ROOT / "scripts" / script), *arguments]
-
-
 def records(results):
     return {p.parent.name: json.loads(p.read_text()) for p in sorted(Path(results, "runs").glob("*/summary.json"))}
 

@@ -7,7 +7,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from support import DIGITS, network, train
+from support import DIGITS, network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,13 +28,6 @@ def loader(part=0, count=1437, shuffle=True):
     data = DIGITS[part]
     images = TensorDataset(data.normalize(data.images[:count]), data.labels[:count])
     return DataLoader(images, batch_size=64, shuffle=shuffle)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    model = network()
-    train(model, size=1437)
-    return model
 
 
 @pytest.fixture(scope="module")

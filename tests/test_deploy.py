@@ -438,7 +438,7 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
     ("arguments", "message"),
     [
         (["resnet20", "--out", "network.tflite"], "must end in .onnx or .pt2"),
-        (["resnet20", "--out", "network.onnx"], "resnet20 would have random weights: say --weights FILE"),
+        (["resnet20", "--out", "network.onnx"], "resnet20 would have random weights: say where"),
         (["resnet20-cifar10-decef-0.667", "--out", "network.onnx", "--form", "quick"], "there is no form 'quick'"),
         (
             ["resnet20-cifar10-decef-0.667", "--out", "x.onnx", "--size", "1", "9", "9"],

@@ -77,7 +77,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("hours", "interrupt"), [(10 / 3600, None), (1.0, signal.SIGINT), (1.0, signal.SIGTERM), (1.0, signal.SIGHUP)]
+    ("hours", "interrupt"), [(4 / 3600, None), (1.0, signal.SIGINT), (1.0, signal.SIGTERM), (1.0, signal.SIGHUP)]
 )
 def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hours, interrupt):
     """What runs is interrupted as by Ctrl-C, which leaves a run that goes on, and nothing new begins."""

@@ -293,6 +293,13 @@ def test_what_the_script_cannot_do(call, tmp_path):
     assert "name it with --network" in done.stderr
     with pytest.raises(ValueError, match="no convolution 'conv9'"):
         write_filters(PlainNet(num_classes=10), tmp_path / "x", made_from={}, input_size=(3, 32, 32), layer="conv9")
+    pointwise = nn.Sequential(nn.Conv2d(3, 4, 1))
+    for refused in (
+        lambda: write_filters(pointwise, tmp_path / "x", made_from={}, input_size=(3, 8, 8)),
+        lambda: rank_table(pointwise),
+    ):
+        with pytest.raises(ValueError, match="the network has no convolution wider than 1x1"):
+            refused()
 
 
 def test_the_committed_figures_name_files_that_are_there():

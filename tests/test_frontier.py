@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from support import DIGITS, network, train
+from support import DIGITS, train
 
 from decef.conversion import convert
 from decef.inference.deploy import Deployer
 from decef.machine import environment
 from decef.results.frontier import DECOMPOSED, FINETUNED, Point, decomposed, measure, top1, write_frontier
 from decef.training.loop import evaluate
-
-
-@pytest.fixture(scope="module")
-def trained():
-    model = network()
-    train(model, size=1437)
-    return model
 
 
 def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):

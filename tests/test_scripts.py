@@ -100,12 +100,16 @@ def test_without_finetuning(main_of, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "typed", [("figures", "--network", "resnet20"), ("without_finetuning", "resnet20", "--out", "small")]
+    ("typed", "said"),
+    [
+        (("figures", "--network", "resnet20"), "resnet20 would have random weights: say where trained ones are"),
+        (("without_finetuning", "resnet20", "--out", "small"), "resnet20 is no run's folder: say --weights FILE"),
+    ],
 )
-def test_random_networks_are_refused(main_of, typed, capsys):
+def test_random_networks_are_refused(main_of, typed, said, capsys):
     with pytest.raises(SystemExit, match="2"):
         main_of(*typed)
-    assert "resnet20 is no run's folder: say --weights FILE" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 def test_frontier(main_of, trained, tmp_path, monkeypatch, caplog, capsys):

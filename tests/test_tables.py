@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -217,3 +218,34 @@ def test_of_several_comparisons_by_one_schedule_the_largest_has_its_name(tmp_pat
     assert few[0].startswith("cifar10-quick-")
     add(tmp_path, "conv2d", 1, 80.0, train={"epochs": 1})
     assert all(name.startswith("cifar10-quick-") for name in comparison_groups(load_records(tmp_path)))
+
+
+def test_copies_and_empty_records_are_left_out(tmp_path, caplog):
+    folder = add(tmp_path, "conv2d", 0, 90.0)
+    shutil.copytree(folder, folder.with_name("copy"))
+    shutil.copytree(folder, folder.with_name("empty"))
+    (folder.with_name("empty") / "config.yaml").write_text("")
+    assert [found.id for found in load_records(tmp_path)] == [folder.name]
+    assert f"copy is a copy of {folder.name}" in caplog.text
+    assert "empty cannot be read" in caplog.text
+
+
+def test_killed_while_tables_are_written(tmp_path, monkeypatch):
+    add(tmp_path, "conv2d", 0, 90.0)
+    records = load_records(tmp_path)
+    (path,) = write_tables(records, tmp_path / "tables")
+    expected = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source, target):
+        raise Killed
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(Killed):
+        write_tables(records, tmp_path / "tables")
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir() if p.suffix != ".partial"} == expected
+    monkeypatch.undo()
+    write_tables(records, tmp_path / "tables")
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == expected

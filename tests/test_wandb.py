@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import wandb
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from support import ROOT
-from test_cli import command
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import ENTITY, WandbServer
 
@@ -159,7 +157,7 @@ def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(
     server = WandbServer()
     env = environment(tmp_path, server.url)
     arguments = ["train.epochs=4", *TINY, "wandb.mode=offline"]
-    start = command("train.py", *arguments)
+    start = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
     with subprocess.Popen(start, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
         for line in run.stdout:
             if line.startswith(b"epoch 2/4"):
@@ -288,8 +286,7 @@ def test_wandb_takes_the_sweep_and_its_command_line_composes(mirrored, monkeypat
 
         arguments = cli.expand(arguments)
         cli.check_arguments(arguments)
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        with cli.configs():
             config = compose("train", overrides=arguments)
         assert (config.layer.name, config.layer.flops) == (layer, 0.667)
         assert ("train_basis" in config.layer) == (layer == "basisconv")  # it comes with its own options

@@ -40,7 +40,6 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
     steps = [f"{words} {top1[key]:.2f}" for key, words in STEPS.items() if key in top1]
     text = render(
         "compression",
-        title="A smaller network",
         summary=summary(numbers),
         table=_table(numbers),
         steps=", ".join(steps),

@@ -212,14 +212,8 @@ def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str
 
 
 def _inference(network: nn.Module, x: Tensor) -> Callable[[], object]:
-    x = x.contiguous(memory_format=torch.channels_last)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def infer() -> object:
-        with torch.inference_mode():
-            return network(x)
-
-    return infer
+    return inference_call(network, x.contiguous(memory_format=torch.channels_last))
 
 
 def _as_chains(network: nn.Module) -> nn.Module:

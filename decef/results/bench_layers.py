@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from decef.inference.timing import ROUNDS, Roofline, interleaved_times, peak_memory
+from decef.inference.timing import ROUNDS, Roofline, inference_call, interleaved_times, peak_memory
 from decef.layers import FactorizedConv2d
 from decef.plans import layer_type, plan
 from decef.ranks import Budget
@@ -139,14 +139,14 @@ def layer_times(
 
 def bench_layers(
     layers: Sequence[str],
-    shares: Sequence[float],
+    share: float,
     batches: Sequence[int],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[dict[str, Any]]:
-    """Yield `layer_times` for every shape, layer type, share, batch and pass, where it is not None."""
+    """Yield `layer_times` for every shape, layer type, batch and pass, where it is not None."""
     roofline = Roofline.measure(device, dtype)
-    for shape, layer, share, batch, backward in product(SHAPES, layers, shares, batches, (False, True)):
+    for shape, layer, batch, backward in product(SHAPES, layers, batches, (False, True)):
         times = layer_times(
             shape, layer, share, batch=batch, backward=backward, roofline=roofline, device=device, dtype=dtype
         )
@@ -210,12 +210,7 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
 
 def _step(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], object]:
     if not backward:
-
-        def infer() -> object:
-            with torch.no_grad():
-                return module(x)
-
-        return infer
+        return inference_call(module, x)
 
     def train() -> object:
         module.zero_grad()

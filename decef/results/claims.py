@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from decef.results.findings import KINDS, Comparison, Finding, Measurements
+from decef.results.findings import KINDS, SHARES, Comparison, Finding, Measurements
 from decef.results.published import Published, load_papers, load_published
 from decef.results.selectors import is_setting
 from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
@@ -196,10 +196,16 @@ def _read() -> dict[str, Any]:
 def _check_asks(claim: Claim) -> None:
     """Raise ValueError if the claim's kind lacks an argument, or a selector names a setting that doesn't exist."""
     asks = {key: value for key, value in claim.asks.items() if key != "kind"}
+    arguments = inspect.signature(KINDS[claim.asks["kind"]])
     try:
-        inspect.signature(KINDS[claim.asks["kind"]]).bind((), (), None, **asks)
+        arguments.bind((), (), None, **asks)
     except TypeError as error:
         raise ValueError(f"claims.yaml: claim {claim.id}: {error}") from error
+    for key in asks:
+        _known("argument", key, [*arguments.parameters, *SHARES], claim.id)
+    if ("control" in asks) != ("control_at_most" in asks) and "control_at_most" in arguments.parameters:
+        raise ValueError(f"claims.yaml: claim {claim.id} has only one of control and control_at_most")
+    _known("over", asks.get("over", "depth"), ("depth", "training"), claim.id)
     for selector in (asks.get("runs"), asks.get("control")):
         for key in selector or ():
             if not is_setting(key) and ":" not in str((selector or {}).get("model.name")):  # own networks, own options

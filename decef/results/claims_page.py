@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from decef.results.claims import Claim, Verdict
 from decef.results.findings import SHARES
@@ -15,17 +16,18 @@ MEASURES = {"product": "norm (the product of its factors' norms)", "channels": "
 
 def markdown(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
     """The page as Markdown: what was claimed, what ran, what came out. The same input gives the same text."""
-    told = [
-        {
-            "claim": claim,
-            "verdict": verdict,
-            "paper": load_papers()[claim.paper],
-            "published": published_lines(claim.published),
-            "asked": asks_words(claim),
-        }
-        for claim, verdict in verdicts
-    ]
-    return render("claims", told=told)
+    return render("claims", told=[told(*one) for one in verdicts])
+
+
+def told(claim: Claim, verdict: Verdict) -> dict[str, Any]:
+    """A claim and its verdict, with all that a page says about them in words."""
+    return {
+        "claim": claim,
+        "verdict": verdict,
+        "paper": load_papers()[claim.paper],
+        "published": published_lines(claim.published),
+        "asked": asks_words(claim),
+    }
 
 
 def asks_words(claim: Claim) -> str:

@@ -41,6 +41,9 @@ def rank_table(
     Returns:
         A row per convolution wider than 1x1: `name`, `out_channels`, `in_channels`, `kernel`, and for each definition
         `<definition>`, the mean over input channels, and `<definition>_init`, the same for a random Gaussian kernel.
+
+    Raises:
+        ValueError: there is no such convolution.
     """
     import pandas as pd
 
@@ -59,4 +62,6 @@ def rank_table(
             for column, kernel in ((definition, weight), (f"{definition}_init", random)):
                 row[column] = effective_rank(kernel, given, definition=definition, groups=groups).mean().item()
         rows.append(row)
+    if not rows:
+        raise ValueError("the network has no convolution wider than 1x1")
     return pd.DataFrame(rows)

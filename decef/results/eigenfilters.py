@@ -90,6 +90,8 @@ def write_filters(
         ValueError: the network has no such convolution wider than 1x1.
     """
     all_kernels = {name: (weight, groups) for name, weight, groups in kernels(model)}
+    if not all_kernels:
+        raise ValueError("the network has no convolution wider than 1x1")
     if layer is None:
         layer = list(all_kernels)[len(all_kernels) // 2]
     if layer not in all_kernels:

@@ -265,18 +265,11 @@ def _networks(records: Sequence[Record]) -> Iterator[tuple[str, str, list[Record
 
 
 def _metrics(records: Sequence[Record]) -> pd.DataFrame:
-    rows = []
-    for record in (run for runs in experiments(records) for run in runs):
-        what = {"layer": record.layer, "setting": record.setting, "seed": record.config.seed}
-        rows += [{**what, **row} for row in record.metrics]
-    frame = pd.DataFrame(rows)
-    return (
-        frame
-        if frame.empty
-        else frame.sort_values(
-            ["layer", "setting", "seed", "epoch"],
-            key=lambda c: c.map(layer_names().index) if c.name == "layer" else c,
-        )
+    order = sorted(records, key=lambda r: (layer_names().index(r.layer), r.setting, r.config.seed))
+    return pd.DataFrame(
+        {"layer": record.layer, "setting": record.setting, "seed": record.config.seed, **row}
+        for record in order
+        for row in record.metrics
     )
 
 

@@ -147,7 +147,7 @@ def _trains(
     runs: Mapping[str, Any],
     at_least: float,
     control: Mapping[str, Any] | None = None,
-    control_at_most: float | None = None,
+    control_at_most: float = 0.0,
     **shares: Sequence[float],
 ) -> Iterator[Finding]:
     """Top-1 is at least `at_least` percent and, if there is a control, the control's is at most `control_at_most`.
@@ -158,7 +158,7 @@ def _trains(
     controls = twins(records, runs, control) if control else {}
     for group in experiments(chosen(records, runs, control, shares)):
         ours = Comparison(_percent(_top1s(group)), _top1s(group), at_least, _ids(group))
-        if control is None or control_at_most is None:
+        if control is None:
             yield _finding(group, "", ours)
             continue
         others = controls.get(twin_key(group[0], runs, control), [])

@@ -13,7 +13,7 @@ from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
 from decef.training.config import DEFAULT_DECAY
-from decef.training.record import Record, load_records
+from decef.training.record import Record
 
 NETWORK, DATASET = "resnet20", "cifar10"
 FROM_SCRATCH, FINETUNED = ("standard", "0.667 of FLOPs"), ("recover", "0.5 of FLOPs")  # schedule and budget
@@ -22,9 +22,9 @@ TIMED = ("torchvision/resnet18", 1, "fp32")  # network, batch size and precision
 NONE = "-"
 
 
-def overview_table(results: Path) -> str:
+def overview_table(records: Sequence[Record], results: Path) -> str:
     """The table in Markdown. A row per layer type: trained from scratch, decomposed, and time; a dash for no data."""
-    groups = comparison_groups(load_records(results))
+    groups = comparison_groups(records)
     trained, finetuned = _rows(groups, *FROM_SCRATCH), _rows(groups, *FINETUNED)
     decomposed, time = _decomposed(results), _time(results)
     rows = []

@@ -137,7 +137,11 @@ def table_rows(records: Sequence[Record]) -> list[Row]:
 
 def summarize(records: Sequence[Record]) -> pd.DataFrame:
     """`table_rows` as a frame, with the columns of the CSV files."""
-    return pd.DataFrame([row.to_dict() for row in table_rows(records)])
+    return _frame(table_rows(records))
+
+
+def _frame(rows: Sequence[Row]) -> pd.DataFrame:
+    return pd.DataFrame([row.to_dict() for row in rows])
 
 
 def markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
@@ -165,9 +169,9 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
             old.unlink()
     written = []
     for name, group in groups.items():
-        path = folder / f"{name}.md"
-        replace_file(path.with_suffix(".csv"), summarize(group).round(6).to_csv(index=False).encode())
-        replace_file(path, markdown(table_rows(group), group).encode())
+        path, rows = folder / f"{name}.md", table_rows(group)
+        replace_file(path.with_suffix(".csv"), _frame(rows).round(6).to_csv(index=False).encode())
+        replace_file(path, markdown(rows, group).encode())
         written.append(path)
     return sorted(written)
 

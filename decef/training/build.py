@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,15 @@ from decef.training.config import LayerConfig, ModelConfig
 MOMENTS_BATCH = 128
 
 
-def build(
-    model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data | None = None
-) -> tuple[nn.Module, Plan, dict[str, int]]:
+class Built(NamedTuple):
+    """A network, the plan by which it was converted, and the cost of its dense twin."""
+
+    model: nn.Module
+    plan: Plan
+    dense_cost: dict[str, int]
+
+
+def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data | None = None) -> Built:
     """Build a network, ready to be trained.
 
     Its weights are drawn anew, or, with `model.weights`, loaded and decomposed.
@@ -32,9 +39,6 @@ def build(
         dataset: sets the input size and the number of classes.
         seen: images on which loaded weights are decomposed, to be nearest in the layers' outputs. None: nearest in the
             kernels. The ranks are chosen by the kernels either way.
-
-    Returns:
-        The network, the plan by which it was converted, and the cost of its dense twin.
 
     Raises:
         ValueError: the model or layer type is unknown, the rank or budget is not possible, no convolution would be
@@ -63,13 +67,13 @@ def build(
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={layer.name}: {reason}")
     data = None if seen is None else [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)]
     network = convert(dense, the_plan, from_scratch=not model.weights, data=data)
-    return network, the_plan, total_cost(dense, dataset.input_size)
+    return Built(network, the_plan, total_cost(dense, dataset.input_size))
 
 
-def rebuild(model: ModelConfig, dataset: Dataset, plan: Plan) -> tuple[nn.Module, Plan, dict[str, int]]:
+def rebuild(model: ModelConfig, dataset: Dataset, plan: Plan) -> Built:
     """The same as `build` returns, of a run that has begun: with the plan that it had then, to take its weights."""
     dense = dense_network(model, dataset)
-    return convert(dense, plan, from_scratch=True), plan, total_cost(dense, dataset.input_size)
+    return Built(convert(dense, plan, from_scratch=True), plan, total_cost(dense, dataset.input_size))
 
 
 def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
@@ -78,16 +82,22 @@ def dense_network(model: ModelConfig, dataset: Dataset) -> nn.Module:
     Raises:
         ValueError: there is no such network, it doesn't take these options, or it is one's own and doesn't give logits.
     """
-    options = dict(model.options)
-    if model.factorize_classifier:
-        options["conv_classifier"] = True
     channels, size, _ = dataset.input_size
     network = create_model(
-        model.name, num_classes=dataset.num_classes, in_channels=channels, image_size=size, **options
+        model.name,
+        num_classes=dataset.num_classes,
+        in_channels=channels,
+        image_size=size,
+        **network_options(model),
     )
     if ":" in model.name:
         _check_logits(model.name, network, dataset)
     return network
+
+
+def network_options(model: ModelConfig) -> dict[str, Any]:
+    """The options that the dense network is made with."""
+    return {**model.options, **({"conv_classifier": True} if model.factorize_classifier else {})}
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from decef.data import FOLDERS, Dataset, dataset, folder_identity
+from decef.data import FOLDERS, Data, Dataset, dataset, folder_identity
+from decef.data.subsets import stratified_subset
 from decef.models import MODELS, source_file
 from decef.models.weights import find_weights, md5_of
 from decef.plans import AUTO, layer_type
@@ -99,6 +100,18 @@ class DatasetConfig:
             split_test=self.split_test,
             as_published=self.as_published,
         )
+
+    def load(self, root: Path | None = None) -> tuple[Data, Data]:
+        """The training and the test images, from `root` or the configured folder.
+
+        Raises:
+            ValueError, FileNotFoundError, ImportError: see `Dataset.load`.
+        """
+        folder = self.folder if root is None else root
+        train, test = self.dataset().load(
+            folder, crop_padding=self.crop_padding or 0, flip=self.flip, workers=self.workers
+        )
+        return stratified_subset(train, self.train_size) if self.train_size else train, test
 
     def resolved(self) -> DatasetConfig:
         """The config with the settings filled in that follow from the dataset or its folder.
@@ -236,7 +249,7 @@ class LayerConfig:
             for key, value in self.options.items():
                 if key not in usual or usual[key].kind != inspect.Parameter.KEYWORD_ONLY:
                     raise ValueError(f"layer.{key}={value!r} would do nothing: {self.name} has no such option")
-                if key in usual and isinstance(usual[key].default, bool):
+                if isinstance(usual[key].default, bool):
                     _check_flag(f"layer.{key}", value)
         if self.orthogonality and not hasattr(layer_type(self.name), "orthogonality"):
             raise ValueError(f"layer.orthogonality={self.orthogonality} would do nothing: {self.name} has no penalty")
@@ -422,13 +435,6 @@ class RunConfig:
                 self, dataset=self.dataset.resolved(), model=model, layer=layer, train=self.train.resolved(layer)
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config as plain data for `from_dict`; YAML and JSON write and read it back unchanged."""
-        return {
-            key: _flat(value) if key in GROUPS else str(value) if isinstance(value, Path) else value
-            for key, value in vars(self).items()
-        }
-
 
 def group(name: str, cls: type[_Group], settings: object) -> _Group:
     """A group of settings from plain data. What has no field of its own goes to `options`, if the group has them.
@@ -455,7 +461,8 @@ def group(name: str, cls: type[_Group], settings: object) -> _Group:
     return cls(**{**given, **off}, **({"options": others} if others else {}))
 
 
-def _flat(group: Any) -> dict[str, Any]:
+def flat(group: Any) -> dict[str, Any]:
+    """A group's settings as plain data, from which `group` makes it again."""
     settings = {key: _plain_data(value) for key, value in asdict(group).items()}
     return settings | settings.pop("options", {})
 

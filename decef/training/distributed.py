@@ -44,7 +44,7 @@ class Processes:
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return value
 
-    def broadcast(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The first process's `value`, returned in all processes. The others' own `value` is ignored."""
         if self.count == 1:
             return value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from decef.costs import total_cost
 from decef.training.build import dense_network
 from decef.training.config import RunConfig
 from decef.training.precision import resolve_precision
-from decef.training.record import CHECKPOINT, SUMMARY, Record, run_id
+from decef.training.record import CHECKPOINT, Record, Summary, read_summary, run_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -354,9 +353,8 @@ def _dense_flops(config: RunConfig) -> int:
 _FLOPS: dict[tuple[Any, ...], int] = {}
 
 
-def _summary(results: Path, job: Job) -> dict[str, Any]:
-    path = results / "runs" / job.run_id / SUMMARY
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _summary(results: Path, job: Job) -> Summary:
+    return read_summary(results / "runs" / job.run_id)
 
 
 def _word(value: Any) -> str:

@@ -113,7 +113,7 @@ class Trained(TypedDict):
 
 
 def train_one_epoch(
-    training: Training, train: Data, epoch: int, *, seed: int, on_step: Callable[[], object] = lambda: None
+    training: Training, train: Data, epoch: int, *, seed: int, on_step: Callable[[], object]
 ) -> Trained:
     """One pass over the training images.
 

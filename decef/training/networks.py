@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -14,9 +14,10 @@ from decef.models import create_model
 from decef.models.released import RELEASED, Card, load, read
 from decef.models.weights import load_weights
 from decef.plans import Plan
-from decef.training.build import dense_network
+from decef.training.build import dense_network, network_options
 from decef.training.checkpoint import load_checkpoint
-from decef.training.record import CHECKPOINT, SUMMARY, load_config
+from decef.training.config import DatasetConfig, ModelConfig
+from decef.training.record import CHECKPOINT, load_config, read_summary
 
 
 def load_networks(
@@ -47,7 +48,7 @@ def load_networks(
             raise ValueError(f"{name} has weights of its own: give no others")
         return list(_networks_of_run(Path(name))) if Path(name).is_dir() else [(name, load(name))]
     if trained and weights is None and not pretrained and ":" not in name:
-        raise ValueError(f"{name} would have random weights: say --weights FILE or --pretrained")
+        raise ValueError(f"{name} would have random weights: say where trained ones are, with --weights FILE")
     try:
         # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
         num_classes = 1000 if "/" in name else 10
@@ -68,28 +69,27 @@ def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
         ValueError: the run is not finished.
     """
     config = load_config(run)
-    summary = json.loads((run / SUMMARY).read_text())
+    summary = read_summary(run)
     if summary.get("status") != "finished":
         raise ValueError(f"{run} is {summary.get('status')}, not finished")
-    data = config.dataset.dataset()
-    own = ":" in config.model.name  # a function of the user's
-    options = {} if own else dict(config.model.options)
-    if config.model.factorize_classifier:
-        options["conv_classifier"] = True
-    card = Card(
+    card = card_for(name, config.model, config.dataset)
+    plan = load_checkpoint(run / CHECKPOINT)["plan"]
+    return replace(card, plan=plan, top1=summary["test_top1"], run=run.name), config.dataset.dataset()
+
+
+def card_for(name: str, model: ModelConfig, dataset: DatasetConfig) -> Card:
+    """What a config says of its network: everything but the plan and what came out."""
+    data, own = dataset.dataset(), ":" in model.name  # a function of the user's
+    return Card(
         name=name,
-        model="" if own else config.model.name,
-        options=options,
+        model="" if own else model.name,
+        options={} if own else network_options(model),
         input_size=data.input_size,
         num_classes=data.num_classes,
         mean=data.mean,
         std=data.std,
-        plan=load_checkpoint(run / CHECKPOINT)["plan"],
-        dataset=config.dataset.name,
-        top1=summary["test_top1"],
-        run=run.name,
+        dataset=dataset.name,
     )
-    return card, data
 
 
 def input_size_of(name: str) -> tuple[int, int, int]:

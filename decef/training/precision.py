@@ -29,7 +29,6 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast_for(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
-    """Makes the context in which the network runs: autocast, or nothing for fp32."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes.get(resolve_precision(device, precision))
+    """Makes the context in which the network runs in a `precision` other than "auto": autocast, or nothing for fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)

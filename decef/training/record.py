@@ -24,7 +24,7 @@ from typing import Any, TypedDict
 import yaml
 
 from decef.machine import Environment
-from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig
+from decef.training.config import DEFAULT_DECAY, REPLACEMENT_OPTIONS, RunConfig, flat
 from decef.training.distributed import launched
 
 log = logging.getLogger(__name__)
@@ -200,8 +200,7 @@ class Record:
 
 def recorded(config: RunConfig) -> dict[str, Any]:
     """The part of a resolved config that `config.yaml` holds."""
-    whole = config.to_dict()
-    kept = {group: whole[group] for group in ("dataset", "model", "layer", "train")}
+    kept = {name: flat(getattr(config, name)) for name in ("dataset", "model", "layer", "train")}
     for key in ("root", "workers"):
         del kept["dataset"][key]
     if config.model.weights:
@@ -270,8 +269,8 @@ def load_records(results: Path) -> list[Record]:
             continue
         if not isinstance(summary, Mapping) or not isinstance(config, Mapping):
             log.warning("left out: %s cannot be read (its %s or %s is empty)", folder, CONFIG, SUMMARY)
-        elif summary.get("id", folder.name) != folder.name:
-            log.warning("left out: %s is a copy of %s", folder, summary["id"])
+        elif summary.get("id") != folder.name:
+            log.warning("left out: %s is a copy of %s", folder, summary.get("id", "something without an id"))
         elif record := finished_record(folder.name, config, summary, read_metrics(folder)):
             records.append(record)
     return records
@@ -330,7 +329,7 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no run's record: it has no {name}")
     config = _read_yaml(folder / CONFIG)
-    summary: Summary = json.loads((folder / SUMMARY).read_text())
+    summary = read_summary(folder)
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder} has format {config.get('format', 1)}, not {FORMAT}: it can't be done again exactly")
     if summary.get("status") != "finished":
@@ -343,6 +342,12 @@ def replay(folder: Path) -> tuple[RunConfig, str]:
             f"batch in another way: start it {how}"
         )
     return replace(RunConfig.from_dict(config), threads=summary["threads"]), summary["precision"]
+
+
+def read_summary(folder: Path) -> Summary:
+    """The contents of a run's `summary.json`; empty if there is none yet."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def read_metrics(folder: Path) -> list[Metrics]:

@@ -30,6 +30,7 @@ from decef.training.record import (
     Summary,
     experiment_id,
     read_metrics,
+    read_summary,
     recorded,
     run_id,
     without_off,
@@ -71,11 +72,6 @@ class Recorder:
     @property
     def checkpoint(self) -> Path:
         return self.path / CHECKPOINT
-
-    def read_summary(self) -> Summary:
-        """The contents of `summary.json`; empty if there is none yet."""
-        path = self.path / SUMMARY
-        return json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -122,7 +118,7 @@ class Recorder:
         checkpoint = load_checkpoint(self.checkpoint)
         if _differences(checkpoint["config"], self._recorded):
             raise ValueError(f"{self.checkpoint} is of another config: move it away to start anew")
-        if not self.read_summary():
+        if not read_summary(self.path):
             raise ValueError(f"{self.checkpoint} has no {SUMMARY} beside it any more: move it away to start anew")
         return checkpoint
 
@@ -146,13 +142,13 @@ class Recorder:
         Raises:
             InputError: the run was begun on other data, or the disk is full or cannot be written.
         """
-        previous = self.read_summary()
+        previous = read_summary(self.path)
         if epochs and previous.get("images", known["images"]) != known["images"]:
             raise InputError(
                 f"{self.path} was begun on {previous['images']} images, not {known['images']}: set dataset.root to the "
                 "same data, or results= to another folder"
             )
-        rows = [row for row in self.metrics() if row["epoch"] <= epochs]
+        rows = [row for row in read_metrics(self.path) if row["epoch"] <= epochs]
         with self._writing():
             for kept in self.path.glob("checkpoint-*.pt") if not epochs else ():
                 kept.unlink()  # of a training that was thrown away
@@ -221,7 +217,7 @@ class Recorder:
         )  # fmt: skip
         self.summary["epochs"] = metrics["epoch"]
         self.summary["wall_seconds"] = round(self._earlier + time.perf_counter() - self._begun, 1)
-        self.summary["images_per_second"] = _rate(self.metrics())
+        self.summary["images_per_second"] = _rate(read_metrics(self.path))
         self._write()
 
     def fail(self, error: BaseException) -> None:
@@ -259,7 +255,7 @@ class Recorder:
             InputError: the disk is full or cannot be written.
         """
         assert self._tracker is not None
-        last = self.metrics()[-1]
+        last = read_metrics(self.path)[-1]
         self.summary["status"] = "finished"
         self.summary["test_top1"] = last["test_top1"]
         self.summary["test_loss"] = last["test_loss"]
@@ -270,10 +266,6 @@ class Recorder:
         self._tracker.finish(self.summary, checkpoint=self.checkpoint if self._config.wandb.artifacts else None)
         log.info("%s is finished: test top-1 %.2f %%", self.id, self.summary["test_top1"])
         return self.summary
-
-    def metrics(self) -> list[Metrics]:
-        """See `read_metrics`."""
-        return read_metrics(self.path)
 
     def _write(self) -> None:
         replace_file(self.path / SUMMARY, (json.dumps(self.summary, indent=2) + "\n").encode())

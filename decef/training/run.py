@@ -17,12 +17,12 @@ from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.machine import keep_freed_memory
 from decef.plans import Plan
-from decef.training.build import build, rebuild
+from decef.training.build import Built, build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
 from decef.training.loop import check_possible, fit, split_validation, validation_images
 from decef.training.precision import has_bf16, resolve_precision
-from decef.training.record import Metrics, Summary
+from decef.training.record import Metrics, Summary, read_summary
 from decef.training.recorder import Recorder
 from decef.training.tracking import resolve_mode
 
@@ -41,13 +41,6 @@ class _Job:
     recorder: Recorder
 
 
-@dataclass(frozen=True)
-class _Built:
-    model: nn.Module
-    plan: Plan
-    dense_cost: dict[str, int]
-
-
 def run(config: RunConfig, precision: str | None = None) -> Summary:
     """Train what `config` says, unless that is done already, and return the record's summary.
 
@@ -64,7 +57,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         job = _prepare(config.resolved(), precision)
     with ExitStack() as held:
         processes = held.enter_context(joined(job.device))
-        summary = processes.broadcast(job.recorder.read_summary())
+        summary = processes.broadcast(read_summary(job.recorder.path))
         _check_images(job, summary)
         if _finished(job, summary):
             return summary
@@ -76,7 +69,7 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             try:
                 with input_errors():
                     held.enter_context(job.recorder.open())
-                    summary = job.recorder.read_summary()  # again: until here another process may have been at it
+                    summary = read_summary(job.recorder.path)  # again: until here another process may have been at it
                     if not _finished(job, summary):
                         checkpoint = job.recorder.load_checkpoint()
                         data = _load_data(job)  # here before the other processes: it may be a download
@@ -129,7 +122,7 @@ def _prepare(config: RunConfig, precision: str | None) -> _Job:
     return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
 
 
-def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | None = None) -> _Built:
+def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | None = None) -> Built:
     """The network: as its checkpoint's plan says, or new; decomposed on training images where that is asked for."""
     config, seen = job.config, None
     if config.threads:
@@ -137,26 +130,21 @@ def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | No
     torch.manual_seed(config.seed)
     with input_errors():
         if checkpoint is not None:
-            return _Built(*rebuild(config.model, job.dataset, Plan.from_dict(checkpoint["plan"])))
+            return rebuild(config.model, job.dataset, Plan.from_dict(checkpoint["plan"]))
         if config.model.decompose_on and train is not None:
             images, _ = split_validation(train, job.train.validation)
             seen = stratified_subset(images, config.model.decompose_on)
-        return _Built(*build(config.model, config.layer, job.dataset, seen))
+        return build(config.model, config.layer, job.dataset, seen)
 
 
 def _load_data(job: _Job) -> tuple[Data, Data]:
-    settings = job.config.dataset
-    train, test = job.dataset.load(
-        settings.folder, crop_padding=settings.crop_padding or 0, flip=settings.flip, workers=settings.workers
-    )
-    if settings.train_size:
-        train = stratified_subset(train, settings.train_size)
+    train, test = job.config.dataset.load()
     validation_images(len(train), job.train.validation)
     return train.to(job.device), test.to(job.device)
 
 
 def _train_and_record(
-    job: _Job, built: _Built, checkpoint: dict[str, Any] | None, train: Data, test: Data, processes: Processes
+    job: _Job, built: Built, checkpoint: dict[str, Any] | None, train: Data, test: Data, processes: Processes
 ) -> Summary:
     recorder, precision = job.recorder, job.train.precision
     known = Summary(

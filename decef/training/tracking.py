@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decef.training.record import SUMMARY
+from decef.training.record import read_summary
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +215,7 @@ def offline_runs(results: Path) -> list[Path]:
         last = max(run.glob("wandb/*run-*"), key=_begun, default=None)
         if last is None or not last.name.startswith(OFFLINE) or _is_uploaded(last):
             continue
-        if json.loads((run / SUMMARY).read_text())["status"] != "running":
+        if read_summary(run).get("status") != "running":
             folders.append(last)
     return folders
 

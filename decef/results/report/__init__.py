@@ -19,10 +19,9 @@ from markupsafe import Markup, escape
 
 from decef.plans import layer_names
 from decef.results.claims import FAILS, HOLDS, MIXED, NOT_TESTED, REFUTED, UNDECIDED, Claim, Verdict
-from decef.results.claims_page import asks_words
+from decef.results.claims_page import told
 from decef.results.comparisons import comparison_groups
 from decef.results.look import look_of
-from decef.results.published import load_papers, published_lines
 from decef.results.report import charts
 from decef.results.tables import table_rows
 from decef.training.record import Record
@@ -87,7 +86,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         looks={name: look_of(name) for name in layer_names()},
         curves=curves,
         sorted_by=SORTED_BY,
-        claims=[_claim(claim, verdict) for claim, verdict in verdicts],
+        claims=[told(*one) for one in verdicts],
         tally={verdict: found[verdict] for verdict in VERDICTS if found[verdict]},
     )
     tags, data_and_scripts = page.split('<script type="application/json"', 1)
@@ -144,19 +143,6 @@ def _curves(run: Record, curves: Mapping[str, str]) -> dict[str, Any]:
     """A run's metrics, each a list over its epochs."""
     values = {key: [_finite(epoch.get(key), digits=4) for epoch in run.metrics] for key in curves}
     return {"seed": run.config.seed, "epoch": [epoch["epoch"] for epoch in run.metrics], **values}
-
-
-def _claim(claim: Claim, verdict: Verdict) -> dict[str, Any]:
-    return {
-        "claim": claim,
-        "paper": load_papers()[claim.paper],
-        "asked": asks_words(claim),
-        "published": published_lines(claim.published),
-        "verdict": verdict.verdict,
-        "words": verdict.words,
-        "evidence": verdict.evidence,
-        "open": verdict.open,
-    }
 
 
 def _finite(value: Any, digits: int = 6) -> float | None:
