@@ -7,27 +7,25 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from decef.copies import copied
+from decef.copies import copied_with
 from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import moments_on
-from decef.plans import Plan, layer_type, plan
+from decef.plans import Plan, layer_type, planned
 from decef.progress import bar
-from decef.sites import count_parameters
+from decef.sites import count_parameters, reason_against
 
 log = logging.getLogger(__name__)
 
 RECALIBRATION = 50  # batches
-
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def convert(
@@ -70,10 +68,8 @@ def convert(
     if not isinstance(how, (Plan, str)):
         raise TypeError(f"how must be a plan or the name of a layer type, not {type(how).__name__}")
     if isinstance(how, str):
-        if data is not None:  # planning and decomposing both need the moments, but `data` may only last for one pass
-            names = [name for name, module in model.named_modules() if type(module) is nn.Conv2d]
-            data = moments_on(model, names, data, progress=progress)
-        how = plan(model, how, data=data, **arguments)
+        how, moments = planned(model, how, data=data, progress=progress, **arguments)
+        data = None if data is None else moments  # `data` may last for one pass only
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     types = {row.name: layer_type(row.layer or how.layer) for row in how.rows if row.action == "convert"}
@@ -83,32 +79,35 @@ def convert(
         log.warning("nothing is converted: %s", why)
     if without := [row.name for row in how.rows if row.action == "convert" and row.rank is None]:
         raise ValueError(f"the plan converts '{without[0]}', but has no rank for it")
-    model = copied(model)
     modules = dict(model.named_modules())
-    planned = {row.name for row in how.rows}
-    if unplanned := [name for name, m in modules.items() if type(m) is nn.Conv2d and name not in planned]:
+    rows = {row.name for row in how.rows}
+    if unplanned := [name for name, m in modules.items() if type(m) is nn.Conv2d and name not in rows]:
         log.warning(
             "the plan was made for another network: of %d convolutions here, such as '%s', it says nothing, and they "
             "stay dense", len(unplanned), unplanned[0],
         )  # fmt: skip
     for name, layer_class in types.items():
-        if type(modules.get(name)) is not nn.Conv2d:
-            raise ValueError(f"the plan converts '{name}', which is no plain Conv2d in this network")
         if not issubclass(layer_class, FactorizedConv2d):
             raise ValueError(f"the plan converts '{name}' to conv2d, no low-rank layer: its action must be keep")
+        reason = reason_against(modules[name], layer_class) if name in modules else "the network has no such module"
+        if reason:
+            raise ValueError(f"the plan converts '{name}', but {reason}")
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
     _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
     if data is not None and how.ranks and not set(moments) & set(how.ranks):
         raise ValueError("data would do nothing: it holds moments of none of the layers that are converted")
-    replaced: dict[int, nn.Module] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
         conv, layer_class = modules[row.name], types[row.name]
         assert isinstance(conv, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
         try:
-            layer = layer_class.like(conv, row.rank, **how.options)
+            # Factors that are decomposed need not be drawn first.
+            layer = layer_class.like(conv, row.rank, device=None if from_scratch else "meta", **how.options)
+            if not from_scratch:
+                layer.to_empty(device=conv.weight.device)
             if id(conv.weight) in by_weight:
                 first, row.error = by_weight[id(conv.weight)]
                 _share_factors(layer, first)
@@ -121,8 +120,8 @@ def convert(
             raise ValueError(f"layer '{row.name}': {error}") from error
         by_weight[id(conv.weight)] = layer, row.error
         layer.bias = conv.bias  # type: ignore[assignment]
-        replaced[id(conv)] = take_over(layer, conv)
-    return replace_modules(model, replaced)
+        replaced[conv] = layer
+    return copied_with(model, replaced)
 
 
 @torch.no_grad()
@@ -190,56 +189,17 @@ def fold(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a factor is computed before each call, by pruning or weight norm.
     """
-    model = copied(model)
-    replaced: dict[int, nn.Module] = {}
-    weights: dict[tuple[int, ...], Tensor] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    weights: dict[tuple[Tensor, ...], Tensor] = {}
     for layer in model.modules():
         if isinstance(layer, FactorizedConv2d):
+            check_factors(layer)
             conv = layer.to_conv2d()
             if not count_parameters(layer, factors=False):  # no batch norm
-                conv.weight = weights.setdefault(tuple(map(id, layer.factors().values())), conv.weight)
+                conv.weight = weights.setdefault(tuple(layer.factors().values()), conv.weight)
                 conv.bias = layer.bias
-            replaced[id(layer)] = take_over(conv, layer)
-    return replace_modules(model, replaced)
-
-
-def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """Replace modules in place, wherever they occur in `model`: as its parts, or in lists and dicts of its parts.
-
-    Args:
-        model: the network.
-        new: replacements by the `id` of the module to replace.
-
-    Returns:
-        `model`, or its replacement if `model` itself is in `new`.
-    """
-    if id(model) in new:
-        return new[id(model)]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in new:
-                setattr(parent, name, new[id(child)])
-        for name, value in list(vars(parent).items()):
-            if name != "_modules" and (other := _replaced(value, new, set())) is not value:
-                vars(parent)[name] = other
-    return model
-
-
-def _replaced(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
-    """`value` with the replacements of modules in it; lists and dicts are changed in place, as others may hold them."""
-    if isinstance(value, nn.Module):
-        return new.get(id(value), value)
-    if id(value) in seen:  # a dict may hold itself
-        return value
-    if type(value) is tuple:
-        items = tuple(_replaced(item, new, seen) for item in value)
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
-    if isinstance(value, (list, dict)):
-        seen.add(id(value))
-        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
-            if (other := _replaced(item, new, seen)) is not item:
-                value[key] = other
-    return value
+            replaced[layer] = conv
+    return copied_with(model, replaced)
 
 
 def _check_shared(made: Mapping[str, object], sharing: Mapping[str, list[str]]) -> None:
@@ -259,27 +219,11 @@ def _share_factors(layer: FactorizedConv2d, first: FactorizedConv2d) -> None:
         setattr(layer, name, factor)
 
 
-def take_over(new: _Module, old: nn.Module) -> _Module:
-    """Give `new` the hooks of `old`, which it replaces.
-
-    Raises:
-        ValueError: such a hook computes a factor of `old`.
-    """
-    for name in old.factors() if isinstance(old, FactorizedConv2d) else ():
-        if name not in old._parameters and not is_parametrized(old, name):
+def check_factors(layer: FactorizedConv2d) -> None:
+    """Raise ValueError if a hook computes a factor before each call, which no plain convolution can do."""
+    for name in layer.factors():
+        if name not in layer._parameters and not is_parametrized(layer, name):
             raise ValueError(
-                f"{old} computes its {name} before each call (pruning, weight norm), which plain convolutions can't: "
+                f"{layer} computes its {name} before each call (pruning, weight norm), which plain convolutions can't: "
                 "make that permanent first, as torch.nn.utils.prune.remove does"
             )
-    for hooks in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-        "_is_full_backward_hook",
-    ):
-        setattr(new, hooks, getattr(old, hooks))
-    return new

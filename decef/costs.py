@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decef.copies import copied_to_meta
 from decef.extras import need
-from decef.inputs import argument
+from decef.inputs import inputs_seen
 from decef.layers import FactorizedConv2d
 
 if TYPE_CHECKING:
@@ -68,16 +68,9 @@ def input_shapes(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[
     """
     model = _on_meta(model)
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    names: dict[nn.Module, str] = {
-        m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))
-    }
-
-    def remember(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        shapes.setdefault(names[module], []).append(tuple(argument(args, kwargs).shape))
-
-    for module in names:
-        module.register_forward_pre_hook(remember, with_kwargs=True)
-    _forward(model, _one(input_size))
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, FactorizedConv2d))}
+    with inputs_seen(modules, lambda name, x: shapes.setdefault(name, []).append(tuple(x.shape))):
+        _forward(model, _one(input_size))
     return shapes
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -37,6 +38,27 @@ def inputs_of(batch: object, model: nn.Module) -> Tensor:
 def argument(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
     """What a convolution was called with, for hooks: `conv(x)` or `conv(input=x)`, of a subclass by another name."""
     return args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
+
+
+@contextmanager
+def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it lasts, `see` gets the name and the input of a module at each of its calls.
+
+    Args:
+        modules: by name; each takes one tensor.
+        see: what looks at them.
+    """
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: see(name, argument(args, kwargs)), with_kwargs=True
+        )
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def without_leftover(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from decef.copies import copied
 from decef.costs import shared_weights
-from decef.inputs import NO_BATCH, argument, check_batches, inputs_of
+from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen
 from decef.layers.factorized import pair, without_autocast, zero_pads
 from decef.progress import bar
 
@@ -89,27 +88,22 @@ def _collect(
 ) -> int:
     """Add each convolution's sum of moments and number of patches; return the number of batches."""
     batches = 0
-    hooks = []
-    for name, conv in wanted.items():
+
+    def add(name: str, x: Tensor) -> None:
+        conv = wanted[name]
         assert isinstance(conv, nn.Conv2d)
+        for patches in input_patches(conv, x):
+            with without_autocast(patches.device):
+                moments = (patches @ patches.mT).double()
+            sums[name] = sums[name] + moments if name in sums else moments
+            counts[name] = counts.get(name, 0) + patches.shape[-1]
 
-        def remember(module: nn.Module, args: Any, kwargs: Any, name: str = name, conv: nn.Conv2d = conv) -> None:
-            for patches in input_patches(conv, argument(args, kwargs)):
-                with without_autocast(patches.device):
-                    moments = (patches @ patches.mT).double()
-                sums[name] = sums[name] + moments if name in sums else moments
-                counts[name] = counts.get(name, 0) + patches.shape[-1]
-
-        hooks.append(conv.register_forward_pre_hook(remember, with_kwargs=True))
-    try:
+    with inputs_seen(wanted, add):
         for batch in inputs:
             x = inputs_of(batch, model)
             if len(x):
                 model(x)
                 batches += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
     return batches
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from decef.costs import total_cost
 from decef.extras import need
 from decef.files import replace_file
 from decef.layers import LAYERS, FactorizedConv2d
@@ -175,37 +173,75 @@ def plan(
             nothing, or a network that does not run on `input_size`.
         TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
+    if data is not None and not isinstance(data, Mapping) and layer != AUTO and _is_blind(as_rule(rank)):
+        raise ValueError("data would do nothing: these ranks don't depend on what a kernel keeps; give them to convert")
+    where: dict[str, Any] = {"include": include, "exclude": exclude, "min_kernel_size": min_kernel_size}
+    return planned(model, layer, rank=rank, input_size=input_size, data=data, **where, **options)[0]
+
+
+def planned(
+    model: nn.Module, layer: str, *, rank: int | Mapping[str, int] | Rule, progress: bool = False, **where: Any
+) -> tuple[Plan, Mapping[str, Tensor]]:
+    """What `plan` returns, and the moments of the layers that may change, which `data` give; `convert` needs both."""
     if layer == AUTO:
         _weighing(rank)
-        return TypeChoice(
-            model,
-            include=include,
-            exclude=exclude,
-            min_kernel_size=min_kernel_size,
-            input_size=input_size,
-            data=data,
-            **options,
-        ).plan(rank)
-    layer_class, rule = layer_type(layer), as_rule(rank)
-    _check_options(layer, options)
-    blind = isinstance(rule, (Fixed, PerLayer, Share)) or (isinstance(rule, Budget) and rule.uniform)
-    if blind and data is not None and not isinstance(data, Mapping):  # moments may be there for the decomposition
-        raise ValueError("data would do nothing: these ranks don't depend on what a kernel keeps; give them to convert")
-    if isinstance(rule, Budget) and rule.params is None and input_size is None and layer_class is not nn.Conv2d:
-        raise ValueError(NO_INPUT_SIZE)
-    sites = find_sites(model, input_size)
-    note_kept(sites, layer_class, _patterns(include), _patterns(exclude) or (), min_kernel_size)
-    changing = [site for site in sites if not site.reason]
-    add_units(changing, layer_class, options)
-    if isinstance(rule, PerLayer):
-        rule = PerLayer(_by_first(rule.ranks, sites))
-    candidates = candidates_of(changing, moments_on(model, [site.name for site in changing], data))
-    of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_class, FactorizedConv2d)
-    if candidates or of_network or getattr(rule, "names_layers", False):
-        chosen = _choose(rule, candidates, _totals(model, input_size))
-        for site in changing:
-            site.rank, site.reason = chosen[site.first]
-    return Plan(layer, [_row(site) for site in sites], options)
+    else:
+        rule, low_rank = as_rule(rank), issubclass(layer_type(layer), FactorizedConv2d)
+        if isinstance(rule, Budget) and rule.params is None and where.get("input_size") is None and low_rank:
+            raise ValueError(NO_INPUT_SIZE)
+    choice = _choice(model, layer, progress=progress, **where)
+    return choice.plan(rank), choice.moments
+
+
+class RankChoice:
+    """What the convolutions of a network may become as layers of one type, to plan their ranks.
+
+    What a rule wants to know of the kernels is computed once: plans by several rules then cost little. For the
+    arguments see `plan`.
+
+    Attributes:
+        moments: of the inputs of the layers that may change, by name; see `decef.moments.input_moments`.
+
+    Raises:
+        ValueError, TypeError: see `plan`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        *,
+        include: str | Iterable[str] | None = None,
+        exclude: str | Iterable[str] | None = None,
+        min_kernel_size: int = 1,
+        input_size: Sequence[int] | None = None,
+        data: Iterable[object] | Mapping[str, Tensor] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> None:
+        _check_options(layer, options)
+        self._layer, self._options = layer, options
+        self._sites, self._totals = find_sites(model, input_size)
+        changing = _changing(self._sites, layer, include, exclude, min_kernel_size, options)
+        self.moments = moments_on(model, [site.name for site in changing], data, progress=progress)
+        self._candidates = candidates_of(changing, self.moments)
+
+    def plan(self, rank: int | Mapping[str, int] | Rule) -> Plan:
+        """The plan by a rule, or with given ranks.
+
+        Raises:
+            ValueError, TypeError: see `plan`.
+        """
+        rule, sites = as_rule(rank), [replace(site) for site in self._sites]
+        if isinstance(rule, PerLayer):
+            rule = PerLayer(_by_first(rule.ranks, sites))
+        of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_type(self._layer), FactorizedConv2d)
+        if self._candidates or of_network or getattr(rule, "names_layers", False):
+            chosen = _choose(rule, self._candidates, self._totals)
+            for site in sites:
+                if not site.reason:
+                    site.rank, site.reason = chosen[site.first]
+        return Plan(self._layer, [_row(site) for site in sites], dict(self._options))
 
 
 class TypeChoice:
@@ -213,6 +249,9 @@ class TypeChoice:
 
     The energies are measured once, by decomposing the kernels at a few ranks, which takes most of the time. Plans for
     several budgets then cost little. For the arguments see `plan`.
+
+    Attributes:
+        moments: see `RankChoice`.
 
     Raises:
         ValueError, TypeError: see `plan`.
@@ -227,40 +266,32 @@ class TypeChoice:
         min_kernel_size: int = 1,
         input_size: Sequence[int] | None = None,
         data: Iterable[object] | Mapping[str, Tensor] | None = None,
+        progress: bool = False,
         **options: Any,
     ) -> None:
-        self._options = options
-        self._totals = _totals(model, input_size)
-        self._sites: dict[str, dict[str, Site]] = {}
-        self._candidates: list[tuple[str, Candidate]] = []
-        self._energies: dict[tuple[str, str, int], dict[int, float]] = {}
-        moments = None
-        included, excluded = _patterns(include), _patterns(exclude) or ()
         for name in AUTO_TYPES:
             _check_options(name, options)
-            found = find_sites(model, input_size)
-            note_kept(found, layer_type(name), included, excluded, min_kernel_size)
-            changing = [site for site in found if not site.reason]
-            add_units(changing, layer_type(name), options)
-            if moments is None:  # every type needs them of the same convolutions, and `data` may last for one pass only
-                convolutions = [site.name for site in found if type(site.module) is nn.Conv2d]
-                moments = moments_on(model, convolutions, data)
-            self._candidates += [(name, candidate) for candidate in candidates_of(changing, moments)]
-            self._sites[name] = {site.name: site for site in found}
+        self._options, self._progress = options, progress
+        found, self._totals = find_sites(model, input_size)
+        sites = {name: [replace(site) for site in found] for name in AUTO_TYPES}
+        changing = {
+            name: _changing(own, name, include, exclude, min_kernel_size, options) for name, own in sites.items()
+        }
+        in_any = {site.name for own in changing.values() for site in own}
+        self.moments = moments_on(model, [s.name for s in found if s.name in in_any], data, progress=progress)
+        self._candidates = [(name, c) for name, own in changing.items() for c in candidates_of(own, self.moments)]
+        self._sites = {name: {site.name: site for site in own} for name, own in sites.items()}
+        self._energies: dict[tuple[str, str, int], dict[int, float]] = {}
 
-    def plan(self, rule: object, *, progress: bool = False) -> Plan:
+    def plan(self, rule: object) -> Plan:
         """The plan that keeps most energy within a `Budget` or a `Latency`.
-
-        Args:
-            rule: one of the two.
-            progress: show a bar while energies are measured.
 
         Raises:
             ValueError: another rule, or one that cannot be met.
         """
         rule = _weighing(rule)
         steps: dict[str, list[Step]] = {}
-        for layer, candidate in bar(self._candidates, "energies", progress and not self._energies):
+        for layer, candidate in bar(self._candidates, "energies", self._progress and not self._energies):
             key = layer, candidate.name, rule.most(candidate)
             if key not in self._energies:
                 self._energies[key] = measured_energy(candidate, key[-1])
@@ -280,24 +311,46 @@ class TypeChoice:
                 rows.append(row if row.reason else replace(row, reason=f"left dense by {rule!r}"))
                 continue
             rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
-        return Plan(AUTO, rows, self._options)
+        return Plan(AUTO, rows, dict(self._options))
 
 
 def planner(model: nn.Module, layer: str, *, progress: bool = False, **where: Any) -> Callable[[Rule], Plan]:
-    """What makes plans by several rules as `plan` does. With layer "auto" they share one `TypeChoice`.
+    """What makes plans by several rules as `plan` does; what they need to know of the kernels is computed once.
 
     Args:
         model: the network.
         layer: a layer type, or "auto".
-        progress: show a bar while energies are measured, as with layer "auto" they are.
+        progress: show progress bars.
         **where: other arguments of `plan`.
 
     Raises:
         ValueError, TypeError: see `plan`.
     """
-    if layer == AUTO:
-        return partial(TypeChoice(model, **where).plan, progress=progress)
-    return lambda rule: plan(model, layer, rank=rule, **where)
+    return _choice(model, layer, progress=progress, **where).plan
+
+
+def _choice(model: nn.Module, layer: str, **where: Any) -> RankChoice | TypeChoice:
+    return TypeChoice(model, **where) if layer == AUTO else RankChoice(model, layer, **where)
+
+
+def _changing(
+    sites: Sequence[Site],
+    layer: str,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    min_kernel_size: int,
+    options: Mapping[str, Any],
+) -> list[Site]:
+    """The sites that can become this type, with their units; the others get the reason why not."""
+    note_kept(sites, layer_type(layer), _patterns(include), _patterns(exclude) or (), min_kernel_size)
+    changing = [site for site in sites if not site.reason]
+    add_units(changing, layer_type(layer), options)
+    return changing
+
+
+def _is_blind(rule: Rule) -> bool:
+    """Whether its ranks don't depend on what kernels keep."""
+    return isinstance(rule, (Fixed, PerLayer, Share)) or (isinstance(rule, Budget) and rule.uniform)
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:
@@ -382,13 +435,6 @@ def _weighing(rule: object) -> Budget | Latency:
     if not isinstance(rule, (Budget, Latency)) or getattr(rule, "uniform", False):
         raise ValueError(f"layer 'auto' weighs energy against cost: rank must be a Budget or a Latency, not {rule!r}")
     return rule
-
-
-def _totals(model: nn.Module, input_size: Sequence[int] | None) -> Totals:
-    return Totals(
-        params=sum(p.numel() for p in model.parameters()),
-        macs=0 if input_size is None else total_cost(model, input_size)["macs"],
-    )
 
 
 def _row(site: Site) -> PlanRow:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
-from decef.copies import copied
 from decef.costs import input_shapes, layer_macs, module_flops, shared_weights
 from decef.layers import FactorizedConv2d
-from decef.ranks import Candidate
+from decef.ranks import Candidate, Totals
 
 NAMED = 8  # convolutions that a message names
 
@@ -66,29 +65,22 @@ class Site:
         return 0 if self.unit is None else count_parameters(self.unit, factors=self.first == self.name)
 
 
-def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> list[Site]:
-    """All convolutions of a network, in the order of its modules.
+def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> tuple[list[Site], Totals]:
+    """All convolutions of a network, in the order of its modules, and what the whole network costs.
 
     Raises:
         ValueError: the network does not run on an input of this size.
     """
     shapes = None if input_size is None else input_shapes(model, input_size)
+    flops = {} if input_size is None else module_flops(model, input_size)
     sharing = shared_weights(model)
-    macs_of = _mac_counter()
-    flops: dict[str, int] = {}  # of all modules, for those that may not be called with one tensor
     sites = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)):
             inputs = None if shapes is None else shapes.get(name, [])
-            if not inputs:
-                macs = None
-            elif type(module) is nn.Conv2d or isinstance(module, FactorizedConv2d):
-                macs = macs_of(module, inputs)
-            else:
-                flops = flops or module_flops(model, input_size or ())
-                macs = flops[name] // 2
+            macs = flops[name] // 2 if inputs else None
             sites.append(Site(name, module, sharing.get(name, [name]), inputs, macs))
-    return sites
+    return sites, Totals(sum(p.numel() for p in model.parameters()), sum(flops.values()) // 2)
 
 
 def note_kept(
@@ -138,6 +130,15 @@ def _reason_to_keep(
     excluding = next((pattern for pattern in exclude if fnmatchcase(site.name, pattern)), None)
     if excluding is not None:
         return f"excluded by '{excluding}'"
+    if max(module.kernel_size) < min_kernel_size:
+        return f"kernel smaller than {min_kernel_size}"
+    if reason := reason_against(module, layer_class):
+        return reason
+    return "does not run in evaluation mode" if site.inputs is not None and not site.inputs else ""
+
+
+def reason_against(module: nn.Module, layer_class: type[FactorizedConv2d]) -> str:
+    """Why a module can't become a layer of this type at any rank; empty if it can."""
     if type(module) is not nn.Conv2d:
         return f"{type(module).__name__} is not a plain Conv2d"
     for name in ("weight", "bias"):
@@ -147,14 +148,10 @@ def _reason_to_keep(
         return "its forward was replaced, so it computes something else"
     if more := {**module._parameters, **module._buffers, **module._modules}.keys() - {"weight", "bias"}:
         return f"it has more than a weight and a bias: {', '.join(sorted(more))}"
-    if max(module.kernel_size) < min_kernel_size:
-        return f"kernel smaller than {min_kernel_size}"
     try:
         layer_class.max_rank_for(*module.weight.shape, groups=module.groups)
     except ValueError as error:
         return str(error)
-    if site.inputs is not None and not site.inputs:
-        return "does not run in evaluation mode"
     return ""
 
 
@@ -165,12 +162,17 @@ def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapp
         ValueError: the layer type refuses the value of an option.
         TypeError: the layer type does not have an option.
     """
-    macs_of = _mac_counter()
+    # A layer's repr shows everything that its MACs depend on, so layers with the same repr are measured once.
+    measured: dict[tuple[str, tuple[int, ...]], int] = {}
     for site in sites:
         assert isinstance(site.module, nn.Conv2d)
         assert issubclass(layer_class, FactorizedConv2d)
-        site.unit = layer_class.like(copied(site.module).to("meta"), 1, **options)
-        site.macs_per_rank = macs_of(site.unit, site.inputs or [])
+        site.unit = layer_class.like(site.module, 1, device="meta", **options)
+        for shape in site.inputs or ():
+            key = repr(site.unit), shape
+            if key not in measured:
+                measured[key] = layer_macs(site.unit, shape)
+            site.macs_per_rank += measured[key]
 
 
 def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[Candidate]:
@@ -213,18 +215,3 @@ def count_parameters(layer: FactorizedConv2d, *, factors: bool = True) -> int:
     """Number of parameters of a factorised layer without its bias; with `factors=False` also without its factors."""
     left_out = {"bias", *(() if factors else layer.factors())}
     return sum(p.numel() for name, p in layer.named_parameters() if name not in left_out)
-
-
-def _mac_counter() -> Callable[[nn.Module, Sequence[tuple[int, ...]]], int]:
-    """A function that counts the MACs of a layer over all its calls, given its input shape at each call."""
-    # A layer's repr shows everything that its MACs depend on, so layers with the same repr are measured once.
-    measured: dict[tuple[str, tuple[int, ...]], int] = {}
-
-    def macs_of(layer: nn.Module, inputs: Sequence[tuple[int, ...]]) -> int:
-        text = repr(layer)
-        for shape in inputs:
-            if (text, shape) not in measured:
-                measured[text, shape] = layer_macs(layer, shape)
-        return sum(measured[text, shape] for shape in inputs)
-
-    return macs_of

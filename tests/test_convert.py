@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import math
+from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from decef.conversion import convert, fold, recalibrate
 from decef.inference.forms import to_convolutions
 from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
-from decef.plans import Plan, plan
+from decef.moments import _collect as collect
+from decef.plans import Plan, plan, planner
 from decef.ranks import Budget, EffectiveRank, Energy, Fixed, Latency, PerLayer, Share
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
@@ -444,9 +448,9 @@ def test_every_network_is_asked_how_it_starts():
 
 def test_a_plan_for_another_network():
     made = plan(network(), "decef", rank=9, include="layer2.*")
-    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no plain Conv2d"):
+    with pytest.raises(ValueError, match=r"converts 'layer2\.0\.conv1', but the network has no such module"):
         convert(nn.Sequential(nn.Conv2d(3, 8, 3)), made)
-    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', which is no plain Conv2d"):
+    with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', but DeCEFConv2d is not a plain Conv2d"):
         convert(convert(network(), made), made)
     made.rows[3].rank = 99
     with pytest.raises(ValueError, match=rf"layer '{made.rows[3].name}': rank=99"):
@@ -640,15 +644,44 @@ def test_convolutions_that_stand_in_lists_and_dicts_too_are_converted_there():
     assert_close(fold(small)(x), small(x), rtol=1e-4, atol=1e-4)
 
 
+class Pair(NamedTuple):
+    first: nn.Module
+    second: nn.Module
+
+
+class InOthers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.pair, self.queue, self.partial = Pair(self.a, self.b), deque([self.a]), functools.partial(self.b)
+
+    def forward(self, x):
+        return self.partial(self.queue[0](x)) + self.pair.second(self.pair.first(x))
+
+
+def test_convolutions_that_are_in_anything_that_can_be_copied_are_converted_there():
+    model = InOthers()
+    small = convert(model, "decef", rank=1)
+    assert isinstance(small.a, DeCEFConv2d)
+    assert small.pair == Pair(small.a, small.b)
+    assert (list(small.queue), small.partial.func) == ([small.a], small.b)
+    assert (model.pair, model.partial.func) == (Pair(model.a, model.b), model.b)
+    x = images().float()
+    assert_close(fold(small)(x), small(x), rtol=1e-4, atol=1e-4)
+    assert_close(to_convolutions(small)(x), small.eval()(x), rtol=1e-4, atol=1e-4)
+
+
 class Keeps(nn.Module):
-    """Keeps a constant that is no buffer, and its last activation, which has a gradient."""
+    """Keeps a constant that is no buffer, and its last activations, which have gradients."""
 
     def __init__(self):
         super().__init__()
-        self.mean, self.conv, self.seen = torch.full((3, 1, 1), 0.5), nn.Conv2d(3, 8, 3), None
+        self.mean, self.conv, self.seen = [torch.full((3, 1, 1), 0.5)], nn.Conv2d(3, 8, 3), None
+        self.all = {"seen": []}
 
     def forward(self, x):
-        self.seen = self.conv(x - self.mean)
+        self.seen = self.conv(x - self.mean[0])
+        self.all["seen"].append(self.seen)
         return self.seen
 
 
@@ -658,8 +691,9 @@ def test_networks_that_keep_tensors_are_planned_converted_and_left_alone():
     seen = model(x)
     small = convert(model, "decef", rank=4, input_size=(3, 8, 8))
     assert model.seen is seen
+    assert model.all["seen"] == [seen]
     assert small(x).shape == seen.shape
-    assert small.mean.device == model.mean.device
+    assert small.mean[0].device == model.mean[0].device
 
 
 def test_data_come_to_the_precision_of_the_network():
@@ -746,6 +780,9 @@ def test_a_convolution_that_is_more_than_its_kernel_is_kept(change, reason):
     change(model[0])
     made = plan(model, "decef", rank=2)
     assert [(row.action, row.reason) for row in made.rows] == [("keep", reason), ("convert", "")]
+    made.rows[0].action, made.rows[0].rank = "convert", 2  # as somebody might edit it, or of another network
+    with pytest.raises(ValueError, match=f"the plan converts '0', but {reason}"):
+        convert(model, made)
 
 
 def test_only_a_kernel_that_is_all_of_a_convolution_is_taken():
@@ -754,7 +791,7 @@ def test_only_a_kernel_that_is_all_of_a_convolution_is_taken():
             DeCEFConv2d.from_conv2d(other, 2)
     edited = plan(WithMasked(), "decef", rank=2)
     edited.rows[0].action, edited.rows[0].rank = "convert", 2
-    with pytest.raises(ValueError, match="converts 'masked', which is no plain Conv2d"):
+    with pytest.raises(ValueError, match="converts 'masked', but Masked is not a plain Conv2d"):
         convert(WithMasked(), edited)
     edited.rows[0].action, edited.rows[1].rank = "keep", None
     with pytest.raises(ValueError, match="converts 'conv', but has no rank for it"):
@@ -815,3 +852,28 @@ def test_data_for_ranks_that_do_not_depend_on_them_are_refused(rank):
     with pytest.raises(ValueError, match="data would do nothing: these ranks"):
         plan(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))
     convert(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))  # there they are for the factors
+
+
+@pytest.mark.parametrize(("layer", "rank"), [("decef", 2), ("decef", Energy(0.9)), ("auto", Budget(params=0.5))])
+def test_moments_are_collected_once_and_only_of_layers_that_may_change(layer, rank, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "decef.moments._collect",
+        lambda model, wanted, *rest: asked.append(list(wanted)) or collect(model, wanted, *rest),
+    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)).double()
+    batches = iter([images()])
+    small = convert(model, layer, rank=rank, include="2", data=batches)
+    assert isinstance(small[2], FactorizedConv2d)
+    assert asked == [["2"]]
+
+
+def test_plans_by_several_rules_decompose_each_kernel_once(monkeypatch):
+    spectrum, calls = DeCEFConv2d.spectrum, []
+    monkeypatch.setattr(DeCEFConv2d, "spectrum", lambda *args, **named: calls.append(1) or spectrum(*args, **named))
+    model, where = network(), {"exclude": "conv1", "input_size": (3, 8, 8)}
+    plans = planner(model, "decef", **where)
+    rules = [Budget(flops=0.5), Budget(params=0.7), Energy(0.8), Budget(flops=0.5)]
+    found = [plans(rule) for rule in rules]
+    assert len(calls) == len(found[0].rows) - 1
+    assert [made.to_dict() for made in found] == [plan(model, "decef", rank=rule, **where).to_dict() for rule in rules]

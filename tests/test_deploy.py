@@ -44,6 +44,41 @@ class Small(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class WithLabels(Small):
+    """Takes arguments that nobody gives who deploys it, and would compute something else with them."""
+
+    def forward(self, x, labels=None, features=False):
+        if labels is not None:
+            x = self.bn2(self.conv2(torch.cat([x, x, x[:, :2]], 1)))[:, :3]
+        return x if features else super().forward(x)
+
+
+def test_arguments_that_nobody_gives_are_as_by_default():
+    model = trained(WithLabels()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    small = to_convolutions(model)
+    assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [type(small.get_submodule(name)) for name in ("bn1", "bn2", "bn3")] == [
+        nn.Identity, nn.BatchNorm2d, nn.Identity
+    ]  # fmt: skip
+
+
+class Video(nn.Module):
+    """A convolution over three dimensions, then over two."""
+
+    def __init__(self):
+        super().__init__()
+        self.over_time, self.conv = nn.Conv3d(3, 4, (2, 3, 3)), nn.Conv2d(4, 8, 3)
+
+    def forward(self, x):
+        return self.conv(self.over_time(torch.stack([x, -x], 2)).squeeze(2))
+
+
+def test_a_network_with_other_convolutions_too_is_deployed():
+    model, x = Video().eval(), torch.randn(1, 3, 12, 12)
+    assert_close(decef.deploy(model, x, engines=["eager"])(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def trained(model, dtype=torch.float32):
     """As if it had been trained: every batch norm does something."""
     generator = torch.Generator().manual_seed(1)

@@ -170,6 +170,20 @@ def test_implementation_says_what_runs(cls, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", TYPES)
+def test_padding_and_dilation_may_be_changed_as_those_of_conv2d(cls):
+    """Backbones for segmentation do so after they are made."""
+    x = torch.randn(2, 4, 9, 9, dtype=F64)
+    for implementation in IMPLEMENTATIONS if cls.composes_in_training else ("factorized",):
+        layer = make(cls, padding=1, implementation=implementation).eval()
+        dense = layer.to_conv2d()
+        for changed in (layer, dense):
+            changed.padding, changed.dilation = (2, 2), (2, 2)
+        assert layer(x).shape == (2, 8, 9, 9)
+        assert_close(layer(x), dense(x))
+        assert_close(layer.to_conv2d()(x), dense(x))
+
+
+@pytest.mark.parametrize("cls", TYPES)
 def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
     remembered = {}
     monkeypatch.setattr("decef.layers.choice.MEASURED", remembered)

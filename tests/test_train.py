@@ -8,7 +8,7 @@ from torch import nn
 
 from decef.conversion import convert
 from decef.data import DATASETS, Images
-from decef.layers import LAYERS, FactorizedConv2d
+from decef.layers import LAYERS, DeCEFConv2d, FactorizedConv2d
 from decef.training.loop import evaluate, fit
 from decef.training.optim import lr_at, make_optimizer, penalties
 
@@ -161,6 +161,15 @@ def test_shared_factors_are_decayed_once():
     torch.testing.assert_close(penalties(small, config), 0.01 * model[0].weight.square().sum())
     once = small[0].orthogonality()
     torch.testing.assert_close(penalties(small, TRAIN, 0.5), 0.5 * once)
+
+
+def test_factors_that_are_computed_are_not_taken_for_shared():
+    layers = [DeCEFConv2d(4, 4, 3, rank=2) for _ in range(6)]
+    for name in ("eigenfilters", "coefficients"):
+        for layer in layers:
+            nn.utils.parametrize.register_parametrization(layer, name, nn.Identity())
+    whole = 0.5 * sum(layer.orthogonality() for layer in layers)
+    torch.testing.assert_close(penalties(nn.Sequential(*layers), TRAIN, 0.5), whole)
 
 
 def test_kernel_decay_trains_another_network():

@@ -134,8 +134,10 @@ class Compression:
             raise ValueError("layer 'auto' weighs energy against cost, which uniform=True doesn't: leave that out")
         if isinstance(data, Iterator) or isinstance(test, Iterator):
             raise ValueError("the data can be iterated once only: give a list or a DataLoader")
-        if layer == "conv2d" or (layer != AUTO and not layer_type(layer)):
+        if layer == "conv2d":
             raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
+        if layer != AUTO:
+            layer_type(layer)  # refuses what there is not
         whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
         for key, value, least in whole:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -145,7 +147,7 @@ class Compression:
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = _listed(include), _listed(exclude)
-        check_patterns(find_sites(self._model, None), [*(self._include or ()), *(self._exclude or ())])
+        check_patterns(find_sites(self._model, None)[0], [*(self._include or ()), *(self._exclude or ())])
         try:
             self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
         except ValueError as error:

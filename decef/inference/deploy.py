@@ -28,7 +28,7 @@ from decef.inference.folding import fold_batch_norms
 from decef.inference.forms import FORMS, arranged, forms_of
 from decef.inference.quantize import calibration_inputs
 from decef.inference.timing import inference_call, interleaved_times
-from decef.inputs import argument
+from decef.inputs import inputs_seen
 from decef.layers import FactorizedConv2d
 from decef.progress import bar
 
@@ -187,7 +187,7 @@ class Deployer:
         if not isinstance(self._expected, Tensor):
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
-        self._layers = fold_batch_norms(self._model)
+        self._model, self._layers = fold_batch_norms(self._model)
         inputs = layer_inputs(self._model, self._x, self._layers)
         self._timer = _FormTimer(self._layers, {name: max(xs, key=Tensor.numel) for name, xs in inputs.items()})
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
@@ -223,7 +223,7 @@ class Deployer:
                 except Exception as error:
                     _left_out(f"{engine} ({name})", error)
                     continue
-                errors[engine, name] = _error(output, self._expected)
+                errors[engine, name] = relative_error(output, self._expected)
                 networks[engine, name], chosen[engine, name] = network, forms
         if not networks:
             raise ValueError(f"none of {', '.join(engines)} could run the network and give the same output")
@@ -250,7 +250,8 @@ class Deployer:
             raise ValueError("this was chosen for a network with other low-rank layers")
         (engine,), inputs = _checked(self._x, [choice["engine"]], choice["precision"], calibration)
         network = load(engine, self._arranged(choice["forms"]), choice["precision"], inputs)
-        return Deployed(network, **choice, error=_error(inference_call(network, self._x.clone())(), self._expected))
+        error = relative_error(inference_call(network, self._x.clone())(), self._expected)
+        return Deployed(network, **choice, error=error)
 
     def all_in(self, form: str, engine: str) -> Deployed:
         """Deploy in fp32, without measuring, with every low-rank layer in one of `FORMS`.
@@ -297,7 +298,8 @@ def _left_out(what: str, error: Exception) -> None:
     log.warning("engine %s is left out: %s", what, str(error).partition("\n")[0] or type(error).__name__)
 
 
-def _error(output: Tensor, expected: Tensor) -> float:
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """The norm of what an output is off by, over that of the one expected."""
     return ((output - expected).norm() / expected.norm()).item()
 
 
@@ -305,14 +307,8 @@ def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dic
     """The named layers' inputs at each call as the example runs through the network, without layers that don't run."""
     modules = dict(model.named_modules())
     seen: dict[str, list[Tensor]] = {}
-
-    def remember(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, kwargs: seen.setdefault(name, []).append(argument(args, kwargs))
-
-    hooks = [modules[name].register_forward_pre_hook(remember(name), with_kwargs=True) for name in names]
-    model(example.clone())  # which a network may change in place
-    for hook in hooks:
-        hook.remove()
+    with inputs_seen({name: modules[name] for name in names}, lambda name, x: seen.setdefault(name, []).append(x)):
+        model(example.clone())  # which a network may change in place
     return seen
 
 

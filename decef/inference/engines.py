@@ -193,7 +193,7 @@ class _ChannelsLast(Runner):
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dtype = dtype
-        self.model = model.to(memory_format=torch.channels_last, dtype=dtype)  # type: ignore[call-overload]
+        self.model = nn.utils.convert_conv2d_weight_memory_format(model.to(dtype=dtype), torch.channels_last)
         self.bytes = stored_bytes(self.model)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from decef.extras import need
-from decef.inference.deploy import deploy
+from decef.inference.deploy import deploy, relative_error
 from decef.inference.engines import OnnxRuntime, available, check_equal, to_onnx
 from decef.inference.forms import FORMS, to_convolutions
 from decef.inference.quantize import calibration_inputs, quantize
@@ -80,7 +80,7 @@ def export(
     finally:
         partial.unlink(missing_ok=True)
     if inputs is not None:
-        off = ((runners["onnxruntime"](x) - expected).norm() / expected.norm()).item()
+        off = relative_error(runners["onnxruntime"](x), expected)
         checked = f"in 8 bits: its output for an input of calibration is {off:.2g} of its norm off the original's"
     elif runners:
         checked = f"equal to the original in {', '.join(runners)}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from inspect import Parameter, signature
 from operator import attrgetter
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
-from decef.conversion import replace_modules
+from decef.copies import copied_with
 from decef.layers import FactorizedConv2d
 
 log = logging.getLogger(__name__)
@@ -26,22 +27,30 @@ def _fold_into(conv: nn.Conv2d | FactorizedConv2d, norm: nn.BatchNorm2d) -> None
     setattr(conv, name, weight)
 
 
-def fold_batch_norms(model: nn.Module) -> dict[str, FactorizedConv2d]:
-    """Fold batch norms into the convolutions before them, in place; return the factorised layers by name."""
+def fold_batch_norms(model: nn.Module) -> tuple[nn.Module, dict[str, FactorizedConv2d]]:
+    """Fold batch norms into the convolutions before them.
+
+    Args:
+        model: the network, whose convolutions change.
+
+    Returns:
+        A copy without these batch norms, and its factorised layers by name.
+    """
     modules = dict(model.named_modules())
+    rest: dict[nn.Module, nn.Module] = {}
     for name, norm_name in _convolutions_before_norms(model):
         conv, norm = modules[name], modules[norm_name]
         assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
         assert isinstance(norm, nn.BatchNorm2d)
         _fold_into(conv, norm)
-        rest = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
-        replace_modules(model, {id(norm): rest})
-    return {name: module for name, module in modules.items() if isinstance(module, FactorizedConv2d)}
+        rest[norm] = nn.Identity() if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
+    model = copied_with(model, rest)
+    return model, {name: module for name, module in model.named_modules() if isinstance(module, FactorizedConv2d)}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, FactorizedConv2d) or _is_batch_norm(m)
+        ours = isinstance(m, (FactorizedConv2d, nn.Conv2d)) or _is_batch_norm(m)
         return ours or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -54,7 +63,9 @@ def _is_batch_norm(module: nn.Module) -> bool:
 def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
     """Names of convolutions and batch norms, where one feeds only the other and both are used only once."""
     try:
-        graph = _Tracer().trace(model)
+        # Arguments that nobody gives, such as labels, are what they are by default, or another branch would be traced.
+        parameters = signature(model.forward).parameters.values()
+        graph = _Tracer().trace(model, {p.name: p.default for p in parameters if p.default is not Parameter.empty})
     except Exception as error:
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
             reason = str(error).partition("\n")[0]

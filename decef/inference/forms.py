@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from decef.conversion import replace_modules, take_over
-from decef.copies import copied
+from decef.conversion import check_factors
+from decef.copies import copied, copied_with
 from decef.inference.folding import fold_batch_norms
 from decef.layers import FactorizedConv2d
 
@@ -25,8 +25,7 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
     Raises:
         ValueError: an unknown form or layer.
     """
-    model = copied(model).eval()
-    layers = fold_batch_norms(model)
+    model, layers = fold_batch_norms(copied(model).eval())
     forms = dict.fromkeys(layers, form) if isinstance(form, str) else form
     missing = set(forms) - set(layers)
     if missing:
@@ -39,8 +38,12 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 
 def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
     """The layer as plain convolutions in every form that it has, by name."""
-    arrangements = {"reconstructed": [nn.Sequential(layer.to_conv2d())], **layer.as_convolutions()}
-    return {name: _summed(chains) for name, chains in arrangements.items()}
+    forms = {"reconstructed": _dense(layer)}
+    return forms | {name: _summed(chains) for name, chains in layer.as_convolutions().items()}
+
+
+def _dense(layer: FactorizedConv2d) -> nn.Module:
+    return _summed([nn.Sequential(layer.to_conv2d())])
 
 
 def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
@@ -70,11 +73,14 @@ def arranged(
     layers: Mapping[str, FactorizedConv2d],
     forms: Mapping[str, str],
 ) -> nn.Module:
-    """A copy of the network with every factorised layer in the requested form."""
-    model = copied(model)
-    modules = dict(model.named_modules())
-    replaced: dict[int, nn.Module] = {}
+    """A copy of the network with its `layers` in the requested `forms`."""
+    replaced: dict[nn.Module, nn.Module] = {}
     for name, form in forms.items():
-        there = forms_of(layers[name])
-        replaced[id(modules[name])] = take_over(there.get(form, there["factorized"]), modules[name])
-    return replace_modules(model, replaced).requires_grad_(False)
+        layer = layers[name]
+        check_factors(layer)
+        if form == "reconstructed":
+            replaced[layer] = _dense(layer)
+        else:
+            chains = layer.as_convolutions()
+            replaced[layer] = _summed(chains.get(form, chains["factorized"]))
+    return copied_with(model, replaced).requires_grad_(False)

@@ -91,8 +91,6 @@ def measure_times(
         block = layer_class.block
         ranks = sorted({rank // block * block if rank > block else rank for rank in spaced(most)})
         made = {rank: layer_class.like(conv, rank).eval() for rank in ranks}
-        for one in made.values():
-            one.reset_parameters()
         for x in inputs[name]:  # one for each call
             over_dense, at_dense = _over_dense(conv, made, x, engine, known), seconds[_call(conv, x)]
             times = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)

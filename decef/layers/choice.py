@@ -26,11 +26,17 @@ class Layer(Protocol):
     stride: tuple[int, int]
     dilation: tuple[int, int]
     implementation: str
-    _padding: tuple[int, int]
-    _pad_first: bool
+    padding: str | tuple[int, ...]
+    padding_mode: Any
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]: ...
+
+    @property
+    def _pad_first(self) -> bool: ...
+
+    @property
+    def _padding(self) -> tuple[int, int]: ...
 
     def factors(self) -> dict[str, nn.Parameter]: ...
 
@@ -74,7 +80,8 @@ def seconds(layer: Layer, implementation: str, x: Tensor, trains: bool) -> float
     """Seconds of the fastest of a few runs, on an input that is already padded where the layer pads first."""
     twin = layer._twin()
     twin.implementation = implementation
-    twin._pad_first = False
+    if layer._pad_first:
+        twin.padding, twin.padding_mode = (0, 0), "zeros"
     x = x.detach().clone().requires_grad_(x.requires_grad)
     best = math.inf
     for _ in range(RUNS):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import Copies, FactorizedConv2d, conv2d_of, orthonormality_penalty
+from decef.layers.factorized import Copies, FactorizedConv2d, conv2d_of
 from decef.layers.metric import conditioned, fit
 
 
@@ -143,7 +143,9 @@ class DeCEFConv2d(FactorizedConv2d):
         We do not know the paper's training strategy. Without the penalty nothing keeps the filters orthonormal, but the
         layer works all the same.
         """
-        return orthonormality_penalty(self.eigenfilters.flatten(2))
+        filters = self.eigenfilters.flatten(2)
+        gram = filters @ filters.transpose(1, 2)
+        return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
 
 
 def stack_filters(weight: Tensor, groups: int = 1) -> Tensor:

@@ -83,15 +83,10 @@ class FactorizedConv2d(nn.Module):
         self.stride, self.dilation = pair(dense.stride), pair(dense.dilation)
         self.padding = dense.padding
         self.padding_mode: PaddingMode = padding_mode
-        left, right, top, bottom = zero_pads(dense.padding, self.kernel_size, self.dilation)
-        # A convolution of the chain can only pad with zeros, and evenly; otherwise the input is padded first.
-        self._pad_first = padding_mode != "zeros" or left != right or top != bottom
-        self._pads = (left, right, top, bottom)
-        self._padding = (0, 0) if self._pad_first else (top, left)
 
         shape = self.weight_shape
         self.max_rank = self.max_rank_for(*shape, groups=groups)
-        if isinstance(rank, bool) or not isinstance(rank, (int, Integral)) or not 1 <= rank <= self.max_rank:
+        if not is_rank(rank, self.max_rank):
             raise ValueError(
                 f"rank={rank!r} is not possible for {type(self).__name__} with a kernel of shape {shape} and "
                 f"groups={groups}: it counts {self.rank_meaning} and goes from 1 to {self.max_rank}"
@@ -204,6 +199,23 @@ class FactorizedConv2d(nn.Module):
             "dilation": both(self.dilation, 1),
             "padding_mode": self.padding_mode,
         }
+
+    @property
+    def _pads(self) -> tuple[int, int, int, int]:
+        """What is added on the left, right, top and bottom."""
+        return zero_pads(self.padding, self.kernel_size, self.dilation)
+
+    @property
+    def _pad_first(self) -> bool:
+        """Whether the input is padded before: a convolution of the chain can only pad with zeros, and evenly."""
+        left, right, top, bottom = self._pads
+        return self.padding_mode != "zeros" or left != right or top != bottom
+
+    @property
+    def _padding(self) -> tuple[int, int]:
+        """Rows and columns of zeros that are left to the convolutions to add on each side."""
+        left, _, top, _ = self._pads
+        return (0, 0) if self._pad_first else (top, left)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -355,10 +367,12 @@ class FactorizedConv2d(nn.Module):
             getattr(self, name).copy_(value)
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, rank: int | None = None, **kwargs: Any) -> Self:
-        """A freshly initialised layer with the arguments, device, dtype, mode and `requires_grad` of `conv`.
+    def like(
+        cls, conv: nn.Conv2d, rank: int | None = None, *, device: torch.device | str | None = None, **kwargs: Any
+    ) -> Self:
+        """A freshly initialised layer with the arguments, dtype, mode and `requires_grad` of `conv`.
 
-        `rank=None` means full rank; `kwargs` are further arguments of the class.
+        `rank=None` means full rank, `device=None` that of `conv`; `kwargs` are further arguments of the class.
 
         Raises:
             ValueError: `conv` is no `torch.nn.Conv2d`, or of a subclass that computes something else; or see the class.
@@ -378,7 +392,7 @@ class FactorizedConv2d(nn.Module):
             conv.groups,
             conv.bias is not None,
             conv.padding_mode,
-            conv.weight.device,
+            conv.weight.device if device is None else device,
             conv.weight.dtype,
             rank=rank,
             **kwargs,
@@ -395,7 +409,7 @@ class FactorizedConv2d(nn.Module):
 
         For other arguments and errors see `like` and `decompose_`.
         """
-        layer = cls.like(conv, rank, **kwargs)
+        layer = cls.like(conv, rank, device="meta", **kwargs).to_empty(device=conv.weight.device)
         layer.decompose_(conv.weight)
         if layer.bias is not None:
             assert conv.bias is not None
@@ -408,24 +422,9 @@ class FactorizedConv2d(nn.Module):
         """A `torch.nn.Conv2d` that computes the same in evaluation mode; its weight is trainable if any factor is."""
         with evaluating(self), without_autocast(self.factors()[self.scale_factor].device):
             weight, bias = self.compose(), self.compose_bias()
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,
-            self.groups,
-            bias is not None,
-            self.padding_mode,
-            weight.device,
-            weight.dtype,
-        )
-        conv.weight.copy_(weight)
+        conv = conv2d_of(weight, bias, self.groups, **self._spatial())
         conv.weight.requires_grad_(any(factor.requires_grad for factor in self.factors().values()))
-        if bias is not None:
-            assert conv.bias is not None
-            conv.bias.copy_(bias)
+        if conv.bias is not None:
             conv.bias.requires_grad_(conv.weight.requires_grad if self.bias is None else self.bias.requires_grad)
         return conv.train(self.training)
 
@@ -450,8 +449,10 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
     """
     weight = weight if weight.dim() == 4 else weight[:, :, None, None]
     out, per_group, *size = weight.shape
-    conv = nn.Conv2d(per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None, **spatial)
-    conv = conv.to(weight)
+    conv = nn.Conv2d(
+        per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None,
+        device=weight.device, dtype=weight.dtype, **spatial,
+    )  # fmt: skip
     conv.weight.copy_(weight)
     if bias is not None and conv.bias is not None:
         conv.bias.copy_(bias)
@@ -489,12 +490,6 @@ class BlockSum(nn.Module):
         return first
 
 
-def orthonormality_penalty(rows: Tensor) -> Tensor:
-    """`sum ||R R^T - I||_F^2` over a batch of matrices R `(batch, n, d)`: zero if their rows are orthonormal."""
-    gram = rows @ rows.transpose(1, 2)
-    return (gram - torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)).square().sum()
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which kernels and factors are computed in their own precision, also where autocast is on."""
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
@@ -508,6 +503,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.training = training
+
+
+def is_rank(rank: object, most: int) -> bool:
+    """Whether `rank` is a whole number from 1 to `most`, numpy's included."""
+    return isinstance(rank, Integral) and not isinstance(rank, bool) and 1 <= int(rank) <= most
 
 
 def pair(value: Size | tuple[int, ...]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from decef.conversion import convert
 from decef.extras import need
+from decef.files import replace_file
 from decef.models import create_model
 from decef.plans import Plan
 
@@ -136,7 +137,7 @@ def save(network: nn.Module, card: Card, folder: Path, *, half: bool) -> Path:
         ImportError: safetensors is not installed.
     """
     need("train", "safetensors")
-    from safetensors.torch import save_file
+    from safetensors.torch import save as packed
 
     state = {
         key: (value.half() if half and value.is_floating_point() else value).detach().cpu().contiguous().clone()
@@ -144,9 +145,7 @@ def save(network: nn.Module, card: Card, folder: Path, *, half: bool) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{card.name}.safetensors"
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(state, partial, metadata={HEADER: json.dumps(asdict(card))})
-    partial.replace(path)
+    replace_file(path, packed(state, metadata={HEADER: json.dumps(asdict(card))}))
     return path
 
 

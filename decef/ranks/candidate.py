@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -55,6 +56,10 @@ class Candidate:
             `(max_rank,)` in float64, descending, with sum 1; see `FactorizedConv2d.spectrum`. For a zero kernel, rank 1
             adds everything.
         """
+        return self._kept_energy
+
+    @cached_property
+    def _kept_energy(self) -> Tensor:
         spectrum = self.layer.spectrum(self.weight, groups=self.groups, moments=self.moments)
         total = spectrum.sum()
         if total == 0:

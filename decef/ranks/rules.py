@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import ClassVar
 
 from decef.layers import DeCEFConv2d
+from decef.layers.factorized import is_rank
 from decef.ranks.candidate import Candidate, Rule, Totals
 from decef.ranks.effective import ROUNDING, check_share, effective_rank
 
@@ -140,7 +141,7 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
 
 def checked_rank(candidate: Candidate, rank: int) -> int:
     """`rank` as an int; raises ValueError if it is not possible for the candidate."""
-    if isinstance(rank, bool) or not isinstance(rank, (int, Integral)) or not 1 <= rank <= candidate.max_rank:
+    if not is_rank(rank, candidate.max_rank):
         raise ValueError(
             f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
             f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"

@@ -95,8 +95,8 @@ def measured_energy(candidate: Candidate, most: int) -> dict[int, float]:
     for rank in ranks:
         layer = candidate.layer(
             per_group * candidate.groups, out, (kh, kw), groups=candidate.groups, bias=False,
-            device=candidate.weight.device, dtype=candidate.weight.dtype, rank=rank,
-        )  # fmt: skip
+            device="meta", dtype=candidate.weight.dtype, rank=rank,
+        ).to_empty(device=candidate.weight.device)  # fmt: skip
         error = layer.decompose_(candidate.weight, moments=candidate.moments)
         lost.append(min(max(error**2, NOTHING), *lost[-1:], 1.0))
     found = {}

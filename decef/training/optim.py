@@ -49,7 +49,7 @@ def penalties(model: nn.Module, config: TrainConfig, orthogonality: float = 0.0)
     a dense kernel gets from the same `weight_decay`. With Adam it passes through the moments, like Adam's own weight
     decay. Factors that layers share count once.
     """
-    by_factors = {tuple(map(id, m.factors().values())): m for m in model.modules() if isinstance(m, FactorizedConv2d)}
+    by_factors = {tuple(m.factors().values()): m for m in model.modules() if isinstance(m, FactorizedConv2d)}
     layers = list(by_factors.values())
     terms = []
     if config.decay == "kernel" and config.weight_decay:
