@@ -68,6 +68,8 @@ def convert(
     if not isinstance(how, (Plan, str)):
         raise TypeError(f"how must be a plan or the name of a layer type, not {type(how).__name__}")
     if isinstance(how, str):
+        if "rank" not in arguments:
+            raise TypeError("say rank=: a number, ranks by layer name, or a rule such as decef.ranks.Budget(flops=0.5)")
         how, moments = planned(model, how, data=data, progress=progress, **arguments)
         data = None if data is None else moments  # `data` may last for one pass only
     elif arguments:

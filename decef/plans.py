@@ -222,7 +222,8 @@ class RankChoice:
         _check_options(layer, options)
         self._layer, self._options = layer, options
         self._sites, self._totals = find_sites(model, input_size)
-        changing = _changing(self._sites, layer, include, exclude, min_kernel_size, options)
+        where = _patterns(include), _patterns(exclude) or (), min_kernel_size
+        changing = _changing(self._sites, layer, *where, options)
         self.moments = moments_on(model, [site.name for site in changing], data, progress=progress)
         self._candidates = candidates_of(changing, self.moments)
 
@@ -274,9 +275,8 @@ class TypeChoice:
         self._options, self._progress = options, progress
         found, self._totals = find_sites(model, input_size)
         sites = {name: [replace(site) for site in found] for name in AUTO_TYPES}
-        changing = {
-            name: _changing(own, name, include, exclude, min_kernel_size, options) for name, own in sites.items()
-        }
+        where = _patterns(include), _patterns(exclude) or (), min_kernel_size
+        changing = {name: _changing(own, name, *where, options) for name, own in sites.items()}
         in_any = {site.name for own in changing.values() for site in own}
         self.moments = moments_on(model, [s.name for s in found if s.name in in_any], data, progress=progress)
         self._candidates = [(name, c) for name, own in changing.items() for c in candidates_of(own, self.moments)]
@@ -336,13 +336,13 @@ def _choice(model: nn.Module, layer: str, **where: Any) -> RankChoice | TypeChoi
 def _changing(
     sites: Sequence[Site],
     layer: str,
-    include: str | Iterable[str] | None,
-    exclude: str | Iterable[str] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
     min_kernel_size: int,
     options: Mapping[str, Any],
 ) -> list[Site]:
     """The sites that can become this type, with their units; the others get the reason why not."""
-    note_kept(sites, layer_type(layer), _patterns(include), _patterns(exclude) or (), min_kernel_size)
+    note_kept(sites, layer_type(layer), include, exclude, min_kernel_size)
     changing = [site for site in sites if not site.reason]
     add_units(changing, layer_type(layer), options)
     return changing

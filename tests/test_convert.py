@@ -232,6 +232,10 @@ def test_patterns_may_be_generators():
             model, layer, rank=rank, include=(n for n in ["layer1.*", "layer2.*"]), exclude=(n for n in ["*conv2"])
         )
         assert made.ranks
+        assert (
+            made.to_dict()
+            == plan(model, layer, rank=rank, include=["layer1.*", "layer2.*"], exclude="*conv2").to_dict()
+        )
         assert all(name.startswith(("layer1", "layer2")) and name.endswith("conv1") for name in made.ranks)
         assert {row.reason for row in made.rows if row.name.startswith("layer3") and "conv1" in row.name} == {
             "not included"
@@ -485,6 +489,8 @@ def test_plan_and_convert_at_once():
     at_once = convert(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16))
     planned = convert(model, plan(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16)))
     assert all(torch.equal(v, planned.state_dict()[k]) for k, v in at_once.state_dict().items())
+    with pytest.raises(TypeError, match="say rank=: a number, ranks by layer name, or a rule"):
+        convert(model, "cpac", exclude="conv1")
     with pytest.raises(TypeError, match="a plan already says all that exclude could"):
         convert(model, plan(model, "cpac", rank=2), exclude="conv1")
 
