@@ -170,6 +170,19 @@ def test_implementation_says_what_runs(cls, monkeypatch):
 
 
 @pytest.mark.parametrize("cls", TYPES)
+def test_decomposing_sets_all_that_the_layer_has(cls):
+    """Factors are not drawn first. In this mode, memory that was not written to holds NaN."""
+    conv = nn.Conv2d(4, 8, 3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert nn.Linear(3, 3, device="meta").to_empty(device="cpu").weight.isnan().all()
+        layer = cls.from_conv2d(conv, 1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(value.isfinite().all() for value in layer.state_dict().values())
+
+
+@pytest.mark.parametrize("cls", TYPES)
 def test_padding_and_dilation_may_be_changed_as_those_of_conv2d(cls):
     """Backbones for segmentation do so after they are made."""
     x = torch.randn(2, 4, 9, 9, dtype=F64)

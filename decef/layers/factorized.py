@@ -362,7 +362,7 @@ class FactorizedConv2d(nn.Module):
         return math.sqrt(max(one, 0.0) / other) if other > 0 else 0.0
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
-        """Store what `_factorize` found."""
+        """Store what `_factorize` found, and set all else that the layer has but its bias: it may hold nothing yet."""
         for name, value in factors.items():
             getattr(self, name).copy_(value)
 
