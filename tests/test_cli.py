@@ -36,6 +36,37 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+# Runs a script in which Ctrl-C is pressed after the first epoch.
+INTERRUPTED = """
+import os, runpy, signal, sys
+from decef.training.recorder import Recorder
+signal.signal(signal.SIGINT, signal.default_int_handler)
+epoch = Recorder.epoch
+def pressing(self, metrics):
+    epoch(self, metrics)
+    if metrics["epoch"] == 1:
+        Recorder.epoch = epoch
+        os.kill(os.getpid(), signal.SIGINT)
+Recorder.epoch = pressing
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupted_run_says_so_and_the_same_command_resumes(call, tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command = ["layer=decef", "layer.rank=2", *SMALL]
+    done = call(tmp_path / "interrupted.py", ROOT / "scripts" / "train.py", *command, cwd=tmp_path)
+    assert (done.returncode, "interrupted; the same command resumes" in done.stderr) == (1, True)
+    (summary,) = records(tmp_path / "results").values()
+    assert summary["status"] == "interrupted"
+    again = call("train.py", *command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    (summary,) = records(tmp_path / "results").values()
+    assert summary["status"] == "finished"
+
+
 def test_a_record_is_done_again(call, tmp_path):
     assert call("train.py", "layer=cpac", "threads=1", *SMALL, cwd=tmp_path).returncode == 0
     (name,) = records(tmp_path / "results")

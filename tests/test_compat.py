@@ -288,10 +288,12 @@ def test_export_for_any_batch(implementation):
         assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["auto", "reconstructed"])
 def test_compile(implementation):
     torch.compiler.reset()
     model = network(implementation, padding_mode="zeros").double().requires_grad_()
+    if implementation == "auto":  # by MACs, as it is there, all others run as chains
+        model[2 * FACTORIZED.index("rank1")].implementation = "factorized"
     model.train(implementation != "reconstructed")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for batch in (3, 5) if implementation == "auto" else (3,):  # the second is compiled for any batch
@@ -303,11 +305,6 @@ def test_compile(implementation):
 
 
 # Several devices and processes ------------------------------------------------------------------------------------
-
-
-def test_data_parallel_without_devices():
-    model, x = network("factorized").eval(), images()
-    assert torch.equal(nn.DataParallel(model)(x), model(x))
 
 
 def gradients_of(model, x, y):

@@ -1,5 +1,6 @@
 """From a trained network and a budget to a small network: the steps, the folder, what is refused, the command line."""
 
+import copy
 import json
 import re
 
@@ -33,6 +34,12 @@ def loader(part=0, count=1437, shuffle=True):
 @pytest.fixture(scope="module")
 def options():
     return {"budget": Budget(flops=0.4), "layer": "decef", "exclude": "conv1", "engine": "eager", "images": 200}
+
+
+@pytest.fixture
+def unexported(monkeypatch):
+    """For tests that don't look at the file for other engines, which takes a while."""
+    monkeypatch.setattr("decef.compression.pipeline.export", lambda *_, **__: [])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +110,7 @@ def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
         compress(trained, loader(count=400), test=loader(1, shuffle=False), finetune=2, out=out, **given)
 
 
+@pytest.mark.usefixtures("unexported")
 def test_what_is_only_planned_may_be_planned_anew(trained, options, tmp_path):
     given = {**options, "out": tmp_path, "finetune": 0}
     with pytest.raises(ValueError, match="can't be met"):
@@ -115,6 +123,7 @@ def test_what_is_only_planned_may_be_planned_anew(trained, options, tmp_path):
     assert again.run().plan.ranks == again.plan().ranks
 
 
+@pytest.mark.usefixtures("unexported")
 def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_path, monkeypatch):
     given = {**options, "finetune": 3, "progress": False}
     whole = compress(trained, loader(count=400), out=tmp_path / "whole", **given)
@@ -136,18 +145,16 @@ def test_a_stopped_fine_tuning_goes_on_as_if_nothing_was(trained, options, tmp_p
         assert torch.equal(value, again.network.state_dict()[key]), key
 
 
-def test_without_fine_tuning_or_a_folder(trained, options):
-    done = decef.compress(trained, loader(), finetune=0, test=loader(1, shuffle=False), **options)
-    assert done.folder is None
-    assert list(done.numbers["top1"]) == ["dense", "converted", "recalibrated"]
-    assert done.numbers["top1"]["recalibrated"] > 50
-
-
+@pytest.mark.usefixtures("unexported")
 def test_auto_gives_every_layer_its_type(trained, options):
-    done = compress(trained, loader(count=400), **{**options, "layer": "auto", "finetune": 0, "images": 100})
-    assert {row["layer"] for row in done.numbers["layers"] if row["action"] == "convert"} == {
-        row.layer for row in done.plan.rows if row.action == "convert"
-    }
+    given = {**options, "layer": "auto", "include": "layer1*", "budget": Budget(flops=0.85), "finetune": 0}
+    done = compress(trained, loader(count=400), **{**given, "images": 100})
+    types = {row.name: row.layer for row in done.plan.rows if row.action == "convert"}
+    assert types
+    for name, layer in types.items():
+        assert type(done.network.get_submodule(name)) is decef.LAYERS[layer]
+    assert {row["name"]: row["layer"] for row in done.numbers["layers"] if row["action"] == "convert"} == types
+    assert decef.cost(done.network, SIZE).attrs["macs"] <= 0.85 * decef.cost(trained, SIZE).attrs["macs"] + 1
     assert done.plan.layer == "auto"
 
 
@@ -170,17 +177,19 @@ def test_memory_is_of_what_is_alive_at_once():
     assert activation_bytes(model, (3, 1, 8, 8)) == 4 * 3 * 64 * (4 + 4)
 
 
+@pytest.mark.usefixtures("unexported")
 def test_memory_and_size(trained, options):
     dense = stored_bytes(trained)
     given = {**options, "finetune": 0}
-    small = compress(trained, loader(count=400), **{**given, "budget": Size(dense // 2)})
-    assert stored_bytes(small.network) == pytest.approx(dense // 2, rel=0.05)
+    small = decef.compress(trained, loader(count=400), **{**given, "budget": Size(dense // 2)})
+    assert small.folder is None
+    assert 0.95 * (dense // 2) <= stored_bytes(small.network) <= dense // 2
     assert stored_bytes(small.network) == small.numbers["bytes"]["small"]
     assert set(small.deployed.forms.values()) == {"factorized"}  # the fastest form may be dense
     assert small.deployed.bytes < 0.6 * dense
     small = compress(trained, loader(count=400), **{**given, "budget": Memory(0.6)})
     memory = small.numbers["memory"]
-    assert memory["small"] / memory["dense"] == pytest.approx(0.6, rel=0.06)
+    assert 0.94 * 0.6 <= memory["small"] / memory["dense"] <= 0.6
 
 
 def made_up_times(model):
@@ -269,6 +278,7 @@ def test_the_search_says_what_can_be_reached():
         search(too_small, lambda made: value_of(made, 1.0, 0.0), 0.4)
 
 
+@pytest.mark.usefixtures("unexported")
 def test_no_epoch_is_done_again_with_another_rate_but_a_diverged_one(trained, options, tmp_path):
     given = {**options, "out": tmp_path, "finetune": 1}
     with pytest.raises(FloatingPointError, match=r"not finite .*: try a learning rate \(lr\) below 1e\+08"):
@@ -289,11 +299,13 @@ def test_generators_are_left_as_they_were(trained, options):
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.usefixtures("unexported")
 def test_accuracies_are_of_the_test_images_given(trained, options, tmp_path):
     given = {**options, "out": tmp_path, "finetune": 0}
     Compression(trained, loader(), **given).plan()
     done = compress(trained, loader(), test=loader(1, shuffle=False), **given)  # only planned before: anew
     assert list(done.numbers["top1"]) == ["dense", "converted", "recalibrated"]
+    assert done.numbers["top1"]["recalibrated"] > 50
     Compression(trained, loader(), test=loader(1), **given)  # the same in another order
     with pytest.raises(ValueError, match=r"holds another compression \(test '360 images of classes .*', not '100 im"):
         Compression(trained, loader(), test=loader(1, count=100), **given)
@@ -387,13 +399,13 @@ def test_a_pattern_that_matches_nothing_is_refused_before_accuracy_is_measured(t
         Compression(trained, loader(), **{**options, "exclude": "stem", "test": loader()})
 
 
-def test_layers_that_all_run_dense_are_said_to(trained, options, monkeypatch):
-    done = compress(trained, loader(count=400), **{**options, "finetune": 0})
-    for row in done.numbers["layers"]:
+def test_layers_that_all_run_dense_are_said_to(made):
+    numbers = copy.deepcopy(made[0].numbers)
+    for row in numbers["layers"]:
         row["form"] = "reconstructed" if row["action"] == "convert" else ""
-    assert "is no faster: all of them run as dense convolutions here" in summary(done.numbers)
-    next(row for row in done.numbers["layers"] if row["action"] == "convert")["form"] = "wide"
-    assert "dense convolutions" not in summary(done.numbers)
+    assert "is no faster: all of them run as dense convolutions here" in summary(numbers)
+    next(row for row in numbers["layers"] if row["action"] == "convert")["form"] = "wide"
+    assert "dense convolutions" not in summary(numbers)
 
 
 @pytest.mark.parametrize("limit", [0, -1, True, "x"])
@@ -422,7 +434,7 @@ def test_the_command_line(call, trained, tmp_path):
     assert not (tmp_path / "small" / "checkpoint.pt").exists()
     done = call("compress.py", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"of the FLOPs, and (takes 0\.\d\d of the time|is no faster)", done.stdout)
+    assert re.search(r"of the FLOPs, and (takes \d\.\d\d of the time|is no faster)", done.stdout)
     assert "wrote small/: network.safetensors, network.pt2, plan.yaml, report.md" in done.stdout
     assert decef.load(tmp_path / "small" / "network.safetensors", model=network()).card.dataset == "digits"
     assert "model=YOUR_DENSE_NETWORK" in (tmp_path / "small" / "report.md").read_text()

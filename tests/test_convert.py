@@ -486,13 +486,13 @@ def test_a_network_that_is_one_convolution():
 
 def test_plan_and_convert_at_once():
     model = network()
-    at_once = convert(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16))
-    planned = convert(model, plan(model, "cpac", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16)))
+    at_once = convert(model, "decef", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16))
+    planned = convert(model, plan(model, "decef", rank=Budget(flops=0.6), exclude="conv1", input_size=(3, 16, 16)))
     assert all(torch.equal(v, planned.state_dict()[k]) for k, v in at_once.state_dict().items())
     with pytest.raises(TypeError, match="say rank=: a number, ranks by layer name, or a rule"):
-        convert(model, "cpac", exclude="conv1")
+        convert(model, "decef", exclude="conv1")
     with pytest.raises(TypeError, match="a plan already says all that exclude could"):
-        convert(model, plan(model, "cpac", rank=2), exclude="conv1")
+        convert(model, plan(model, "decef", rank=2), exclude="conv1")
 
 
 def test_hooks_of_a_convolution_go_over_to_its_layer_and_back():

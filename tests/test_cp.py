@@ -59,7 +59,6 @@ def test_a_kernel_of_this_rank_is_found_again(rank):
     kernel = cp_compose(factors)
     found = cp_compose(cp_als(kernel, rank))
     assert relative_error(kernel, found) < 0.05
-    assert relative_error(kernel, found) < 1.02 * tensorly_error(kernel[0], rank, starts=4) + 0.05
 
 
 def test_components_do_not_cancel_each_other(monkeypatch):

@@ -273,6 +273,21 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_images_are_cropped_and_mirrored_by_chance(tmp_path, flip):
+    ramp = np.tile(np.arange(64, dtype=np.uint8) * 3, (64, 1))  # brighter to the right
+    for part, n in (("train", 40), ("val", 1)):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for i in range(n):
+            Image.fromarray(np.stack([ramp] * 3, 2)).save(tmp_path / part / "a" / f"{i}.png")
+    train, _ = loaded("imagefolder", num_classes=1, size=16, flip=flip)
+    images = epoch(train, batch_size=20)[0].float()
+    left, right = images[..., :8].mean((1, 2, 3)), images[..., 8:].mean((1, 2, 3))
+    mirrored = int((left > right).sum())
+    assert 5 < mirrored < 35 if flip else mirrored == 0
+    assert (left + right).std() > 4  # of other places and sizes; the whole image would always be the same
+
+
 def epoch(data, batch_size=6, seed=0):
     batches = list(data.batches(batch_size, torch.Generator().manual_seed(seed)))
     return torch.stack([x for x, _ in batches]), torch.stack([labels for _, labels in batches])

@@ -14,7 +14,7 @@ import decef
 from decef.conversion import convert
 from decef.inference import engines
 from decef.inference.deploy import _fastest
-from decef.inference.engines import ENGINES, Loadable, available, load, to_onnx
+from decef.inference.engines import ENGINES, available, to_onnx
 from decef.inference.export import export as write
 from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
 from decef.layers import LAYERS, DeCEFConv2d, FactorizedConv2d
@@ -114,12 +114,15 @@ def test_plain_is_the_network(layer, form):
     assert kinds.count(nn.BatchNorm2d) == 1  # bn2
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg16_bn", "mobilenetv2", "timm/mobilenetv2_100"])
-def test_networks_people_use_keep_no_batch_norm(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnet20", {}), ("vgg16_bn", {"width": 0.25}), ("mobilenetv2", {"width": 0.25}), ("timm/mobilenetv2_035", {})],
+)
+def test_networks_people_use_keep_no_batch_norm(name, options):
     """In several branches an engine can't fold them by itself. timm's have an activation in them, ReLU6 here."""
     torch.manual_seed(0)
-    model = trained(create_model(name, num_classes=10), torch.float64).eval()
-    small = decef.convert(model, "cpac", rank=1, from_scratch=True).eval()
+    model = trained(create_model(name, num_classes=10, **options), torch.float64).eval()
+    small = decef.convert(model, "cpac", rank=1, from_scratch=True, implementation="factorized").eval()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     network = to_convolutions(small, "branches")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
@@ -234,6 +237,9 @@ def test_every_engine_computes_the_network(layer, engine):
     if layer != "conv2d":
         forms = {"factorized"} | ({"aligned"} if layer == "basisconv2021" else {"branches", "wide"})
         assert {"reconstructed"} <= names <= {"measured", "reconstructed"} | (set() if engine == "compile" else forms)
+    if engine == "onnxruntime":
+        with pytest.raises(ValueError, match=r"deployed for inputs of \(2, 3, 9, 9\), not \(3, 3, 9, 9\)"):
+            deployed(torch.randn(3, 3, 9, 9))
 
 
 def test_deploy_takes_the_fastest(monkeypatch):
@@ -285,6 +291,65 @@ def test_close_ones_are_timed_again_for_longer_beside_dense(monkeypatch):
     assert (best, seconds) == ("b", {"a": 2.0, "b": 1.8, "c": 1.3, "dense": 4.0})
 
 
+def test_what_computes_something_else_is_never_taken(monkeypatch, caplog):
+    wrong = {"wide"}
+
+    def off(model, layers, forms):
+        made = arranged(model, layers, forms)
+        if set(forms.values()) <= wrong:
+            made.head.bias.data += 0.1
+        return made
+
+    def pretend(steps, **how):
+        return {key: 1.0 if "wide" in key else 1.1 for key in steps}
+
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "arranged", off)
+    monkeypatch.setattr(sys.modules["decef.inference.deploy"], "interleaved_times", pretend)
+    x = torch.randn(1, 3, 9, 9)
+    deployed = decef.deploy(small("decef"), x, engines=["eager"])
+    assert "wide" not in {time["arrangement"] for time in deployed.times}
+    assert "engine eager (wide) is left out: the output differs from the original's by" in caplog.text
+    wrong |= set(FORMS)
+    with pytest.raises(ValueError, match="none of eager could run the network and give the same output"):
+        decef.deploy(small("decef"), x, engines=["eager"])
+
+
+def test_a_file_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
+    path = tmp_path / "network.pt2"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("decef.inference.export.to_convolutions", lambda model, form: small("conv2d").eval())
+    with pytest.raises(ValueError, match="the output differs from the original's by"):
+        write(small("decef"), path, (2, 3, 9, 9), form="factorized")
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("network.pt2", b"old")]
+
+
+def test_equal_means_up_to_rounding():
+    expected = torch.tensor([1.0, -50.0])
+    engines.check_equal(expected * (1 + 1e-6), expected)
+    for bad in (expected + 0.1, expected * torch.nan, -expected):
+        with pytest.raises(ValueError, match="the output differs"):
+            engines.check_equal(bad, expected)
+
+
+class Idle(nn.Module):
+    """With a layer that doesn't run, as a head that is for training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_layer_that_does_not_run_is_deployed_as_dense():
+    model, x = decef.convert(Idle(), "decef", rank=2).eval(), torch.randn(1, 3, 9, 9)
+    deployed = decef.deploy(model, x, engines=["eager"])
+    assert set(deployed.forms) == {"used", "unused"}
+    assert deployed.forms["unused"] == "reconstructed"
+    assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_deploy_refuses(monkeypatch):
     model, x = small("decef"), torch.randn(1, 3, 9, 9)
     with pytest.raises(ValueError, match="no engine 'tensorrt'; there are eager, compile, onnxruntime"):
@@ -301,13 +366,6 @@ def test_what_deploy_refuses(monkeypatch):
 class Pair(nn.Module):
     def forward(self, x):
         return x, x
-
-
-def test_an_engine_of_one_shape_says_so():
-    model = small("conv2d").eval()
-    network = load("onnxruntime", Loadable(model, torch.randn(2, 3, 9, 9)))
-    with pytest.raises(ValueError, match=r"deployed for inputs of \(2, 3, 9, 9\), not \(3, 3, 9, 9\)"):
-        network(torch.randn(3, 3, 9, 9))
 
 
 def test_forms_of_a_layer_have_what_they_say():

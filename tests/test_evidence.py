@@ -29,6 +29,7 @@ from decef.training.evidence import (
     is_done,
     list_jobs,
     load_entries,
+    missing,
     run_jobs,
 )
 from decef.training.precision import resolve_precision
@@ -40,6 +41,8 @@ from cli import run_config
 composed = functools.cache(run_config)  # composing takes longer than all else here
 TINY = "dataset=digits model=plain model.width=0.1 train=smoke train.batch_size=64 dataset.train_size=192"
 
+FEWER = "train.epochs=1"
+
 
 def write(path, *entries):
     path.write_text(yaml.safe_dump(list(entries)))
@@ -50,18 +53,28 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
     first = {"name": "first", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1, "release": "tiny"}
     first["sweep"] = {"layer": ["conv2d"], "layer.flops": [0.5, 0.667]}
     second = {**first, "name": "second", "overrides": f"{TINY} train.lr=1e20", "sweep": {"layer": ["conv2d"]}}
-    there = write(tmp_path / "list.yaml", first, second)
-    done = call("evidence.py", "run", *there, "wandb.mode=disabled")
+    dense = {**first, "name": "dense", "overrides": f"{TINY} train.lr=0.05", "sweep": {"layer": ["conv2d"]}}
+    paired = {**dense, "name": "paired", "sweep": {"layer": ["decef"], "layer.rank": [1]}}
+    del dense["release"], paired["release"]
+    there = write(tmp_path / "list.yaml", first, second, dense, paired)
+    jobs, _ = list_jobs(load_entries(tmp_path / "list.yaml"), lambda given: run_config([*given, FEWER]).resolved())
+    ids = {job.entry.name: job.run_id for job in jobs}
+    elsewhere = tmp_path / "results" / "runs" / ids["dense"]
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "summary.json").write_text('{"status": "finished", "precision": "fp16", "wall_seconds": 60}')
+    done = call("evidence.py", "run", *there, "--processes", 1, FEWER, "wandb.mode=disabled")
     assert done.returncode == 1
-    assert done.stdout.count("begins: ") == 2  # the dense network is one run at both budgets
+    assert re.findall(r"begins: (\S+)", done.stdout) == [ids["first"], ids["second"]]  # dense: one at both budgets
+    assert "1 run waits for hardware that trains in fp16" in done.stdout
     assert "the training failed: the loss is not finite any more" in done.stderr
     summaries = [json.loads(p.read_text()) for p in (tmp_path / "results" / "runs").glob("*/summary.json")]
-    assert sorted(s["status"] for s in summaries) == ["failed", "finished"]
+    assert sorted(s["status"] for s in summaries) == ["failed", "finished", "finished"]
     assert [p.stem for p in (tmp_path / "results" / "networks").iterdir()] == ["tiny-conv2d"]
-    status = call("evidence.py", "status", *there).stdout
+    status = call("evidence.py", "status", *there, FEWER).stdout
     assert "| first        | 1/1" in status
     assert "| second       | 0/1" in status
-    again = call("evidence.py", "run", *there, "--only", "first")
+    assert "| first        | 0/1" in call("evidence.py", "status", *there).stdout  # without that it is another run
+    again = call("evidence.py", "run", *there, "--only", "first", FEWER)
     assert (again.returncode, again.stdout) == (0, "")
 
 
@@ -149,32 +162,28 @@ def test_a_finished_run_that_is_to_be_released_or_measured_is_done_only_then(tmp
     assert is_done(tmp_path, job)
 
 
-def test_a_run_begins_only_in_the_precision_of_those_it_is_paired_with(call, tmp_path):
+def test_a_run_begins_only_in_the_precision_of_those_it_is_paired_with(tmp_path):
     """Else it would have no pair, and the one that could have is not run any more."""
     dense = {"name": "dense", "decides": "this", "overrides": f"{TINY} layer=conv2d", "seeds": 2, "minutes": 1}
     decef = {**dense, "name": "decef", "overrides": f"{TINY} layer=decef layer.rank=1"}
-    there = write(tmp_path / "list.yaml", dense, decef)
+    write(tmp_path / "list.yaml", dense, decef)
     jobs, _ = list_jobs(load_entries(tmp_path / "list.yaml"), lambda given: run_config(given).resolved())
     here = resolve_precision(torch.device("cpu"), "auto")
     for job, precision in zip(jobs, ("fp16", here), strict=False):
         folder = tmp_path / "results" / "runs" / job.run_id
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"status": "finished", "precision": precision}))
-    first, second = (job.run_id for job in jobs[2:])
-    assert for_other_hardware(jobs, tmp_path / "results", "cpu") == {first: "fp16"}
-    done = call("evidence.py", "run", *there, "--only", "decef", "wandb.mode=disabled")
-    assert "1 run waits for hardware that trains in fp16" in done.stdout
-    assert (first in done.stdout, f"finished: {second}" in done.stdout, done.stderr) == (False, True, "")
+    assert for_other_hardware(jobs, tmp_path / "results", "cpu") == {jobs[2].run_id: "fp16"}
 
 
-def test_overrides_for_all_runs_count_in_what_is_done(call, tmp_path):
-    entry = {"name": "e", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
-    there = write(tmp_path / "list.yaml", entry)
-    for _ in range(2):
-        done = call("evidence.py", "run", *there, "train.epochs=1", "wandb.mode=disabled")
-        assert done.returncode == 0, done.stderr
-    assert "| e            | 1/1" in call("evidence.py", "status", *there, "train.epochs=1").stdout
-    assert "| e            | 0/1" in call("evidence.py", "status", *there).stdout
+def test_what_is_begun_goes_on_before_what_is_new(tmp_path):
+    one, other = Entry("a", "", "", 3, 1.0), Entry("b", "", "", 1, 1.0)
+    names = ((one, "a0"), (one, "a1"), (one, "a2"), (other, "b0"))
+    jobs = [Job(entry, (), name, config("results")) for entry, name in names]
+    for name, status in (("a0", "finished"), ("a2", "interrupted"), ("b0", "interrupted")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "summary.json").write_text(json.dumps({"status": status}))
+    assert [job.run_id for job in missing(jobs, tmp_path)] == ["a2", "a1", "b0"]
 
 
 def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
@@ -272,3 +281,10 @@ def test_on_a_gpu_the_same_entries_have_its_schedule():
         ("dataset=cifar10", "layer=conv2d"),
     ]
     assert gpu_hours(jobs) == 0  # digits are too few to count
+
+
+def test_hours_on_a_gpu_are_those_of_the_arithmetic():
+    one = config("results", dataset={"name": "cifar10"}, layer={"name": "conv2d"}, train__epochs=10)
+    macs = total_cost(build(one.model, one.layer, one.resolved().dataset.dataset()).model, (3, 32, 32))["macs"]
+    hours = gpu_hours([Job(Entry("e", "", "", 1, 1.0), (), "", one)])
+    assert hours == pytest.approx(3 * 2 * macs * 50_000 * 10 / (989e12 / 50) / 3600)

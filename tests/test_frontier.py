@@ -16,13 +16,13 @@ def test_every_network_in_every_precision(trained, monkeypatch, tmp_path):
     monkeypatch.setattr("decef.results.frontier.need_engines", lambda device, precision: ["eager"])
     images, test = DIGITS
     points = decomposed(
-        trained, ["decef", "auto"], [0.6], exclude="conv1", seen=images.subset(slice(0, 200)), augmented=images
+        trained, ["decef", "basisconv"], [0.6], exclude="conv1", seen=images.subset(slice(0, 200)), augmented=images
     )
     points = [*points, Point("conv2d", "dense", FINETUNED, trained)]
     rows = list(measure(trained, points, test, images, batch=50, precisions=["fp32", "bf16"]))
     assert [(row["layer"], row["stage"], row["precision"]) for row in rows] == [
         (layer, stage, precision)
-        for layer, stage in (("conv2d", ""), ("decef", DECOMPOSED), ("auto", DECOMPOSED), ("conv2d", FINETUNED))
+        for layer, stage in (("conv2d", ""), ("decef", DECOMPOSED), ("basisconv", DECOMPOSED), ("conv2d", FINETUNED))
         for precision in ("fp32", "bf16")
     ]
     _, expected = evaluate(trained, test)

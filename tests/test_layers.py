@@ -202,12 +202,14 @@ def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
     monkeypatch.setattr("decef.layers.choice.MEASURED", remembered)
     layer = make(cls, padding=1, padding_mode="reflect")
     layer.register_forward_hook(lambda *args: calls.append(1))
-    calls, gradients = [], []
+    calls = []
     for shape in ((2, 4, 6, 6), (2, 4, 6, 6), (1, 4, 6, 6)):
         x = torch.randn(shape, dtype=F64, requires_grad=True)
-        assert_close(layer(x), layer.to_conv2d()(x))
+        dense = layer.to_conv2d()
+        (expected,) = torch.autograd.grad(dense(x).sum(), x)
+        assert_close(layer(x), dense(x))
         layer(x).sum().backward()
-        gradients.append(x.grad)
+        assert_close(x.grad, expected)
     assert sum(map(len, remembered.values())) == 2
     assert len(calls) == 6  # measuring runs no hooks
 

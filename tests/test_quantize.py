@@ -14,15 +14,30 @@ from decef.inference.deploy import Deployed, Deployer
 from decef.inference.engines import Loadable, load, to_onnx
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
-from decef.inference.quantize import quantize, quantized_share
+from decef.inference.quantize import calibration_inputs, quantize, quantized_share
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module")
+def shared():
+    """A network, its deployer, what that gave in 8 bits, and all that was exported for that."""
+    counted, export = [], engines._export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "_export", lambda *given: counted.append(given) or export(*given))
+        model = small("decef").eval()
+        deployer = Deployer(model, X)
+        deployer.deploy(["onnxruntime"])
+        eight = deployer.deploy(["onnxruntime"], "int8", [X])
+    return model, deployer, eight, counted
+
+
 @pytest.mark.parametrize("layer", ["conv2d", "decef"])
-def test_eight_bits_are_near_the_network(layer):
-    model = small(layer).eval()
-    deployed = decef.deploy(model, X, engines=["onnxruntime"], precision="int8", calibration=[X])
+def test_eight_bits_are_near_the_network(layer, shared):
+    model, _, deployed, _ = shared
+    if layer == "conv2d":
+        model = small(layer).eval()
+        deployed = decef.deploy(model, X, engines=["onnxruntime"], precision="int8", calibration=[X])
     expected = model(X).detach()
     error = (deployed(X) - expected).norm() / expected.norm()
     assert 1e-4 < error < 0.2
@@ -43,15 +58,15 @@ def test_the_range_is_that_of_the_calibration():
 def test_it_is_calibrated_on_a_tensor_a_list_or_a_loader_alike(caplog):
     model, images = small("conv2d"), torch.cat([X, 3 * X, X[:1]])
     labelled = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.zeros(5)), batch_size=4)
-    outputs = [
-        decef.deploy(model, X, precision="int8", calibration=given)(X)
-        for given in (images, [X, 3 * X], iter([images[:3], images[3:]]), labelled)
-    ]
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[3])
+    for given in (images, [X, 3 * X], labelled):
+        for one, other in zip(calibration_inputs(given, X), [X, 3 * X], strict=True):
+            assert torch.equal(one, other)
+    odd = calibration_inputs(iter([images[:3], images[3:]]), X)  # one of three is left over
+    assert torch.equal(torch.cat(odd), torch.cat([images[:2], images[3:]]))
+    whole = decef.deploy(model, X, precision="int8", calibration=labelled)(X)
     assert "calibrated on the example alone" not in caplog.text
     alone = decef.deploy(model, X, precision="int8")(X)
-    assert not torch.equal(alone, outputs[0])
+    assert not torch.equal(alone, whole)
     assert "calibrated on the example alone" in caplog.text
 
 
@@ -86,14 +101,8 @@ def test_sixteen_bits_in_torch():
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_several_precisions_share_what_is_exported(monkeypatch):
-    counted = []
-    export = engines._export
-    monkeypatch.setattr(engines, "_export", lambda *given: counted.append(given) or export(*given))
-    model = small("decef").eval()
-    deployer = Deployer(model, X)
-    deployer.deploy(["onnxruntime"])
-    eight = deployer.deploy(["onnxruntime"], "int8")
+def test_several_precisions_share_what_is_exported(shared):
+    model, deployer, eight, counted = shared
     assert sum(len(inputs) > 1 for _, inputs, *_ in counted) == 1  # of the layers, side by side
     exported = [tuple(network.state_dict()) for network, *_ in counted]
     assert len(set(exported)) == len(exported)
@@ -107,9 +116,10 @@ def test_several_precisions_share_what_is_exported(monkeypatch):
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("eager", "fp32"), ("onnxruntime", "int8")])
-def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypatch, engine, precision):
-    model = small("decef")
-    deployed = decef.deploy(model, X, engines=[engine], precision=precision)
+def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypatch, engine, precision, shared):
+    model, _, deployed, _ = shared
+    if precision == "fp32":
+        deployed = decef.deploy(model, X, engines=[engine])
     deployed.save(tmp_path / "choice.json")
     monkeypatch.setattr("decef.inference.deploy.interleaved_times", None)
     again_on = {} if precision == "fp32" else {"calibration": [X]}

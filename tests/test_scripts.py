@@ -10,9 +10,14 @@ import pytest
 import torch
 from support import ROOT, config
 
+from decef.compression import Memory, Milliseconds, Size
 from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, Images
+from decef.inference.timing import Roofline
 from decef.layers import LAYERS
 from decef.models import create_model
+from decef.ranks import Budget, Latency
+from decef.results.bench_inference import Case
+from decef.results.bench_layers import Shape
 from decef.training.run import run
 
 
@@ -36,8 +41,40 @@ def main_of(monkeypatch):
         "train",
         "without_finetuning",
         "frontier",
+        "bench",
+        "compress",
     ):  # names that a package of ours has too, or might
         sys.modules.pop(name, None)
+
+
+def test_bench(main_of, tmp_path, monkeypatch):
+    case = Case("plain", 8, 2, ("conv2d", "decef"), ("eager",), ("fp32",))
+    monkeypatch.setattr(Roofline, "measure", lambda *_: Roofline(1e9, 1e9))
+    monkeypatch.setattr("decef.results.bench_layers.SHAPES", (Shape("test", 8, 16, 3, 2, 8),))
+    monkeypatch.setattr("decef.results.bench_inference.INFERENCE", (case,))
+    monkeypatch.setattr("decef.results.bench_inference.NETWORK_ROUNDS", 1)
+    monkeypatch.setattr("decef.results.bench_training.TRAINING", (case,))
+    loops = {"usual": 1.0, "decef": 2.0, "0.75": 3.0, "0.5": 4.0}
+    monkeypatch.setattr("decef.results.bench_training.bench_loops", lambda device: loops)
+    main_of("bench", "layers", "networks", "training", "--out", tmp_path, LAYERS=("decef",))
+    assert {path.stem for path in tmp_path.glob("*.md")} == {"layers-cpu", "networks-cpu", "training-cpu"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "budget"),
+    [
+        ("latency", 0.6, Latency(0.6)),
+        ("milliseconds", 6.0, Milliseconds(6.0)),
+        ("params", 0.5, Budget(params=0.5)),
+        ("memory", 0.5, Memory(0.5)),
+        ("bytes", 1000, Size(1000)),
+    ],
+)
+def test_budgets_of_the_command_line(monkeypatch, key, value, budget):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    compress = importlib.import_module("compress")
+    monkeypatch.delitem(sys.modules, "compress")
+    assert compress._budget({"flops": None, key: value}) == budget
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 
@@ -14,6 +13,8 @@ from support import ROOT, TRAIN, train
 from decef.models import PlainNet
 from decef.training.distributed import Processes
 from decef.training.loop import Training, check_possible, seed_epoch
+from decef.training.precision import resolve_precision
+from decef.training.record import read_metrics, read_summary
 
 
 def plain(seed=0):
@@ -24,6 +25,13 @@ def plain(seed=0):
 def test_fp16_is_refused_without_a_gpu():
     with pytest.raises(ValueError, match=r"train\.precision=fp16 needs a GPU"):
         train(plain(), dataclasses.replace(TRAIN, precision="fp16"))
+
+
+@pytest.mark.parametrize(("flag", "found"), [("amx_bf16", "bf16"), ("avx512_bf16", "bf16"), ("avx2", "fp32")])
+def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, flag, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True}, raising=False)
+    assert resolve_precision(torch.device("cpu"), "auto") == found
+    assert resolve_precision(torch.device("cpu"), "fp32") == "fp32"
 
 
 def test_fewer_images_than_a_batch():
@@ -48,7 +56,12 @@ def test_every_process_drops_other_units_and_all_draw_the_same_images():
 
 def test_training_diverged_when_the_first_process_did(monkeypatch):
     """Of three, of which the others diverged in steps 5 and 7."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value, op: value.clamp_(max=min(5, 7)))
+
+    def all_reduce(value, op):
+        assert op == torch.distributed.ReduceOp.MIN
+        value.clamp_(max=5)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     training = Training(plain(), TRAIN, torch.device("cpu"))
     training.processes = Processes(0, 3)
     training.start_epoch()
@@ -61,18 +74,56 @@ SMALL += ["train=smoke", "train.batch_size=64", "train.precision=fp32", "device=
 SMALL += ["wandb.mode=disabled", "progress=false"]
 
 
+# Two processes as torchrun starts them, but forked off where all is imported; with "stop" both die in the second epoch.
+TWO = f"""
+import os, runpy, socket, sys
+import decef.training.loop as loop
+scripts = {str(ROOT / "scripts")!r}
+sys.path.insert(0, scripts)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
+if sys.argv[1] == "stop":
+    del sys.argv[1]
+    whole = loop.train_one_epoch
+    loop.train_one_epoch = lambda *args, **named: os._exit(9) if args[2] else whole(*args, **named)
+other = os.fork()
+os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), "0" if other else "1")
+status = 0
+try:
+    runpy.run_path(f"{{scripts}}/train.py", run_name="__main__")
+except SystemExit as end:
+    status = (print(end.code, file=sys.stderr) or 1) if isinstance(end.code, str) else end.code or 0
+if other:
+    status = status or os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+sys.exit(status)
+"""
+
+
 def read(results):
     (run,) = (results / "runs").iterdir()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return rows, json.loads((run / "summary.json").read_text())
+    return read_metrics(run), read_summary(run)
 
 
-def test_two_processes_do_what_one_does(call, tmp_path):
+def torchrun(*arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start = [*launcher, str(ROOT / "scripts" / "train.py"), *arguments]
+    return subprocess.run(start, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.grid)])
+def test_two_processes_do_what_one_does(call, tmp_path, launcher):
     done = call("train.py", *SMALL, f"results={tmp_path / 'one'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    start = [*launcher, str(ROOT / "scripts" / "train.py"), *SMALL, f"results={tmp_path / 'two'}"]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
+    arguments = [*SMALL, f"results={tmp_path / 'two'}"]
+    if launcher == "torchrun":
+        done = torchrun(*arguments)
+    else:
+        (tmp_path / "two.py").write_text(TWO)
+        assert call(tmp_path / "two.py", "stop", *arguments).returncode == 9
+        done = call(tmp_path / "two.py", *arguments)
+        assert "goes on after epoch 1" in done.stdout
     assert done.returncode == 0, done.stdout + done.stderr
     one, _ = read(tmp_path / "one")
     two, summary = read(tmp_path / "two")

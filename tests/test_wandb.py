@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -153,16 +154,29 @@ def test_a_mirror_that_a_session_online_has_overtaken_is_not_uploaded(tmp_path, 
     assert len(offline_runs(tmp_path)) == left
 
 
+# Runs a script that is killed after the second epoch.
+KILLED = """
+import os, runpy, signal, sys
+from decef.training.recorder import Recorder
+epoch = Recorder.epoch
+def dying(self, metrics):
+    epoch(self, metrics)
+    if metrics["epoch"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+Recorder.epoch = dying
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_offline_run_that_was_stopped_and_resumed_is_uploaded_whole_and_once(call, tmp_path):
     server = WandbServer()
     env = environment(tmp_path, server.url)
     arguments = ["train.epochs=4", *TINY, "wandb.mode=offline"]
-    start = [sys.executable, str(ROOT / "scripts" / "train.py"), *arguments]
-    with subprocess.Popen(start, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
-        for line in run.stdout:
-            if line.startswith(b"epoch 2/4"):
-                run.kill()
-                break
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = call(tmp_path / "killed.py", ROOT / "scripts" / "train.py", *arguments, cwd=tmp_path, env=env)
+    assert killed.returncode == -signal.SIGKILL
     assert not offline_runs(tmp_path / "results")  # its log isn't whole
     done = call("train.py", *arguments, cwd=env["HOME"], env=env)
     assert "goes on after epoch" in done.stdout
