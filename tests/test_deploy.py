@@ -63,6 +63,19 @@ def test_arguments_that_nobody_gives_are_as_by_default():
     ]  # fmt: skip
 
 
+class Asks(Small):
+    """Asks a convolution where its weight is, as timm's EdgeNeXt does."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.conv2.weight.device, self.conv2.weight.dtype))
+
+
+@pytest.mark.parametrize("form", ["factorized", "branches", "wide"])
+def test_a_network_may_ask_for_the_device_of_a_weight(form):
+    model, x = decef.convert(trained(Asks()), "decef", rank=2).eval(), torch.randn(2, 3, 8, 8)
+    assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 class Video(nn.Module):
     """A convolution over three dimensions, then over two."""
 

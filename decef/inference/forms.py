@@ -51,11 +51,22 @@ def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
     if len(chains) > 1:
         return _Sum(chains)
     (chain,) = chains
-    return (chain[0] if len(chain) == 1 else chain).eval().requires_grad_(False)
+    return (chain[0] if len(chain) == 1 else _Chain(*chain)).eval().requires_grad_(False)
+
+
+class _Chain(nn.Sequential):
+    """Convolutions one after the other."""
+
+    @property
+    def weight(self) -> Tensor:
+        """For networks that ask a convolution on which device its weight is, and in what precision."""
+        return next(self.parameters())
 
 
 class _Sum(nn.Module):
     """The sum of several chains of convolutions, in evaluation mode."""
+
+    weight = _Chain.weight
 
     def __init__(self, chains: Sequence[nn.Sequential]) -> None:
         super().__init__()
