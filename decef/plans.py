@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -182,7 +182,15 @@ def plan(
 def planned(
     model: nn.Module, layer: str, *, rank: int | Mapping[str, int] | Rule, progress: bool = False, **where: Any
 ) -> tuple[Plan, Mapping[str, Tensor]]:
-    """What `plan` returns, and the moments of the layers that may change, which `data` give; `convert` needs both."""
+    """What `plan` returns, and what `convert` needs beside: the moments, from `data`, of the layers that may change.
+
+    Args:
+        model, layer, rank, **where: see `plan`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError, TypeError: see `plan`.
+    """
     if layer == AUTO:
         _weighing(rank)
     else:
@@ -206,26 +214,10 @@ class RankChoice:
         ValueError, TypeError: see `plan`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        *,
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
-        min_kernel_size: int = 1,
-        input_size: Sequence[int] | None = None,
-        data: Iterable[object] | Mapping[str, Tensor] | None = None,
-        progress: bool = False,
-        **options: Any,
-    ) -> None:
-        _check_options(layer, options)
-        self._layer, self._options = layer, options
-        self._sites, self._totals = find_sites(model, input_size)
-        where = _patterns(include), _patterns(exclude) or (), min_kernel_size
-        changing = _changing(self._sites, layer, *where, options)
-        self.moments = moments_on(model, [site.name for site in changing], data, progress=progress)
-        self._candidates = candidates_of(changing, self.moments)
+    def __init__(self, model: nn.Module, layer: str, **where: Any) -> None:
+        seen = _survey(model, [layer], **where)
+        self.moments, self._layer, self._options, self._totals = seen.moments, layer, seen.options, seen.totals
+        self._sites, self._candidates = seen.sites[layer], [candidate for _, candidate in seen.candidates]
 
     def plan(self, rank: int | Mapping[str, int] | Rule) -> Plan:
         """The plan by a rule, or with given ranks.
@@ -258,29 +250,11 @@ class TypeChoice:
         ValueError, TypeError: see `plan`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        include: str | Iterable[str] | None = None,
-        exclude: str | Iterable[str] | None = None,
-        min_kernel_size: int = 1,
-        input_size: Sequence[int] | None = None,
-        data: Iterable[object] | Mapping[str, Tensor] | None = None,
-        progress: bool = False,
-        **options: Any,
-    ) -> None:
-        for name in AUTO_TYPES:
-            _check_options(name, options)
-        self._options, self._progress = options, progress
-        found, self._totals = find_sites(model, input_size)
-        sites = {name: [replace(site) for site in found] for name in AUTO_TYPES}
-        where = _patterns(include), _patterns(exclude) or (), min_kernel_size
-        changing = {name: _changing(own, name, *where, options) for name, own in sites.items()}
-        in_any = {site.name for own in changing.values() for site in own}
-        self.moments = moments_on(model, [s.name for s in found if s.name in in_any], data, progress=progress)
-        self._candidates = [(name, c) for name, own in changing.items() for c in candidates_of(own, self.moments)]
-        self._sites = {name: {site.name: site for site in own} for name, own in sites.items()}
+    def __init__(self, model: nn.Module, *, progress: bool = False, **where: Any) -> None:
+        seen = _survey(model, AUTO_TYPES, progress=progress, **where)
+        self.moments, self._options, self._totals, self._progress = seen.moments, seen.options, seen.totals, progress
+        self._sites = {layer: {site.name: site for site in own} for layer, own in seen.sites.items()}
+        self._candidates = seen.candidates
         self._energies: dict[tuple[str, str, int], dict[int, float]] = {}
 
     def plan(self, rule: object) -> Plan:
@@ -333,19 +307,43 @@ def _choice(model: nn.Module, layer: str, **where: Any) -> RankChoice | TypeChoi
     return TypeChoice(model, **where) if layer == AUTO else RankChoice(model, layer, **where)
 
 
-def _changing(
-    sites: Sequence[Site],
-    layer: str,
-    include: Sequence[str] | None,
-    exclude: Sequence[str],
-    min_kernel_size: int,
-    options: Mapping[str, Any],
-) -> list[Site]:
-    """The sites that can become this type, with their units; the others get the reason why not."""
-    note_kept(sites, layer_type(layer), include, exclude, min_kernel_size)
-    changing = [site for site in sites if not site.reason]
-    add_units(changing, layer_type(layer), options)
-    return changing
+class _Survey(NamedTuple):
+    """A network's convolutions, and what they may become, by layer type."""
+
+    sites: dict[str, list[Site]]
+    candidates: list[tuple[str, Candidate]]
+    moments: Mapping[str, Tensor]
+    totals: Totals
+    options: dict[str, Any]
+
+
+def _survey(
+    model: nn.Module,
+    layers: Sequence[str],
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    min_kernel_size: int = 1,
+    input_size: Sequence[int] | None = None,
+    data: Iterable[object] | Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> _Survey:
+    """Look at all convolutions once, and through `data` once, for all of these layer types."""
+    for layer in layers:
+        _check_options(layer, options)
+    found, totals = find_sites(model, input_size)
+    included, excluded = _patterns(include), _patterns(exclude) or ()
+    sites = {layer: [replace(site) for site in found] for layer in layers}
+    changing: dict[str, list[Site]] = {}
+    for layer, own in sites.items():
+        note_kept(own, layer_type(layer), included, excluded, min_kernel_size)
+        changing[layer] = [site for site in own if not site.reason]
+        add_units(changing[layer], layer_type(layer), options)
+    in_any = {site.name for own in changing.values() for site in own}
+    moments = moments_on(model, [site.name for site in found if site.name in in_any], data, progress=progress)
+    candidates = [(layer, one) for layer, own in changing.items() for one in candidates_of(own, moments)]
+    return _Survey(sites, candidates, moments, totals, options)
 
 
 def _is_blind(rule: Rule) -> bool:

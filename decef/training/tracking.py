@@ -215,7 +215,7 @@ def offline_runs(results: Path) -> list[Path]:
         last = max(run.glob("wandb/*run-*"), key=_begun, default=None)
         if last is None or not last.name.startswith(OFFLINE) or _is_uploaded(last):
             continue
-        if read_summary(run).get("status") != "running":
+        if read_summary(run).get("status", "running") != "running":
             folders.append(last)
     return folders
 
