@@ -23,9 +23,10 @@ def pytest_collection_finish():
 
 
 # Every command line is a process of its own, with its own environment and folder, forked off where all that is slow to
-# import is there. It ends without taking that apart again, which would cost more than most command lines do.
+# import is there. It ends without taking that apart again, which would cost more than most command lines do. One that
+# hangs says where after five minutes, and ends.
 DRIVER = r"""
-import atexit, gc, json, os, runpy, sys, threading, traceback
+import atexit, faulthandler, gc, json, os, runpy, sys, threading, traceback
 import hydra, pandas, sklearn.datasets, torch, wandb
 import decef.inference.export, decef.results.dashboard, decef.results.figures, decef.results.tables, decef.training.run
 torch.relu(torch.empty(1, device="meta"))  # imports torch._dynamo
@@ -41,6 +42,7 @@ for line in sys.stdin:
         os.chdir(folder)
         for descriptor, path in enumerate((os.devnull, f"{out}/stdout", f"{out}/stderr")):
             os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
+        faulthandler.dump_traceback_later(300, exit=True)
         sys.argv = command
         sys.path.insert(0, os.path.dirname(command[0]))
         status = 0

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,15 +314,16 @@ def gradients_of(model, x, y):
     return {k: p.grad for k, p in module.named_parameters() if p.grad is not None}
 
 
-def work(rank, folder, state, x, y):
+def work(rank, state, x, y):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # After "file://" comes the name of a host: "file://./store" is /store, and what another run left there.
+    dist.init_process_group("gloo", init_method=Path("store").resolve().as_uri(), rank=rank, world_size=2)
     torch.manual_seed(rank)  # each draws other factors; DDP broadcasts those of the first
     model = network().double().eval()  # batch norm would see half the batch
     if rank == 0:
         model.load_state_dict(state)
     gradients = gradients_of(nn.parallel.DistributedDataParallel(model), x[rank::2], y[rank::2])
-    torch.save(gradients, f"{folder}/{rank}.pt")
+    torch.save(gradients, f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -332,7 +334,7 @@ import torch
 import torch.multiprocessing as mp
 from test_compat import work
 given = torch.load("given.pt", weights_only=True)
-mp.start_processes(work, (".", *given), nprocs=2, start_method="fork")
+mp.start_processes(work, tuple(given), nprocs=2, start_method="fork")
 """
 
 
