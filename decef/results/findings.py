@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from decef.ranks import DEFINITIONS
 from decef.results.comparisons import experiments, precision_words
 from decef.results.published import Published, load_known_weights
-from decef.results.selectors import chosen, selector_words, selects, twin_key, twins
+from decef.results.selectors import selector_words, selects, with_controls
 from decef.results.statistics import PERCENT, differences, estimate, rank_correlation
 from decef.training.record import Record, short_hash
 
@@ -115,24 +115,29 @@ def _non_inferior(
 
     Args:
         runs, control: which runs, as config values by dotted key, see `selects`. The control is Conv2d by default. A
-            run is paired with the control's run of the same seed, precision, data, network and training. They may
-            differ in the layer (in one type's options only where `control` names them), in training options that Conv2d
-            lacks, and in what else `control` names.
+            run is paired with the control's run of the same seed, data, network and training, and of the same precision
+            unless `control` names `train.precision`. They may differ in the layer (in one type's options only where
+            `control` names them), in training options that Conv2d lacks, and in what else `control` names.
         margin: in percentage points of top-1.
         shares: limits [from, to] on `params`, `trainable_params` or `flops` of the runs, as shares of the dense
             network's.
     """
     control = control or {"layer.name": "conv2d"}
-    controls = twins(records, runs, control)
-    for group in experiments(chosen(records, runs, control, shares)):
-        against = {record.pair: record for record in controls.get(twin_key(group[0], runs, control), [])}
-        found = differences(((r.pair, r.top1) for r in group), {pair: other.top1 for pair, other in against.items()})
-        result = f"{_percent(_top1s(group))}, {_costs(group[0])}{_other_precision(group, against, control)}"
+    by_seed_alone = "train.precision" in control
+
+    def pair(record: Record) -> tuple[int, str | None]:
+        return (record.config.seed, None) if by_seed_alone else record.pair
+
+    for group, others in with_controls(records, runs, control, shares):
+        against = {pair(record): record for record in others}
+        found = differences(((pair(r), r.top1) for r in group), {key: other.top1 for key, other in against.items()})
+        result = f"{_percent(_top1s(group))}, {_costs(group[0])}"
+        result += "" if by_seed_alone else _other_precision(group, against, control)
         if not found:
             yield _finding(group, f"{result}; no run of {selector_words(control)} to compare with")
             continue
         difference = estimate(found)
-        pairs = [against[r.pair] for r in group if r.pair in against]
+        pairs = [against[pair(r)] for r in group if pair(r) in against]
         words = f"{difference.words('+.2f')} against {_percent(_top1s(pairs))} of {selector_words(control)}"
         words += f", over {difference.n} of the seeds" if difference.n < len(group) else ""
         comparison = Comparison(words, tuple(found), -margin, _ids(group, pairs))
@@ -155,13 +160,11 @@ def _trains(
     With a control these are two comparisons: the claim holds if both do, and fails if the control trains too. For the
     other arguments see `_non_inferior`.
     """
-    controls = twins(records, runs, control) if control else {}
-    for group in experiments(chosen(records, runs, control, shares)):
+    for group, others in with_controls(records, runs, control, shares):
         ours = Comparison(_percent(_top1s(group)), _top1s(group), at_least, _ids(group))
         if control is None:
             yield _finding(group, "", ours)
             continue
-        others = controls.get(twin_key(group[0], runs, control), [])
         if not others:
             yield _finding(group, f"{ours.words}; no run of {selector_words(control)} to compare with")
             continue

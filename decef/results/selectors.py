@@ -9,6 +9,8 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+import yaml
+
 from decef.layers import LAYERS
 from decef.models import MODELS
 from decef.results.comparisons import experiments
@@ -22,6 +24,37 @@ def selects(selector: Mapping[str, Any], record: Record) -> bool:
         any(_fits(_get(record.settings, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in selector.items()
     )
+
+
+def read_selector(words: Iterable[str]) -> dict[str, Any]:
+    """A selector from overrides: `layer=decef,cpac train=quick` selects by `layer.name` and `train.name`.
+
+    Raises:
+        ValueError: a word is no `key=value`, or its key is no setting of runs.
+    """
+    selector: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = f"{key}.name" if key in GROUPS else key
+        if not equals or not is_setting(key):
+            raise ValueError(f"{word} selects no runs: write settings of theirs, such as layer=decef or train=standard")
+        try:
+            values = [yaml.safe_load(value) for value in text.split(",")]
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word} cannot be read: write single values with commas between them") from error
+        selector[key] = values if len(values) > 1 else values[0]
+    return selector
+
+
+def control_of(runs: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """The selector of the runs that differ in some settings from those of `runs`.
+
+    What is not named is the same in a run and its control anyway, see `twin_key`, but for the settings of another layer
+    type: it gets those that `runs` names, such as a budget.
+    """
+    if changed.get("layer.name", "conv2d") == "conv2d":
+        return dict(changed)
+    return {**{key: value for key, value in runs.items() if key.startswith("layer.")}, **changed}
 
 
 def is_setting(key: str) -> bool:
@@ -67,7 +100,8 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
         group: {key: value for key, value in values.items() if f"{group}.{key}" not in free}
         for group, values in record.experiment.items()
     }
-    if control.get("layer.name") != runs.get("layer.name"):  # options of one layer type say nothing of another's
+    type_of_runs = runs.get("layer.name")
+    if control.get("layer.name", type_of_runs) != type_of_runs:  # options of one layer type say nothing of another's
         del kept["layer"]
     if control.get("layer.name") == "conv2d":  # Conv2d replaces no layer
         without = (*REPLACEMENT_OPTIONS, "decompose_on")
@@ -75,20 +109,30 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
     return json.dumps(kept, sort_keys=True)
 
 
-def twins(records: Iterable[Record], runs: Mapping[str, Any], control: Mapping[str, Any]) -> dict[str, list[Record]]:
-    """The control's experiments by `twin_key`; with the default weight decay, unless the control names another.
+def with_controls(
+    records: Sequence[Record],
+    runs: Mapping[str, Any],
+    control: Mapping[str, Any] | None,
+    shares: Mapping[str, Sequence[float]],
+) -> Iterator[tuple[list[Record], list[Record]]]:
+    """The experiments that `chosen` finds, each with its control's runs: none if there is no control.
+
+    The control has the default weight decay, unless it names another.
 
     Raises:
-        ValueError: two experiments have the same key.
+        ValueError: an experiment has several as its control.
     """
-    found: dict[str, list[Record]] = {}
-    usual = {} if "train.decay" in control else {"train.decay": [None, DEFAULT_DECAY]}
-    for group in experiments(r for r in records if selects({**control, **usual}, r)):
-        other = found.setdefault(twin_key(group[0], runs, control), group)
-        if other is not group:
-            both = f"{other[0].id} and {group[0].id}"
+    controls: dict[str, list[list[Record]]] = {}
+    if control:
+        usual = {} if "train.decay" in control else {"train.decay": [None, DEFAULT_DECAY]}
+        for group in experiments(r for r in records if selects({**control, **usual}, r)):
+            controls.setdefault(twin_key(group[0], runs, control), []).append(group)
+    for group in experiments(chosen(records, runs, control, shares)):
+        found = controls.get(twin_key(group[0], runs, control), []) if control else []
+        if control and len(found) > 1:
+            both = f"{found[0][0].id} and {found[1][0].id}"
             raise ValueError(f"both {both} are the control {selector_words(control)}: narrow it")
-    return found
+        yield group, found[0] if found else []
 
 
 def selector_words(selector: Mapping[str, Any]) -> str:

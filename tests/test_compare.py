@@ -1,0 +1,140 @@
+"""Comparing runs by seed, and that the intervals that our pages quote come from the records."""
+
+import re
+import runpy
+import shlex
+from dataclasses import replace
+from functools import cache
+
+import pandas as pd
+import pytest
+from support import ROOT
+from test_claims import record, runs
+
+from decef.results.findings import KINDS, Measurements
+from decef.results.selectors import control_of, read_selector
+
+DENSE = runs("conv2d", 90.0, 91.0, 92.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "selector"),
+    [
+        (["layer=decef", "train=standard", "seed=0"], {"layer.name": "decef", "train.name": "standard", "seed": 0}),
+        (["layer=decef,cpac", "layer.flops=0.667"], {"layer.name": ["decef", "cpac"], "layer.flops": 0.667}),
+        (["train.atcd=null,1", "model.width=0.25"], {"train.atcd": [None, 1], "model.width": 0.25}),
+    ],
+)
+def test_selectors_are_written_as_overrides(words, selector):
+    assert read_selector(words) == selector
+
+
+@pytest.mark.parametrize("word", ["decef", "laye=decef", "layer.flop=0.5", "train.scales=[[0.5"])
+def test_what_selects_nothing_is_refused(word):
+    with pytest.raises(ValueError, match=re.escape(word)):
+        read_selector(["layer=decef", word])
+
+
+def compared(records, settings, to):
+    """What is found of the runs with `settings`, and the differences by seed."""
+    selector = read_selector(settings.split())
+    control = control_of(selector, read_selector(to.split()))
+    found = KINDS["non_inferior"]((), records, Measurements(), runs=selector, control=control, margin=0)
+    return {f.what.partition(", ")[2]: [round(v, 9) for c in f.comparisons for v in c.values] for f in found}
+
+
+def test_the_others_differ_only_in_what_is_named():
+    cpac = [*runs("cpac", 80.0, 81.0, 82.0), *runs("cpac", 10.0, 11.0, 12.0, train="quick")]
+    other = runs("cpac", 70.0, 71.0, 72.0, energy=0.63)
+    decef = runs("decef", 88.0, 89.5, 90.0)
+    everything = [*DENSE, *cpac, *other, *decef]
+    label = "decef 0.667 of FLOPs, schedule standard, 9 epochs"
+    assert compared(everything, "layer=decef", "layer=conv2d") == {label: [-2.0, -1.5, -2.0]}
+    assert compared(everything, "layer=decef layer.flops=0.667", "layer=cpac") == {label: [8.0, 8.5, 8.0]}
+    assert compared(everything, "layer=decef", "layer=cpac layer.flops=0.667") == {label: [8.0, 8.5, 8.0]}
+    assert compared(everything, "layer=decef layer.flops=0.667", "layer=rank1") == {label: []}
+
+
+def test_without_a_layer_the_others_have_the_same_and_one_type_says_nothing_of_another():
+    usual = [*runs("decef", 88.0, 89.0), *runs("cpac", 80.0, 81.0)]
+    kernel = [*runs("decef", 88.5, 89.0, decay="kernel"), *runs("cpac", 82.0, 81.0, decay="kernel")]
+    doubtful = [record("rank1", 0, 50.0, rank=1, atcd=1), record("rank1", 0, 60.0, rank=1, atcd="epoch")]
+    found = compared([*DENSE, *usual, *kernel, *doubtful], "layer=decef,cpac train.decay=kernel", "train.decay=factors")
+    assert sorted(found.values()) == [[0.5, 0.0], [2.0, 0.0]]
+
+
+def test_runs_of_another_precision_are_compared_only_if_it_is_named():
+    usual, exact = runs("decef", 84.0, 84.0, precision="bf16"), runs("decef", 85.0, 86.0, precision="fp32")
+    exact = [replace(r, config=replace(r.config, train=replace(r.config.train, precision="fp32"))) for r in exact]
+    (values,) = compared([*exact, *usual], "layer=decef train.precision=fp32", "train.precision=auto").values()
+    assert values == [1.0, 2.0]
+    (values,) = compared([*usual, *runs("cpac", 80.0, 81.0, precision="fp32")], "layer=decef", "layer=cpac").values()
+    assert values == []
+
+
+def compare(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
+    runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["layer=decef", "model=resnet20", "train=nightly"],
+            "no finished run of layer=decef model=resnet20 train=nigh",
+        ),
+        (["layer=decef", "--to", "layr=cpac"], "layr=cpac selects no runs"),
+    ],
+)
+def test_bad_input_gets_one_sentence(monkeypatch, capsys, arguments, message):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        compare(monkeypatch, capsys, *arguments)
+    assert message in capsys.readouterr().err
+
+
+# The intervals in our pages -----------------------------------------------------------------------------------------
+
+NUMBER = r"[-+]?\d+\.\d+"
+INTERVAL = re.compile(rf"({NUMBER})(?: %)? \[({NUMBER}), ({NUMBER})\]")
+
+
+def intervals(text):
+    """Every "mean [low, high]" of a text, whichever way the difference was taken, and with how many decimals."""
+    for words in INTERVAL.findall(" ".join(text.split())):
+        mean, low, high = map(float, words)
+        flip = -1 if mean < 0 else 1
+        yield (abs(mean), *sorted((flip * low, flip * high))), len(words[0].partition(".")[2])
+
+
+@cache
+def known():
+    """The intervals that the tables and claims hold."""
+    found = [one for page in (ROOT / "results").glob("*.md") for one, _ in intervals(page.read_text())]
+    for path in (ROOT / "results" / "tables").glob("*.csv"):
+        table = pd.read_csv(path)
+        for columns in (["top1", "top1_low", "top1_high"], ["top1_minus_conv2d", "difference_low", "difference_high"]):
+            for mean, low, high in table[columns].dropna().itertuples(index=False):
+                flip = -1 if mean < 0 else 1
+                found.append((abs(mean), *sorted((flip * low, flip * high))))
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_interval_that_a_page_quotes_comes_from_the_records(monkeypatch, capsys, page):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text()
+    said = [
+        compare(monkeypatch, capsys, *shlex.split(command, comments=True))
+        for command in re.findall(r"^python scripts/compare\.py (.*)$", text, re.MULTILINE)
+    ]
+    assert said or page != "docs/results.md"
+    there = [*known(), *(one for out in said for one, _ in intervals(out))]
+    for quoted, decimals in intervals(text):
+        # What is rounded twice may be half a last digit off twice.
+        slack = 0.5 * 10**-decimals + 0.005 * (decimals < 2) + 1e-6
+        assert any(all(abs(a - b) <= slack for a, b in zip(quoted, one, strict=True)) for one in there), quoted
