@@ -33,7 +33,8 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     if not found:
-        fail(f"{arguments.results} has no finished run of {' '.join(arguments.settings)}")
+        of, to = " ".join(arguments.settings), " ".join(arguments.to)
+        fail(f"{arguments.results} has no finished run of {of} that isn't one of {to} too")
     for finding in found:
         print(f"{finding.what}: {finding.result}")
         for comparison in finding.comparisons:

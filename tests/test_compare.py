@@ -85,6 +85,7 @@ def compare(monkeypatch, capsys, *arguments):
             ["layer=decef", "model=resnet20", "train=nightly"],
             "no finished run of layer=decef model=resnet20 train=nigh",
         ),
+        (["layer=conv2d"], "of layer=conv2d that isn't one of layer=conv2d too"),
         (["layer=decef", "--to", "layr=cpac"], "layr=cpac selects no runs"),
     ],
 )
