@@ -21,15 +21,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")
     arguments = parser.parse_args()
 
-    from decef.results.findings import KINDS, Measurements
+    from decef.results.findings import differences_in_top1
     from decef.results.selectors import control_of, read_selector
     from decef.training.record import load_records
 
     try:
-        runs, changed = read_selector(arguments.settings), read_selector(arguments.to)
-        control = control_of(runs, changed)
-        records = load_records(arguments.results)
-        found = list(KINDS["non_inferior"]((), records, Measurements(), runs=runs, control=control, margin=0))
+        runs = read_selector(arguments.settings)
+        control = control_of(runs, read_selector(arguments.to))
+        found = differences_in_top1(load_records(arguments.results), runs, control)
     except ValueError as error:
         fail(str(error))
     if not found:

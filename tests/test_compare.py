@@ -11,7 +11,7 @@ import pytest
 from support import ROOT
 from test_claims import record, runs
 
-from decef.results.findings import KINDS, Measurements
+from decef.results.findings import differences_in_top1
 from decef.results.selectors import control_of, read_selector
 
 DENSE = runs("conv2d", 90.0, 91.0, 92.0)
@@ -39,7 +39,7 @@ def compared(records, settings, to):
     """What is found of the runs with `settings`, and the differences by seed."""
     selector = read_selector(settings.split())
     control = control_of(selector, read_selector(to.split()))
-    found = KINDS["non_inferior"]((), records, Measurements(), runs=selector, control=control, margin=0)
+    found = differences_in_top1(records, selector, control)
     return {f.what.partition(", ")[2]: [round(v, 9) for c in f.comparisons for v in c.values] for f in found}
 
 
@@ -103,12 +103,16 @@ NUMBER = r"[-+]?\d+\.\d+"
 INTERVAL = re.compile(rf"({NUMBER})(?: %)? \[({NUMBER}), ({NUMBER})\]")
 
 
+def upright(mean, low, high):
+    """The same, whichever way a difference was taken."""
+    return (mean, low, high) if mean >= 0 else (-mean, -high, -low)
+
+
 def intervals(text):
-    """Every "mean [low, high]" of a text, whichever way the difference was taken, and with how many decimals."""
+    """Every "mean [low, high]" of a text, and with how many decimals."""
     for words in INTERVAL.findall(" ".join(text.split())):
         mean, low, high = map(float, words)
-        flip = -1 if mean < 0 else 1
-        yield (abs(mean), *sorted((flip * low, flip * high))), len(words[0].partition(".")[2])
+        yield upright(mean, low, high), len(words[0].partition(".")[2])
 
 
 @cache
@@ -118,9 +122,7 @@ def known():
     for path in (ROOT / "results" / "tables").glob("*.csv"):
         table = pd.read_csv(path)
         for columns in (["top1", "top1_low", "top1_high"], ["top1_minus_conv2d", "difference_low", "difference_high"]):
-            for mean, low, high in table[columns].dropna().itertuples(index=False):
-                flip = -1 if mean < 0 else 1
-                found.append((abs(mean), *sorted((flip * low, flip * high))))
+            found += [upright(*row) for row in table[columns].dropna().itertuples(index=False)]
     return found
 
 

@@ -144,6 +144,17 @@ def _non_inferior(
         yield _finding(group, result, comparison, others=pairs)
 
 
+def differences_in_top1(
+    records: Sequence[Record], runs: Mapping[str, Any], control: Mapping[str, Any]
+) -> list[Finding]:
+    """Top-1 of runs minus their control's, in percentage points, for every experiment; see `_non_inferior`.
+
+    Raises:
+        ValueError: an experiment has several as its control, or two runs of one have the same seed.
+    """
+    return list(_non_inferior((), records, Measurements(), runs=runs, control=control, margin=0))
+
+
 def _trains(
     published: Sequence[Published],
     records: Sequence[Record],

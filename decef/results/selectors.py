@@ -30,7 +30,7 @@ def read_selector(words: Iterable[str]) -> dict[str, Any]:
     """A selector from overrides: `layer=decef,cpac train=quick` selects by `layer.name` and `train.name`.
 
     Raises:
-        ValueError: a word is no `key=value`, or its key is no setting of runs.
+        ValueError: a word is no `key=value`, its key is no setting of runs, or its value cannot be read.
     """
     selector: dict[str, Any] = {}
     for word in words:
