@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Batch = TypeVar("Batch", Tensor, tuple[Tensor, Tensor])
@@ -22,13 +23,15 @@ def inputs_of(batch: object, model: nn.Module) -> Tensor:
     """A batch's inputs `(B, ...)`, on the device and in the precision of the network's parameters.
 
     Raises:
-        ValueError: the batch is neither a tensor nor a tuple or list that begins with one.
+        ValueError: the batch is neither a tensor nor a tuple or list that begins with one, or it has uint8 images.
     """
     x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(x, Tensor):
         raise ValueError(
             f"a batch must be a tensor, or a tuple or list that begins with one, not {type(batch).__name__}"
         )
+    if x.dtype == torch.uint8:
+        raise ValueError("the data has uint8 images, as they are stored: normalise them as the network's training did")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return x

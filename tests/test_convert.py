@@ -590,6 +590,7 @@ def test_recalibrate_leaves_the_statistics_if_a_batch_fails():
     before = copy.deepcopy(model.state_dict())
     for bad, error, says in (
         ({"image": images()}, ValueError, r"must be a tensor, or a tuple .* not dict"),
+        (images().to(torch.uint8), ValueError, "uint8 images, as they are stored: normalise them"),
         (torch.randn(4, 5, 8, 8), RuntimeError, "channels"),
         (images() * torch.nan, ValueError, "the data has NaN or infinite values"),
     ):

@@ -333,6 +333,10 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
         ({"train__name": "a/b"}, "train.name='a/b' must be a name of letters"),
         ({"layer": {"name": "rank1", "rank": 2, "separate_init": "no"}}, "layer.separate_init='no' must be true or"),
         ({"train__scales": [[0.75, 0.75], [0.4, 0.5]]}, "in order of the shares"),
+        (
+            {"model": {"name": "plain"}, "train__scales": [[0.5, 0.25]]},
+            r"train.scales: with images at 0.25 of their size the network does not run on an input of size \(1, 2, 2\)",
+        ),
         ({"seed": None}, "seed must be given"),
         ({"device": None}, "device=None is no device"),
         ({"device": "mps"}, "device=mps can't be trained on"),

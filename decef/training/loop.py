@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, TypedDict
@@ -384,6 +384,10 @@ def network_input(
     """
     x = data.normalize(images).to(next((p.dtype for p in model.parameters()), torch.float32))
     if scale != 1:
-        size = [max(1, round(side * scale)) for side in x.shape[2:]]
-        x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
+        x = F.interpolate(x, size=scaled(x.shape[2:], scale), mode="bilinear", antialias=True)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def scaled(size: Sequence[int], scale: float) -> list[int]:
+    """Height and width of images of which `train.scales` takes this scale."""
+    return [max(1, round(side * scale)) for side in size]

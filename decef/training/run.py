@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decef.costs import total_cost
+from decef.costs import input_shapes, total_cost
 from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.machine import keep_freed_memory
@@ -20,7 +20,7 @@ from decef.plans import Plan
 from decef.training.build import Built, build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
 from decef.training.distributed import Processes, joined, launched
-from decef.training.loop import check_possible, fit, split_validation, validation_images
+from decef.training.loop import check_possible, fit, scaled, split_validation, validation_images
 from decef.training.precision import has_bf16, resolve_precision
 from decef.training.record import Metrics, Summary, read_summary
 from decef.training.recorder import Recorder
@@ -134,7 +134,19 @@ def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | No
         if config.model.decompose_on and train is not None:
             images, _ = split_validation(train, job.train.validation)
             seen = stratified_subset(images, config.model.decompose_on)
-        return build(config.model, config.layer, job.dataset, seen)
+        built = build(config.model, config.layer, job.dataset, seen)
+        _check_scales(job, built.model)
+        return built
+
+
+def _check_scales(job: _Job, network: nn.Module) -> None:
+    """Raise `ValueError` if the images would be too small for the network at one of `train.scales`."""
+    channels, *size = job.dataset.input_size
+    for _, scale in job.train.scales:
+        try:
+            input_shapes(network, (channels, *scaled(size, scale)))
+        except ValueError as error:
+            raise ValueError(f"train.scales: with images at {scale:g} of their size {error}") from error
 
 
 def _load_data(job: _Job) -> tuple[Data, Data]:
