@@ -86,7 +86,7 @@ claims: setup ## Judge the papers' claims by the run records, and rebuild result
 report: setup ## Put claims, tables, charts and runs on one page for a browser, results/report.html
 	$(RUN) scripts/report.py --results $(RESULTS)
 
-bench: setup ## Time layers, whole networks and training against Conv2d, into results/bench (DEVICE=cuda)
+bench: setup ## Time layers, operators, whole networks and training against Conv2d, into results/bench (DEVICE=cuda)
 	$(RUN) scripts/bench.py --device $(DEVICE) --out $(RESULTS)/bench
 
 sync: setup ## Upload the runs that W&B doesn't have yet

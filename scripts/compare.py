@@ -1,6 +1,7 @@
 """Compare runs by seed: how much higher is their test top-1 than that of runs that differ in some settings?
 
-The others have the usual weight decay, unless --to names another.
+What is not named is the same in both: a budget too, but not what is a layer type's own. The others have the usual
+train.decay, unless --to names another.
 
 python scripts/compare.py model=resnet20 train=standard layer=decef                # than layer=conv2d
 python scripts/compare.py model=resnet20 train=standard layer=decef layer.flops=0.667 --to layer=cpac
@@ -22,13 +23,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from decef.results.findings import differences_in_top1
-    from decef.results.selectors import control_of, read_selector
+    from decef.results.selectors import read_selector
     from decef.training.record import load_records
 
     try:
         runs = read_selector(arguments.settings)
-        control = control_of(runs, read_selector(arguments.to))
-        found = differences_in_top1(load_records(arguments.results), runs, control)
+        found = differences_in_top1(load_records(arguments.results), runs, read_selector(arguments.to))
     except ValueError as error:
         fail(str(error))
     if not found:

@@ -303,7 +303,7 @@ def test_a_control_that_differs_in_the_training():
     assert judge(atcd, [*plain, *better, *runs("rank1", 99.0, rank=1, decay="kernel")]).verdict == HOLDS
     vague = claim(kind="non_inferior", runs={"layer.name": "decef"}, control={"layer.name": "rank1"}, margin=0)
     with pytest.raises(ValueError, match=r"claim test: both .* narrow it"):
-        judge(vague, [*runs("decef", 80.0), *plain, *separate])
+        judge(vague, [*runs("decef", 80.0, rank=1), *plain, *separate])
 
 
 @pytest.mark.parametrize(

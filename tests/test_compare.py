@@ -12,7 +12,7 @@ from support import ROOT
 from test_claims import record, runs
 
 from decef.results.findings import differences_in_top1
-from decef.results.selectors import control_of, read_selector
+from decef.results.selectors import read_selector
 
 DENSE = runs("conv2d", 90.0, 91.0, 92.0)
 
@@ -37,9 +37,7 @@ def test_what_selects_nothing_is_refused(word):
 
 def compared(records, settings, to):
     """What is found of the runs with `settings`, and the differences by seed."""
-    selector = read_selector(settings.split())
-    control = control_of(selector, read_selector(to.split()))
-    found = differences_in_top1(records, selector, control)
+    found = differences_in_top1(records, read_selector(settings.split()), read_selector(to.split()))
     return {f.what.partition(", ")[2]: [round(v, 9) for c in f.comparisons for v in c.values] for f in found}
 
 
@@ -50,7 +48,8 @@ def test_the_others_differ_only_in_what_is_named():
     everything = [*DENSE, *cpac, *other, *decef]
     label = "decef 0.667 of FLOPs, schedule standard, 9 epochs"
     assert compared(everything, "layer=decef", "layer=conv2d") == {label: [-2.0, -1.5, -2.0]}
-    assert compared(everything, "layer=decef layer.flops=0.667", "layer=cpac") == {label: [8.0, 8.5, 8.0]}
+    assert compared(everything, "layer=decef", "layer=cpac") == {label: [8.0, 8.5, 8.0]}
+    assert compared(everything, "layer=decef", "layer=cpac layer.energy=0.63") == {label: [18.0, 18.5, 18.0]}
     assert compared(everything, "layer=decef", "layer=cpac layer.flops=0.667") == {label: [8.0, 8.5, 8.0]}
     assert compared(everything, "layer=decef layer.flops=0.667", "layer=rank1") == {label: []}
 

@@ -116,8 +116,9 @@ def _non_inferior(
     Args:
         runs, control: which runs, as config values by dotted key, see `selects`. The control is Conv2d by default. A
             run is paired with the control's run of the same seed, data, network and training, and of the same precision
-            unless `control` names `train.precision`. They may differ in the layer (in one type's options only where
-            `control` names them), in training options that Conv2d lacks, and in what else `control` names.
+            unless `control` names `train.precision`. They may differ in the layer (in one type's options, and in rank
+            or budget of two types, only where `control` names them), in training options that Conv2d lacks, and in what
+            else `control` names.
         margin: in percentage points of top-1.
         shares: limits [from, to] on `params`, `trainable_params` or `flops` of the runs, as shares of the dense
             network's.

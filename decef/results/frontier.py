@@ -30,7 +30,7 @@ from decef.training.record import load_records
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 40  # so many, and the least time: on a busy machine the medians of equal networks differ more
+ROUNDS = 40  # interleaved; the median of their ratios counts
 CALIBRATION = 256  # images
 DECOMPOSED, FINETUNED = "decomposed", "fine-tuned"
 

@@ -15,7 +15,7 @@ from decef.layers import LAYERS
 from decef.models import MODELS
 from decef.results.comparisons import experiments
 from decef.training.config import DEFAULT_DECAY, GROUPS, REPLACEMENT_OPTIONS, RunConfig
-from decef.training.record import LAYER_TRAINING, Record
+from decef.training.record import LAYER_TRAINING, RANK_SETTINGS, Record
 
 
 def selects(selector: Mapping[str, Any], record: Record) -> bool:
@@ -44,17 +44,6 @@ def read_selector(words: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"{word} cannot be read: write single values with commas between them") from error
         selector[key] = values if len(values) > 1 else values[0]
     return selector
-
-
-def control_of(runs: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
-    """The selector of the runs that differ in some settings from those of `runs`.
-
-    What is not named is the same in a run and its control anyway, see `twin_key`, but for the settings of another layer
-    type: it gets those that `runs` names, such as a budget.
-    """
-    if changed.get("layer.name", "conv2d") == "conv2d":
-        return dict(changed)
-    return {**{key: value for key, value in runs.items() if key.startswith("layer.")}, **changed}
 
 
 def is_setting(key: str) -> bool:
@@ -96,14 +85,17 @@ def chosen(
 def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """A key that a run and its control share: all that must be the same in both, see `decef.results.findings`."""
     free = {*control, *(f"train.{key}" for key in LAYER_TRAINING)}
-    kept = {
+    ranks = {f"layer.{key}" for key in RANK_SETTINGS}
+    free |= ranks if ranks & free else set()  # whoever names a rank means it in place of the runs' budget
+    kept: dict[str, dict[str, Any]] = {
         group: {key: value for key, value in values.items() if f"{group}.{key}" not in free}
         for group, values in record.experiment.items()
     }
     type_of_runs = runs.get("layer.name")
-    if control.get("layer.name", type_of_runs) != type_of_runs:  # options of one layer type say nothing of another's
-        del kept["layer"]
+    if control.get("layer.name", type_of_runs) != type_of_runs:  # but for ranks, a type's options are its own
+        kept["layer"] = {key: value for key, value in kept["layer"].items() if key in RANK_SETTINGS}
     if control.get("layer.name") == "conv2d":  # Conv2d replaces no layer
+        del kept["layer"]
         without = (*REPLACEMENT_OPTIONS, "decompose_on")
         kept["model"] = {key: value for key, value in kept["model"].items() if key not in without}
     return json.dumps(kept, sort_keys=True)
