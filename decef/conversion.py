@@ -74,26 +74,8 @@ def convert(
         data = None if data is None else moments  # `data` may last for one pass only
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
-    types = {row.name: layer_type(row.layer or how.layer) for row in how.rows if row.action == "convert"}
-    if not types and how.layer != "conv2d":
-        reasons = Counter(row.reason for row in how.rows)
-        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.items()) or "the network has no convolution"
-        log.warning("nothing is converted: %s", why)
-    if without := [row.name for row in how.rows if row.action == "convert" and row.rank is None]:
-        raise ValueError(f"the plan converts '{without[0]}', but has no rank for it")
     modules = dict(model.named_modules())
-    rows = {row.name for row in how.rows}
-    if unplanned := [name for name, m in modules.items() if type(m) is nn.Conv2d and name not in rows]:
-        log.warning(
-            "the plan was made for another network: of %d convolutions here, such as '%s', it says nothing, and they "
-            "stay dense", len(unplanned), unplanned[0],
-        )  # fmt: skip
-    for name, layer_class in types.items():
-        if not issubclass(layer_class, FactorizedConv2d):
-            raise ValueError(f"the plan converts '{name}' to conv2d, no low-rank layer: its action must be keep")
-        reason = reason_against(modules[name], layer_class) if name in modules else "the network has no such module"
-        if reason:
-            raise ValueError(f"the plan converts '{name}', but {reason}")
+    types = _checked_types(how, modules)
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
     _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
@@ -104,7 +86,6 @@ def convert(
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
         conv, layer_class = modules[row.name], types[row.name]
         assert isinstance(conv, nn.Conv2d)
-        assert issubclass(layer_class, FactorizedConv2d)
         try:
             # Factors that are decomposed need not be drawn first.
             layer = layer_class.like(conv, row.rank, device=None if from_scratch else "meta", **how.options)
@@ -202,6 +183,38 @@ def fold(model: nn.Module) -> nn.Module:
                 conv.bias = layer.bias
             replaced[layer] = conv
     return copied_with(model, replaced)
+
+
+def _checked_types(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, type[FactorizedConv2d]]:
+    """The layer types of the convolutions that a plan converts, by name.
+
+    Raises:
+        ValueError: a row of the plan is not possible in a network of these modules.
+    """
+    converted = [row for row in plan.rows if row.action == "convert"]
+    if not converted and plan.layer != "conv2d":
+        reasons = Counter(row.reason for row in plan.rows)
+        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.items()) or "the network has no convolution"
+        log.warning("nothing is converted: %s", why)
+    rows = {row.name for row in plan.rows}
+    if unplanned := [name for name, m in modules.items() if type(m) is nn.Conv2d and name not in rows]:
+        log.warning(
+            "the plan was made for another network: of %d convolutions here, such as '%s', it says nothing, and they "
+            "stay dense", len(unplanned), unplanned[0],
+        )  # fmt: skip
+    types: dict[str, type[FactorizedConv2d]] = {}
+    for row in converted:
+        layer_class = layer_type(row.layer or plan.layer)
+        if row.rank is None:
+            raise ValueError(f"the plan converts '{row.name}', but has no rank for it")
+        if not issubclass(layer_class, FactorizedConv2d):
+            raise ValueError(f"the plan converts '{row.name}' to conv2d, no low-rank layer: its action must be keep")
+        there = row.name in modules
+        reason = reason_against(modules[row.name], layer_class) if there else "the network has no such module"
+        if reason:
+            raise ValueError(f"the plan converts '{row.name}', but {reason}")
+        types[row.name] = layer_class
+    return types
 
 
 def _check_shared(made: Mapping[str, object], sharing: Mapping[str, list[str]]) -> None:

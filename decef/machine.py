@@ -19,7 +19,7 @@ class Environment(TypedDict, total=False):
     """When, where and with what something was made."""
 
     git_commit: str | None
-    git_dirty: bool
+    git_dirty: bool | None
     started: str
     python: str
     packages: dict[str, str | None]
@@ -83,10 +83,11 @@ def environment(device: str) -> Environment:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
+    # Changes in results/ don't count: runs make them, and no run depends on them.
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
     return {
         "git_commit": _git("rev-parse", "HEAD"),
-        # Changes in results/ don't count: runs make them, and no run depends on them.
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")),
+        "git_dirty": None if changes is None else bool(changes),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": packages,
@@ -97,8 +98,11 @@ def environment(device: str) -> Environment:
 
 
 def _git(*args: str) -> str | None:
+    """What git says of this repository; None if it says nothing, or if the package is not in its repository."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed copy, perhaps within another repository
+        return None
     try:
-        root = Path(__file__).resolve().parents[1]
         done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -17,9 +17,10 @@ from decef.moments import moments_on
 from decef.progress import bar
 from decef.ranks import Budget, Candidate, Fixed, Latency, PerLayer, Rule, Share, Totals, as_rule
 from decef.ranks.budget import NO_INPUT_SIZE
+from decef.ranks.latency import NO_TIMES
 from decef.ranks.rules import checked_rank
 from decef.ranks.steps import Step, frontier, measured_energy
-from decef.sites import Site, add_units, candidates_of, find_sites, note_kept
+from decef.sites import Site, add_units, candidates_of, find_sites, listed, note_kept
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,12 +192,12 @@ def planned(
     Raises:
         ValueError, TypeError: see `plan`.
     """
-    if layer == AUTO:
-        _weighing(rank)
-    else:
-        rule, low_rank = as_rule(rank), issubclass(layer_type(layer), FactorizedConv2d)
-        if isinstance(rule, Budget) and rule.params is None and where.get("input_size") is None and low_rank:
+    rule = _weighing(rank) if layer == AUTO else as_rule(rank)
+    if layer == AUTO or issubclass(layer_type(layer), FactorizedConv2d):  # refused before a look at the data
+        if isinstance(rule, Budget) and rule.params is None and where.get("input_size") is None:
             raise ValueError(NO_INPUT_SIZE)
+        if isinstance(rule, Latency) and rule.times is None:
+            raise ValueError(NO_TIMES)
     choice = _choice(model, layer, progress=progress, **where)
     return choice.plan(rank), choice.moments
 
@@ -282,7 +283,9 @@ class TypeChoice:
             step = chosen.get(dense.first)
             if step is None or step.layer is None:
                 row = _row(replace(dense, rank=None))
-                rows.append(row if row.reason else replace(row, reason=f"left dense by {rule!r}"))
+                if step is not None or not row.reason:  # else no type can have it
+                    row.reason = f"left dense by {rule!r}"
+                rows.append(row)
                 continue
             rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
         return Plan(AUTO, rows, dict(self._options))
@@ -333,7 +336,7 @@ def _survey(
     for layer in layers:
         _check_options(layer, options)
     found, totals = find_sites(model, input_size)
-    included, excluded = _patterns(include), _patterns(exclude) or ()
+    included, excluded = listed(include), listed(exclude) or ()
     sites = {layer: [replace(site) for site in found] for layer in layers}
     changing: dict[str, list[Site]] = {}
     for layer, own in sites.items():
@@ -444,10 +447,3 @@ def _row(site: Site) -> PlanRow:
         row.params_after = site.rank * site.params_per_rank
         row.macs_after = None if site.macs is None else site.rank * site.macs_per_rank
     return row
-
-
-def _patterns(patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    """One pattern or several, as a tuple."""
-    if patterns is None:
-        return None
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)

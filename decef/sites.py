@@ -106,6 +106,13 @@ def note_kept(
             site.reason = f"shares its weight with '{different[-1]}', which is kept"
 
 
+def listed(patterns: str | Iterable[str] | None) -> list[str] | None:
+    """One pattern or several, as a list."""
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
 def check_patterns(sites: Sequence[Site], patterns: Iterable[str]) -> None:
     """Raise ValueError for a pattern that matches no convolution."""
     for pattern in patterns:

@@ -12,7 +12,6 @@ from typing import Any
 from cli import fail
 
 WHAT = ("layers", "networks", "operators", "training")
-LAYERS = ("decef", "basisconv", "cpac", "rank1")
 
 
 def main() -> None:
@@ -39,6 +38,7 @@ def main() -> None:
 
     from decef.inference.engines import available, check_engine
     from decef.machine import environment
+    from decef.plans import AUTO_TYPES
     from decef.results import bench_inference, bench_layers, bench_operators, bench_training
     from decef.results.pages import collect
     from decef.training.precision import resolve_precision
@@ -57,7 +57,7 @@ def main() -> None:
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     share, dtype = arguments.share, getattr(torch, arguments.dtype)
     measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
-        "layers": lambda: bench_layers.bench_layers(LAYERS, share, arguments.batches or [1, 8], device, dtype),
+        "layers": lambda: bench_layers.bench_layers(AUTO_TYPES, share, arguments.batches or [1, 8], device, dtype),
         "networks": lambda: bench_inference.bench_inference(bench_inference.INFERENCE, share, device),
         "operators": lambda: bench_operators.bench_operators(bench_operators.OPERATORS, share),
         "training": lambda: bench_training.bench_steps(bench_training.TRAINING, share, device),

@@ -14,16 +14,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.files import replace_file
-    from decef.results.claims import judge, load_claims
+    from decef.results.claims import judge_all
     from decef.results.claims_page import markdown
-    from decef.results.findings import load_measurements
-    from decef.training.record import load_records
 
     if not any((arguments.results / made).is_dir() for made in ("runs", "ranks")):
         fail(f"{arguments.results} is no folder of results: train something first, or name another with --results")
     try:
-        records, measured = load_records(arguments.results), load_measurements(arguments.results)
-        verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
+        _, verdicts = judge_all(arguments.results)
     except ValueError as error:
         fail(str(error))
     for claim, verdict in verdicts:

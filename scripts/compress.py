@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{settings['out']} can't be written to: {error}; what was done before is kept")
+        fail(f"{error}; what was done before is kept in {settings['out']}")
     print(summary(done.numbers))
     print(f"wrote {done.folder}/: {', '.join(done.numbers['files'])}, report.md")
 
@@ -61,10 +61,11 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     from decef.training.networks import card_for
     from decef.training.run import find_device
 
-    threads = settings["threads"]
+    threads, batch_size = settings["threads"], settings["finetune"]["batch_size"]
+    for key, value in (("threads", 1 if threads is None else threads), ("finetune.batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key}={value} must be a whole number, at least 1")
     if threads is not None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads={threads} must be a whole number, at least 1")
         torch.set_num_threads(threads)
     if not settings["out"]:
         raise ValueError("say out=FOLDER, for everything that is made")
@@ -78,7 +79,7 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
     train, test = dataset_config.load()
     return kind(
         model.to(device),
-        TrainingBatches(train, settings["finetune"]["batch_size"]),
+        TrainingBatches(train, batch_size),
         budget=budget,
         layer=settings["layer"]["name"],
         finetune=settings["finetune"]["epochs"],

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cli import CONFIGS, fail, run_config
 
@@ -39,12 +39,9 @@ def main() -> None:
         for_gpu,
         for_other_hardware,
         gpu_hours,
-        interruptible,
         list_jobs,
         load_entries,
         missing,
-        one_thread_each,
-        run_jobs,
         status_table,
     )
 
@@ -69,14 +66,17 @@ def main() -> None:
     for precision, n in Counter(elsewhere[job.run_id] for job in jobs if job.run_id in elsewhere).items():
         run = "1 run waits" if n == 1 else f"{n} runs wait"
         print(f"{run} for hardware that trains in {precision}, as those did that they are to be paired with")
-    if arguments.what == "status":
-        print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
-        on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
-        hours = gpu_hours(missing(on_gpu, arguments.results))
-        print(
-            f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured)."
-        )
-        return
+    if arguments.what == "run":
+        _run([job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere], arguments)
+    print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
+    on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
+    hours = gpu_hours(missing(on_gpu, arguments.results))
+    print(f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured).")
+
+
+def _run(jobs: Sequence[Job], arguments: argparse.Namespace) -> NoReturn:
+    from decef.training.evidence import interruptible, one_thread_each, run_jobs
+
     interruptible()
     one_thread_each()
     here = [f"results={arguments.results}", f"device={arguments.device}", "threads=1", "progress=false"]
@@ -84,7 +84,7 @@ def main() -> None:
     scripts = Path(__file__).parent
     try:
         failed = run_jobs(
-            [job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere],
+            jobs,
             arguments.results,
             hours=arguments.hours,
             processes=arguments.processes,

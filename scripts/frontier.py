@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("network", help="a name in decef.models.MODELS")
     parser.add_argument("--weights", type=weights_file, required=True, help="file with its trained weights")
-    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
+    parser.add_argument("--layers", nargs="+", help="layer types; default: all that auto chooses from, and auto")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.667, 0.833], help="of the FLOPs")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder with these runs and networks")
     parser.add_argument("--schedule", default="recover", help="of the runs to measure (default recover)")
@@ -39,10 +39,12 @@ def main() -> None:
     from decef.machine import environment
     from decef.models import stem_name
     from decef.models.weights import describe_file, md5_of
+    from decef.plans import AUTO, AUTO_TYPES
     from decef.results.frontier import decomposed, finetuned, measure, write_frontier
     from decef.results.pages import collect
     from decef.training.networks import load_networks
 
+    layers = arguments.layers or [*AUTO_TYPES, AUTO]
     made = environment("cpu")  # now, as the code on disk may change during the run
 
     def show(row: Mapping[str, Any]) -> None:
@@ -57,7 +59,7 @@ def main() -> None:
         train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
         seen = stratified_subset(train, arguments.images)
         points = chain(
-            decomposed(model, arguments.layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),
+            decomposed(model, layers, arguments.shares, exclude=stem_name(model), seen=seen, augmented=train),
             finetuned(arguments.results, arguments.network, md5_of(arguments.weights), arguments.schedule, mean, std),
         )
         measured = measure(

@@ -19,15 +19,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from decef.files import replace_file
-    from decef.results.claims import judge, load_claims
-    from decef.results.findings import load_measurements
+    from decef.results.claims import judge_all
     from decef.results.report import build
-    from decef.training.record import load_records
 
     runs = arguments.results / "runs"
     try:
-        records, measured = load_records(arguments.results), load_measurements(arguments.results)
-        verdicts = [(claim, judge(claim, records, measured)) for claim in load_claims()]
+        records, verdicts = judge_all(arguments.results)
     except ValueError as error:
         fail(str(error))
     if not records:

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[1 / 2, 2 / 3, 5 / 6], help="shares of the FLOPs to keep"
     )
-    parser.add_argument("--layers", nargs="+", default=["decef", "basisconv", "cpac", "rank1", "auto"])
+    parser.add_argument("--layers", nargs="+", help="layer types; default: all that auto chooses from, and auto")
     what = "per channel, as the network expects; default: those of the run, else ImageNet's"
     parser.add_argument("--mean", type=float, nargs=3, help=what)
     parser.add_argument("--std", type=float, nargs=3, help=what)
@@ -34,6 +34,7 @@ def main() -> None:
     from decef.machine import environment
     from decef.models import stem_name
     from decef.models.weights import describe_file
+    from decef.plans import AUTO, AUTO_TYPES
     from decef.results.pages import collect
     from decef.results.without_finetuning import without_finetuning, write_rows
     from decef.training.config import DatasetConfig
@@ -68,7 +69,7 @@ def main() -> None:
         measured = without_finetuning(
             model,
             test,
-            layers=arguments.layers,
+            layers=arguments.layers or [*AUTO_TYPES, AUTO],
             shares=arguments.shares,
             exclude=stem_name(model),
             progress=True,

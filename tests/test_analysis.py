@@ -93,6 +93,9 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         torch.save({prefix + key: value for key, value in state.items()}, tmp_path / "w.th")
         assert torch.equal(load_weights(CifarResNet(8), tmp_path / "w.th").conv1.weight, state["conv1.weight"])
+    torch.save(state, tmp_path / "w.th")
+    classifier = load_weights(CifarResNet(8, conv_classifier=True), tmp_path / "w.th").linear
+    assert torch.equal(classifier.weight[:, :, 0, 0], state["linear.weight"])
     own = {"module.weight": torch.zeros(1), "bias": torch.zeros(1)}  # a part of that name
     torch.save(own, tmp_path / "w.th")
     assert load_state_dict(tmp_path / "w.th") == own

@@ -161,6 +161,21 @@ def test_a_budget_of_parameters_is_spread_the_same_whether_or_not_macs_are_known
     assert 0.48 < share <= 0.5
 
 
+def test_what_the_budget_leaves_dense_is_not_said_to_be_impossible():
+    model = nn.Sequential(nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 2, 3, groups=2))
+    made = plan(model, "auto", rank=Budget(params=0.999), exclude="2")
+    assert [row.reason for row in made.rows] == [f"left dense by {Budget(params=0.999)!r}", "", "excluded by '2'"]
+
+
+def test_what_a_rule_lacks_is_said_before_the_data_are_looked_at(trained):
+    data = (pytest.fail("looked at the data") for _ in range(1))
+    for layer in ("auto", "cpac"):
+        with pytest.raises(ValueError, match="needs the input size"):
+            plan(trained, layer, rank=Budget(flops=0.5), data=data)
+        with pytest.raises(ValueError, match="a time budget needs times"):
+            plan(trained, layer, rank=Latency(0.5), data=data)
+
+
 def test_a_dense_layer_that_was_faster_when_another_type_was_measured_saves_no_time(trained):
     names = [name for name, m in trained.named_modules() if isinstance(m, nn.Conv2d)]
     dense = {layer: 0.9 if layer == "rank1" else 1.0 for layer in AUTO_TYPES}

@@ -21,6 +21,7 @@ from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
 from decef.ranks.latency import LayerTimes, Times
 from decef.results.compressions import write_compressions
+from decef.training.networks import input_size_of, load_networks
 
 SIZE = (1, 8, 8)
 
@@ -65,6 +66,9 @@ def test_the_folder_has_the_network_for_python_and_for_others(trained, made):
     done, out, _ = made
     x = DIGITS[1].normalize(DIGITS[1].images[:1])
     again = decef.load(out, model=trained)
+    assert input_size_of(str(out)) == SIZE
+    with pytest.raises(ValueError, match=r"made from a network of your own: give that as model= of decef\.load"):
+        load_networks(str(out))
     torch.testing.assert_close(again(x), done.network(x), rtol=1e-4, atol=1e-5)
     assert again.card.top1 == done.numbers["top1"]["finetuned"]
     with pytest.raises(ValueError, match="made from a network of your own: give that as model="):
@@ -278,6 +282,22 @@ def test_the_search_says_what_can_be_reached():
         search(too_small, lambda made: value_of(made, 1.0, 0.0), 0.4)
 
 
+def test_the_search_does_not_take_a_network_that_does_not_run_for_one_that_is_too_small():
+    def broken(made):
+        raise ValueError("no engine could run it")
+
+    with pytest.raises(ValueError, match=r"^no engine could run it$"):
+        search(as_plan, broken, 0.6)
+
+
+@pytest.mark.parametrize("name", ["plan.yaml", "forms.json", "checkpoint.pt"])
+def test_a_folder_with_files_of_something_else_is_refused(trained, options, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"has a {name} that is not of a compression: give another folder"):
+        Compression(trained, loader(), out=tmp_path, **options)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 @pytest.mark.usefixtures("unexported")
 def test_no_epoch_is_done_again_with_another_rate_but_a_diverged_one(trained, options, tmp_path):
     given = {**options, "out": tmp_path, "finetune": 1}
@@ -452,6 +472,10 @@ def test_the_command_line(call, trained, tmp_path):
         (["layer=decef", "layer.rank=3"], "layer.rank=3 would do nothing here"),
         (["layer=decef", "++layer.rank=3"], "layer.rank=3 would do nothing here"),
         (["budget.flops=0.5", "model.weights=w.pt", "threads=0"], "threads=0 must be a whole number, at least 1"),
+        (
+            ["budget.flops=0.5", "model.weights=w.pt", "finetune.batch_size=null"],
+            "finetune.batch_size=None must be a whole number, at least 1",
+        ),
         (["model.dense_stem=false"], "model.dense_stem=false would do nothing here"),
         (["model=nowhere:make", "model.weights=w.pt", "budget.flops=0.5"], "importable from here: No module named"),
     ],

@@ -73,6 +73,7 @@ def test_a_separable_pair_is_a_decef_of_rank_1(name):
         ("vgg16_bn", {"conv_classifier": True}, "model 'vgg16_bn' has no option conv_classifier"),
         ("plain", {"width": 0.001}, "leaves a layer without channels"),
         ("resnet20", {"pretrained": True}, "no trained weights of 'resnet20'"),
+        ("mynets:make", {"pretrained": True}, "no trained weights of 'mynets:make' to download"),
     ],
 )
 def test_networks_that_cannot_be_made(name, options, message):

@@ -3,6 +3,7 @@ import importlib
 import json
 import platform
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from support import config
 
 from decef.data import DATASETS
+from decef.machine import environment
 from decef.models.weights import find_weights
 from decef.ranks import Fixed
 from decef.results.pages import made_on
@@ -50,6 +52,17 @@ def test_a_run_leaves_its_record(finished):
     assert written["format"] == 2
     assert {f.name for f in dataclasses.fields(TrainConfig)} == set(written["train"])
     assert written["dataset"]["mean"] == [0.2874]
+
+
+def test_the_commit_is_not_that_of_a_repository_that_the_package_is_installed_in(tmp_path, monkeypatch):
+    for command in ("init -q", "-c user.name=me -c user.email=me@here commit -q --allow-empty -m first"):
+        subprocess.run(["git", "-C", str(tmp_path), *command.split()], check=True)
+    monkeypatch.setattr("decef.machine.__file__", str(tmp_path / "decef" / "machine.py"))
+    here = environment("cpu")
+    assert (len(here["git_commit"]), here["git_dirty"]) == (40, False)
+    monkeypatch.setattr("decef.machine.__file__", str(tmp_path / "lib" / "decef" / "machine.py"))
+    there = environment("cpu")
+    assert (there["git_commit"], there["git_dirty"]) == (None, None)
 
 
 def test_a_run_that_starts_anew_leaves_no_checkpoints_of_the_one_before(tmp_path):

@@ -113,10 +113,11 @@ def search(
     reason = ""
     for _ in range(TRIES):
         try:
-            made = Reached(plan := plan_at(share), measure(plan), asked)
+            plan = plan_at(share)
         except ValueError as error:
             low, below, reason = share, None, str(error)
         else:
+            made = Reached(plan, measure(plan), asked)
             found.append(made)
             if -TOLERANCE <= made.off <= over:
                 break

@@ -43,7 +43,7 @@ from decef.machine import environment
 from decef.models.released import Card, save
 from decef.plans import AUTO, Plan, layer_type
 from decef.ranks import Budget, Latency
-from decef.sites import check_patterns, find_sites
+from decef.sites import check_patterns, find_sites, listed
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import TrainConfig
 
@@ -126,18 +126,10 @@ class Compression:
         card: Card | None = None,
         progress: bool = False,
     ) -> None:
-        if not isinstance(budget, AnyBudget):
-            raise ValueError(f"budget={budget!r} is no budget: say Budget(flops=0.5) or Latency(0.6) of decef.ranks")
-        if isinstance(budget, Latency) and budget.times is not None:
-            raise ValueError("a compression measures the times itself: say Latency(share) without times")
-        if layer == AUTO and isinstance(budget, Budget) and budget.uniform:
-            raise ValueError("layer 'auto' weighs energy against cost, which uniform=True doesn't: leave that out")
-        if isinstance(data, Iterator) or isinstance(test, Iterator):
-            raise ValueError("the data can be iterated once only: give a list or a DataLoader")
-        if layer == "conv2d":
-            raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
-        if layer != AUTO:
-            layer_type(layer)  # refuses what there is not
+        _check_budget_and_layer(budget, layer)
+        for given in (data, test):
+            if isinstance(given, Iterator):
+                raise ValueError("the data can be iterated once only: give a list or a DataLoader")
         whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
         for key, value, least in whole:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -146,7 +138,7 @@ class Compression:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
-        self._include, self._exclude = _listed(include), _listed(exclude)
+        self._include, self._exclude = listed(include), listed(exclude)
         check_patterns(find_sites(self._model, None)[0], [*(self._include or ()), *(self._exclude or ())])
         try:
             self._train = TrainConfig("finetune", max(1, finetune), 1, lr, schedule="cosine", warmup=0.0)
@@ -381,10 +373,19 @@ class Compression:
         }
 
 
-def _listed(patterns: str | Iterable[str] | None) -> list[str] | None:
-    if patterns is None:
-        return None
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+def _check_budget_and_layer(budget: object, layer: str) -> None:
+    """Raise ValueError for a budget or a layer type that a compression can't have."""
+    if not isinstance(budget, AnyBudget):
+        raise ValueError(f"budget={budget!r} is no budget: say Budget(flops=0.5) or Latency(0.6) of decef.ranks")
+    if isinstance(budget, Latency) and budget.times is not None:
+        raise ValueError("a compression measures the times itself: say Latency(share) without times")
+    if layer == AUTO:
+        if isinstance(budget, Budget) and budget.uniform:
+            raise ValueError("layer 'auto' weighs energy against cost, which uniform=True doesn't: leave that out")
+        return
+    if layer == "conv2d":
+        raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
+    layer_type(layer)  # refuses what there is not
 
 
 def _fingerprint(model: nn.Module) -> str:

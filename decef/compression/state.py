@@ -23,11 +23,14 @@ class State:
         asked: what determines the result.
 
     Raises:
-        ValueError: the folder holds another compression.
+        ValueError: the folder holds another compression, or files of something else under the names of these.
     """
 
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
         self._path, self.asked = folder / STATE, asked
+        others = [name for name in (PLAN, FORMS, CHECKPOINT) if (folder / name).exists()]
+        if others and not self._path.is_file():
+            raise ValueError(f"{folder} has a {others[0]} that is not of a compression: give another folder")
         self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
         before = self._known.get("asked", {})
         changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v}

@@ -59,6 +59,8 @@ def create_model(
         ImportError: timm or torchvision is needed and not installed.
     """
     if ":" in name:
+        if pretrained:
+            raise ValueError(f"there are no trained weights of '{name}' to download: load them in the function")
         return _own(name, options)
     library, _, rest = name.partition("/")
     if rest and library in ("timm", "torchvision"):

@@ -75,7 +75,7 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
     """
     card, state = read(name, folder=folder)
     if model is None and (not card.model or ":" in card.model):  # a function's name is not to be called for a file
-        raise ValueError(f"{name} was made from a network of your own: give that as model=")
+        raise ValueError(f"{name} was made from a network of your own: give that as model= of decef.load")
     dense = model or create_model(
         card.model,
         num_classes=card.num_classes,

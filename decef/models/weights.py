@@ -61,12 +61,18 @@ def find_weights(name: str) -> Path:
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load the weights of a file into `model`, and return it.
 
+    The weight of a linear layer also fits a 1x1 convolution in its place, as `conv_classifier` makes it.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, holds no state dict or is for another network.
     """
+    state, own = load_state_dict(path), model.state_dict()
+    for name, value in state.items():
+        if value.dim() == 2 and name in own and own[name].shape == (*value.shape, 1, 1):
+            state[name] = value[:, :, None, None]
     try:
-        model.load_state_dict(load_state_dict(path))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
     return model

@@ -13,6 +13,10 @@ from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
 from decef.ranks.steps import Step, frontier, spread
 
+NO_TIMES = (
+    "a time budget needs times: give those of decef.inference.latency.measure_times, for layer 'auto' by layer type"
+)
+
 
 @dataclass(frozen=True)
 class LayerTimes:
@@ -94,7 +98,7 @@ class Latency:
         if isinstance(self.times, Mapping):
             raise ValueError("times by layer type are for layer 'auto': give those of the one layer type")
         if self.times is None:
-            raise ValueError("a time budget needs times: give those of decef.inference.latency.measure_times")
+            raise ValueError(NO_TIMES)
         energies = {c.name: dict(enumerate(c.kept_energy().cumsum(0).tolist(), start=1)) for c in candidates}
         steps = {c.name: list(self.steps(c, None, energies[c.name])) for c in candidates}
         dense = sum(step.cost for of_one in steps.values() for step in of_one if step.rank is None)

@@ -13,16 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml
 
-from decef.results.findings import KINDS, SHARES, Comparison, Finding, Measurements
+from decef.results.findings import KINDS, SHARES, Comparison, Finding, Measurements, load_measurements
 from decef.results.published import Published, load_papers, load_published
 from decef.results.selectors import is_setting
 from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
-from decef.training.record import Record
+from decef.training.record import Record, load_records
 
 HOLDS, FAILS = "holds", "doesn't hold"
 MIXED, REFUTED = "holds in some, not in others", "doesn't hold in some, others open"
@@ -123,6 +124,16 @@ def load_claims() -> tuple[Claim, ...]:
             raise ValueError(f"claims.yaml: claim {claim.id} stands there twice")
         claims[claim.id] = claim
     return tuple(claims.values())
+
+
+def judge_all(results: Path) -> tuple[list[Record], list[tuple[Claim, Verdict]]]:
+    """A results folder's finished runs, and every claim with its verdict by them.
+
+    Raises:
+        ValueError: see `judge` and `load_records`.
+    """
+    records, measured = load_records(results), load_measurements(results)
+    return records, [(claim, judge(claim, records, measured)) for claim in load_claims()]
 
 
 def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None = None) -> Verdict:

@@ -16,6 +16,7 @@ from decef.models import create_model, stem_name
 from decef.models.weights import load_weights
 from decef.plans import Plan, plan
 from decef.ranks import Budget, Energy, Fixed, Rule
+from decef.sites import listed
 from decef.training.config import LayerConfig, ModelConfig
 
 MOMENTS_BATCH = 128
@@ -125,8 +126,7 @@ def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:
 
 
 def _excluded(model: ModelConfig, dense: nn.Module) -> list[str]:
-    given = model.exclude or ()
-    exclude = [given] if isinstance(given, str) else list(given)
+    exclude = listed(model.exclude) or []
     if model.dense_stem:
         exclude.insert(0, stem_name(dense))
     if model.options.get("shortcut") == "B":

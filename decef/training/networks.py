@@ -43,10 +43,11 @@ def load_networks(
             own.
         FileNotFoundError: there is no such file of weights, or the run has no checkpoint.
     """
-    if Path(name).is_dir() or _is_released(name):
+    released = _is_released(name)
+    if released or Path(name).is_dir():
         if weights is not None or pretrained:
             raise ValueError(f"{name} has weights of its own: give no others")
-        return list(_networks_of_run(Path(name))) if Path(name).is_dir() else [(name, load(name))]
+        return [(name, load(name))] if released else list(_networks_of_run(Path(name)))
     if trained and weights is None and not pretrained and ":" not in name:
         raise ValueError(f"{name} would have random weights: say where trained ones are, with --weights FILE")
     try:
@@ -94,15 +95,17 @@ def card_for(name: str, model: ModelConfig, dataset: DatasetConfig) -> Card:
 
 def input_size_of(name: str) -> tuple[int, int, int]:
     """Input shape `(C, H, W)` of a network: its run's or file's, else ImageNet's for timm and torchvision, CIFAR's."""
-    if Path(name).is_dir():
-        return load_config(Path(name)).dataset.dataset().input_size
     if _is_released(name):
         return read(name)[0].input_size
+    if Path(name).is_dir():
+        return load_config(Path(name)).dataset.dataset().input_size
     return (3, 224, 224) if "/" in name else (3, 32, 32)
 
 
 def _is_released(name: str) -> bool:
-    return name.endswith(".safetensors") or (RELEASED / f"{name}.safetensors").is_file()
+    """Whether `decef.load` knows it: a released network, or a file or folder of `decef.compress`."""
+    files = RELEASED / f"{name}.safetensors", Path(name) / "network.safetensors"
+    return name.endswith(".safetensors") or any(path.is_file() for path in files)
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
