@@ -56,7 +56,8 @@ def test_bench(main_of, tmp_path, monkeypatch):
     monkeypatch.setattr("decef.results.bench_training.TRAINING", (case,))
     loops = {"usual": 1.0, "decef": 2.0, "0.75": 3.0, "0.5": 4.0}
     monkeypatch.setattr("decef.results.bench_training.bench_loops", lambda device: loops)
-    main_of("bench", "layers", "networks", "training", "--out", tmp_path, LAYERS=("decef",))
+    monkeypatch.setattr("decef.plans.AUTO_TYPES", ("decef",))
+    main_of("bench", "layers", "networks", "training", "--out", tmp_path)
     assert {path.stem for path in tmp_path.glob("*.md")} == {"layers-cpu", "networks-cpu", "training-cpu"}
 
 
