@@ -1,7 +1,7 @@
 """Compare runs by seed: how much higher is their test top-1 than that of runs that differ in some settings?
 
-What is not named is the same in both: a budget too, but not what is a layer type's own. The others have the usual
-train.decay, unless --to names another.
+What is not named is the same in both, a rank or budget too; not so a layer type's own options, train.decay and
+train.atcd. The others have the usual train.decay, unless --to names another.
 
 python scripts/compare.py model=resnet20 train=standard layer=decef                # than layer=conv2d
 python scripts/compare.py model=resnet20 train=standard layer=decef layer.flops=0.667 --to layer=cpac

@@ -69,6 +69,8 @@ def main() -> None:
     if arguments.what == "run":
         _run([job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere], arguments)
     print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
+    if blocked:
+        print(f"Not in the table, finished runs neither, as they can't start here: {', '.join(blocked)}.")
     on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
     hours = gpu_hours(missing(on_gpu, arguments.results))
     print(f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured).")

@@ -130,6 +130,7 @@ def test_what_cannot_start_is_said(call, tmp_path):
     status = call("evidence.py", "status", *there)
     assert status.returncode == 0
     assert "bad can't start here: there is no file of weights none.th" in status.stdout
+    assert "Not in the table, finished runs neither, as they can't start here: bad." in status.stdout
     assert "| good " in status.stdout
     unknown = call("evidence.py", "run", *there, "--only", "goood")
     assert (unknown.returncode, "no entry goood; there are bad, good" in unknown.stderr) == (2, True)

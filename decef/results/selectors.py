@@ -86,7 +86,8 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
     """A key that a run and its control share: all that must be the same in both, see `decef.results.findings`."""
     free = {*control, *(f"train.{key}" for key in LAYER_TRAINING)}
     ranks = {f"layer.{key}" for key in RANK_SETTINGS}
-    free |= ranks if ranks & free else set()  # whoever names a rank means it in place of the runs' budget
+    if ranks & free:  # whoever names a rank means it in place of the runs' budget
+        free |= ranks
     kept: dict[str, dict[str, Any]] = {
         group: {key: value for key, value in values.items() if f"{group}.{key}" not in free}
         for group, values in record.experiment.items()
