@@ -43,8 +43,8 @@ class ATCD:
             `after_epoch` copies its other parameters and its buffers back to `model`.
 
     Raises:
-        ValueError: `model` has no factorised layer, or has one without a dense kernel in training; or `every` is
-            neither "epoch" nor a whole number from 1 on.
+        ValueError: `model` has no factorised layer, or has one without a dense kernel in training, or with a factor
+            that is computed before each call; or `every` is neither "epoch" nor a whole number from 1 on.
     """
 
     def __init__(self, model: nn.Module, every: int | str = 1) -> None:
@@ -56,11 +56,13 @@ class ATCD:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, FactorizedConv2d)}
         if not layers:
             raise ValueError("the network has no factorised layer to return to: convert it first")
-        without = next((name for name, layer in layers.items() if not layer.composes_in_training), None)
-        if without is not None:
-            raise ValueError(
-                f"layer '{without}' ({type(layers[without]).__name__}) has no kernel in training to project"
-            )
+        for name, layer in layers.items():
+            if not layer.composes_in_training:
+                raise ValueError(f"layer '{name}' ({type(layer).__name__}) has no kernel in training to project")
+            try:
+                layer.check_settable()
+            except ValueError as error:
+                raise ValueError(f"layer '{name}': {error}") from error
         self._pairs = [(layer, self.dense.get_submodule(name)) for name, layer in layers.items()]
         self._steps = 0
 

@@ -213,6 +213,10 @@ def _checked_types(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, ty
         reason = reason_against(modules[row.name], layer_class) if there else "the network has no such module"
         if reason:
             raise ValueError(f"the plan converts '{row.name}', but {reason}")
+        try:
+            layer_class.like(modules[row.name], row.rank, device="meta", **plan.options)  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"the plan converts '{row.name}', but {error}") from error
         types[row.name] = layer_class
     return types
 

@@ -14,9 +14,12 @@ NO_BATCH = "the data yields no batch: give a few hundred images, as a list or Da
 
 
 def check_batches(data: object) -> None:
-    """Raise ValueError for one tensor where batches are wanted: to iterate over it would give single images."""
+    """Raise ValueError for one batch where batches are wanted: to iterate over it would give images, or labels."""
     if isinstance(data, Tensor):
         raise ValueError("data must be batches, such as a list or a DataLoader, not one tensor: give [images]")
+    parts = data if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data) else ()
+    if len(parts) == 2 and parts[0].dim() > 1 and parts[1].dim() == 1:
+        raise ValueError("data must be batches, not one batch of images and labels: give [(images, labels)]")
 
 
 def inputs_of(batch: object, model: nn.Module) -> Tensor:

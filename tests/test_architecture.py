@@ -82,6 +82,9 @@ def test_what_is_missing_is_one_sentence_with_the_command():
         "import decef.results": "are not installed: pip install 'decef[results]'",
         "decef.data.DATASETS['digits'].load()": "sklearn is not installed: pip install 'decef[train]'",
         "decef.models.create_model('timm/resnet18', num_classes=10)": "torchvision is not installed",
+        "from decef.inference.export import export; export(torch.nn.Conv2d(3, 4, 3), 'a/n.onnx', (1, 3, 8, 8))": (
+            "onnx, onnxscript are not installed: pip install 'decef[deploy]'"
+        ),
     }
     said = without_extras(f"""
 import torch, decef, decef.data, decef.models

@@ -457,7 +457,7 @@ def test_a_plan_for_another_network():
     with pytest.raises(ValueError, match=r"'layer2\.0\.conv1', but DeCEFConv2d is not a plain Conv2d"):
         convert(convert(network(), made), made)
     made.rows[3].rank = 99
-    with pytest.raises(ValueError, match=rf"layer '{made.rows[3].name}': rank=99"):
+    with pytest.raises(ValueError, match=rf"converts '{made.rows[3].name}', but rank=99"):
         convert(network(), made)
 
 
@@ -576,7 +576,8 @@ def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
         ([], 50, "no batch"),
         (iter([]), 50, "no batch"),
         (batches, 0, "count=0"),
-        (images(), 1, "not one"),
+        (images(), 1, "not one tensor"),
+        ((images(), torch.zeros(len(images()))), 1, "not one batch of images and labels"),
     ):
         with pytest.raises(ValueError, match=says):
             recalibrate(model, data, count)
@@ -820,6 +821,29 @@ def test_it_is_said_why_nothing_is_converted(caplog):
         "nothing is converted: 1 x a 1x1 kernel has no eigen-filters: DeCEF needs a kernel of more than one element",
         "nothing is converted: the network has no convolution",
     ]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda made: setattr(made.rows[-1], "rank", 999), "rank=999 is not possible"),
+        (lambda made: made.options.update(train_bases=True), "unexpected keyword argument 'train_bases'"),
+    ],
+)
+def test_an_edited_plan_is_refused_before_any_image_is_seen(edit, message):
+    model = network()
+    made = plan(model, "basisconv", rank=2)
+    edit(made)
+    unseen = (pytest.fail("an image was asked for") for _ in range(1))
+    with pytest.raises(ValueError, match=rf"the plan converts '.+', but .*{message}"):
+        convert(model, made, data=unseen)
+
+
+def test_folding_draws_no_random_numbers():
+    small, random_state = convert(network(), "decef", rank=2), torch.get_rng_state()
+    fold(small)
+    to_convolutions(small.eval())
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_a_plan_of_another_network_that_fits_in_part_is_said_to(caplog):

@@ -430,6 +430,13 @@ def test_a_batch_norm_is_not_folded_into_a_weight_that_is_used_elsewhere():
     assert_close(to_convolutions(model)(x), model(x))
 
 
+def test_of_two_batch_norms_in_a_row_the_first_is_folded():
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))).eval()
+    x, plain = torch.randn(2, 3, 9, 9), to_convolutions(model)
+    assert_close(plain(x), model(x))
+    assert [type(module) for module in plain] == [nn.Conv2d, nn.Identity, nn.BatchNorm2d]
+
+
 class InPlace(nn.Module):
     def __init__(self):
         super().__init__()

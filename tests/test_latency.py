@@ -83,6 +83,8 @@ def test_what_cannot_be_met_says_what_can():
         plan(model, "decef", rank=Latency(0.5))
     with pytest.raises(ValueError, match="share=2 is not a share"):
         Latency(2)
+    with pytest.raises(ValueError, match="one layer type: measure decef, basisconv, cpac, rank1, and give"):
+        measure_times(model, "auto", torch.randn(1, 3, 8, 8))
 
 
 def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):

@@ -214,6 +214,14 @@ def test_auto_measures_once_a_shape_and_computes_the_same(cls, monkeypatch):
     assert len(calls) == 6  # measuring runs no hooks
 
 
+def test_auto_measures_anew_where_other_factors_are_trained(monkeypatch):
+    remembered = {}
+    monkeypatch.setattr("decef.layers.choice.MEASURED", remembered)
+    for train_basis in (False, True, False):
+        make(BasisConv2d, train_basis=train_basis)(torch.randn(1, 4, 6, 6, dtype=F64))
+    assert sum(map(len, remembered.values())) == 2
+
+
 def test_auto_does_not_go_on_measuring_images_of_ever_other_sizes(monkeypatch):
     """Beyond some sizes the nearest decides: here the chain is faster up to 10 pixels."""
     measured = []

@@ -159,6 +159,16 @@ def test_cp_error_is_at_least_the_bounds(cls, args, share, seed):
         assert kept == pytest.approx(1)
 
 
+def test_bounds_are_not_empty_where_channels_are_few():
+    """Filters of one channel are matrices, so for rank 1 the bound is the truth; CPAC's is for much wider layers."""
+    one_channel = Rank1Conv2d(1, 5, 3, rank=2, dtype=torch.float64)
+    weight = torch.randn(5, 1, 3, 3, dtype=torch.float64)
+    error, spectrum = one_channel.decompose_(weight), Rank1Conv2d.spectrum(weight)
+    assert 1 - error**2 == pytest.approx((spectrum[:2].sum() / spectrum.sum()).item(), abs=1e-9)
+    assert CPACConv2d.spectrum(torch.randn(64, 3, 3, 3)).count_nonzero() == 27
+    assert CPACConv2d.spectrum(torch.randn(3, 64, 3, 3)).count_nonzero() == 27
+
+
 @pytest.mark.parametrize("cls", TYPES)
 @few
 @given(args=arguments(), share=SHARES, seed=SEEDS)

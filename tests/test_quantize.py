@@ -151,6 +151,7 @@ def test_a_choice_is_stored_and_made_again_without_measuring(tmp_path, monkeypat
             r"calibration is \(2, 2, 9, 9\); it must be like the example, \(2, 3, 9, 9\)",
         ),
         ({"precision": "int8", "calibration": ["x"]}, "calibration is str; it must be like the example"),
+        ({"precision": "int8", "calibration": [X.byte()]}, "calibration is torch.uint8: normalise as the network"),
         ({"precision": "int8", "calibration": []}, "calibration has no 2 inputs, which is the example's batch size"),
         ({"precision": "int8", "calibration": X[:1]}, "calibration has no 2 inputs"),
     ],

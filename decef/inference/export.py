@@ -47,7 +47,7 @@ def export(
         ValueError: an unknown form or file suffix, a network that does not run on this shape or cannot be exported, or
             a file whose output differs from the original's. No file is then left behind. Or `calibration` is given for
             another kind of file, or doesn't fit.
-        ImportError: 8 bits need ONNX Runtime, which is not installed.
+        ImportError: an ONNX file needs onnx and onnxscript, 8 bits ONNX Runtime too, and one of them is not installed.
     """
     kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
     path = Path(path)
@@ -55,6 +55,8 @@ def export(
         raise ValueError(f"{path} must end in {' or '.join(kinds)}")
     if isinstance(form, str) and form not in ("fastest", *FORMS):
         raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
+    if path.suffix == ".onnx":
+        need("deploy", "onnx", "onnxscript")
     model = model.eval()
     x, inputs = torch.randn(*input_shape), None
     if calibration is not None:

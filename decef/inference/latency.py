@@ -23,7 +23,7 @@ from decef.inference.forms import forms_of, to_convolutions
 from decef.inference.timing import inference_call, interleaved_times
 from decef.layers import FactorizedConv2d
 from decef.machine import cpu_name
-from decef.plans import layer_type, plan
+from decef.plans import AUTO, AUTO_TYPES, layer_type, plan
 from decef.progress import bar
 from decef.ranks import Share
 from decef.ranks.latency import LayerTimes, Times
@@ -66,6 +66,8 @@ def measure_times(
     Raises:
         ValueError: an unknown layer type or engine, or a network that doesn't run on the example.
     """
+    if layer == AUTO:
+        raise ValueError(f"times are of one layer type: measure {', '.join(AUTO_TYPES)}, and give all to Latency")
     there = available(example_input.device)
     engine = check_engine(engine or ("onnxruntime" if "onnxruntime" in there else "eager"), example_input)
     model = copied(model).eval()

@@ -74,7 +74,9 @@ def calibration_inputs(calibration: Tensor | Iterable[object], example: Tensor) 
         if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:]:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"an input for calibration is {got}; it must be like the example, {tuple(example.shape)}")
-        inputs += [part for part in images.split(len(example)) if len(part) == len(example)]
+        if not images.is_floating_point():
+            raise ValueError(f"an input for calibration is {images.dtype}: normalise as the network's training did")
+        inputs += [part.to(example) for part in images.split(len(example)) if len(part) == len(example)]
     if not inputs:
         raise ValueError(
             f"calibration has no {len(example)} inputs, which is the example's batch size: give more of them"

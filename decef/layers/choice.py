@@ -53,15 +53,16 @@ def factorized_is_faster(layer: Layer, x: Tensor) -> bool:
     if tracing or x.device.type not in ("cpu", "cuda") or not all(map(_is_ordinary, (x, *layer.factors().values()))):
         return factorized_has_fewer_macs(layer, x)
     kind = (type(layer), layer.weight_shape, layer.groups, layer.rank, layer.stride, layer._padding, layer.dilation)
-    trains = torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters())
+    trained = tuple(torch.is_grad_enabled() and p.requires_grad for p in layer.parameters())
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    where = (x.device, x.dtype, channels_last, x.requires_grad, trains, torch.get_num_threads())
+    where = (x.device, x.dtype, channels_last, x.requires_grad, trained, torch.get_num_threads())
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     known = MEASURED.setdefault((*kind, *where, autocast), {})
     this = tuple(x.shape), x.stride()
     if this not in known and len(known) >= MOST_SHAPES:
         this = min(known, key=lambda other: abs(math.prod(other[0]) - x.numel()))
     if this not in known:
+        trains = any(trained)
         known[this] = seconds(layer, "factorized", x, trains) < seconds(layer, "reconstructed", x, trains)
     return known[this]
 

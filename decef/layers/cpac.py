@@ -102,13 +102,16 @@ class CPACConv2d(FactorizedConv2d):
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        # A CP component has rank 1 in every unfolding; this one, (out kh) x (in kw), has the most singular values.
+        # A CP component has rank 1 in every unfolding. The one with the most singular values is taken: (out kh) x
+        # (in kw), but for layers that widen or narrow much.
         out, per_group, kh, kw = weight.shape
         unfolded = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh, kw)
         if moments is not None:
             unfolded, _ = whitened(unfolded, conditioned(moments.to(unfolded)))
-        unfolded = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
-        values = torch.linalg.svdvals(unfolded).square().sum(0)
+        both = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
+        by_filter, by_channel = unfolded.flatten(2), unfolded.transpose(1, 2).flatten(2)
+        most = max((both, by_filter, by_channel), key=lambda matrix: min(matrix.shape[1:]))
+        values = torch.linalg.svdvals(most).square().sum(0)
         return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:

@@ -324,14 +324,18 @@ class FactorizedConv2d(nn.Module):
         weight = weight.detach().to(torch.float64)
         if not weight.isfinite().all():
             raise ValueError("weight has NaN or infinite values, which have no decomposition")
+        self.check_settable()
+        with without_autocast(weight.device):
+            return self._decompose(weight, warm_start, moments)
+
+    def check_settable(self) -> None:
+        """Raise ValueError if a factor can't be set, because it is computed before each call, as by pruning."""
         computed = next((name for name in self.factors() if name not in self._parameters), None)
         if computed is not None:
             raise ValueError(
                 f"its {computed} is computed before each call (pruning, weight norm), so it can't be set: make that "
                 "permanent first, as torch.nn.utils.prune.remove does"
             )
-        with without_autocast(weight.device):
-            return self._decompose(weight, warm_start, moments)
 
     def _decompose(self, weight: Tensor, warm_start: bool, moments: Tensor | None) -> float:
         nearest = self._factorize(weight, warm_start)
@@ -449,13 +453,13 @@ def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spa
     """
     weight = weight if weight.dim() == 4 else weight[:, :, None, None]
     out, per_group, *size = weight.shape
+    # On "meta" no weights are drawn, which would move torch's generator on.
     conv = nn.Conv2d(
-        per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None,
-        device=weight.device, dtype=weight.dtype, **spatial,
+        per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None, device="meta", **spatial
     )  # fmt: skip
-    conv.weight.copy_(weight)
-    if bias is not None and conv.bias is not None:
-        conv.bias.copy_(bias)
+    conv.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.to(weight, copy=True))
     return conv
 
 

@@ -135,12 +135,15 @@ class Rank1Conv2d(FactorizedConv2d):
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        # A rank-1 term also has rank 1 in the unfolding channels x space, so its singular values bound what is kept.
+        # A rank-1 term also has rank 1 in every unfolding, so the singular values of one bound what is kept. Most has
+        # channels x space, but for one or two channels rows x (channels columns).
         kernels = weight.detach().to(torch.float64)
         if moments is not None:
             split = kernels.unflatten(0, (groups, -1))
             kernels = whitened(split, conditioned(moments.to(kernels)))[0].flatten(0, 1)
-        values = torch.linalg.svdvals(kernels.flatten(2)).square().sum(0)
+        unfoldings = kernels.flatten(2), kernels.transpose(1, 2).flatten(2)
+        most = max(unfoldings, key=lambda matrix: min(matrix.shape[1:]))
+        values = torch.linalg.svdvals(most).square().sum(0)
         return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
