@@ -91,8 +91,8 @@ def _job(settings: dict[str, Any], kind: type[Compression]) -> Compression:
         exclude=model_config.exclude,
         engine=settings["engine"],
         seed=settings["seed"],
-        out=settings["out"],
-        card=card_for(Path(settings["out"]).name, model_config, dataset_config),
+        out=str(settings["out"]),  # a number is a name too
+        card=card_for("network", model_config, dataset_config),
         progress=True,
     )
 

@@ -44,6 +44,7 @@ def main() -> None:
         missing,
         status_table,
     )
+    from decef.training.run import find_device
 
     try:
         entries = load_entries(arguments.list)
@@ -58,6 +59,8 @@ def main() -> None:
             return run_config([*given, *arguments.overrides]).resolved()
 
         jobs, blocked = list_jobs(chosen, resolved)
+        if arguments.what == "run":
+            find_device(arguments.device)
         elsewhere = for_other_hardware(list_jobs(entries, resolved)[0], arguments.results, arguments.device)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))

@@ -33,10 +33,11 @@ def main() -> None:
     try:
         if arguments.network:
             (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights, trained=True)
-            name = Path(arguments.network).name
+            name = arguments.network
+            name = Path(name).resolve().name if Path(name).is_dir() else name
             write_filters(
                 model,
-                arguments.results / "filters" / name,
+                arguments.results / "filters" / name.replace("/", "-"),
                 made_from={
                     "network": name,
                     "weights": describe_file(arguments.weights) if arguments.weights else None,

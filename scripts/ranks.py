@@ -32,9 +32,12 @@ def main() -> None:
     from decef.models.weights import describe_file
     from decef.results.effective_ranks import rank_table
     from decef.results.plots import plot_ranks, save
-    from decef.training.networks import load_networks
+    from decef.training.networks import check_finished, load_networks
+    from decef.training.record import CONFIG
 
     try:
+        if arguments.out and Path(arguments.network, CONFIG).is_file():
+            check_finished(Path(arguments.network))
         networks = load_networks(arguments.network, weights=arguments.weights, pretrained=arguments.pretrained)
         tables = {label: rank_table(model, arguments.threshold) for label, model in networks}
     except (ValueError, FileNotFoundError, ImportError) as error:

@@ -19,13 +19,14 @@ def main() -> None:
     from decef.files import replace_file, write_json
     from decef.machine import environment
     from decef.results.significance import removal_table
-    from decef.training.networks import load_networks
+    from decef.training.networks import check_finished, load_networks
     from decef.training.record import load_config
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:
         try:
             data = load_config(run).dataset.dataset()
+            check_finished(run)
             _, model = load_networks(str(run))[-1]
             _, test = data.load(arguments.root)
             table = removal_table(model, test)

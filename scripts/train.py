@@ -86,6 +86,9 @@ def train_again(arguments: list[str]) -> None:
             device=places["device"] or "auto",
             progress=True,
         )
+        before, here = read_summary(source).get("images_md5"), config.resolved().dataset.part_md5()
+        if before and here and before != here:
+            raise ValueError(f"{source} is of other images than are here: say dataset.root=FOLDER, where those are")
         summary = run(config, precision)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))

@@ -77,6 +77,10 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
         with pytest.raises(ValueError, match="has weights of its own: give no others"):
             load_networks(str(folder), **given)
+    (folder / "summary.json").write_text('{"status": "interrupted"}')
+    for refused in (call("ranks.py", folder, "--out", out), call("significance.py", folder, "--out", tmp_path)):
+        assert refused.returncode == 2
+        assert "is interrupted, not finished" in refused.stderr
 
 
 @pytest.mark.parametrize("name", ["resnet21", "timm/no_such_model", "torchvision/no_such_model"])

@@ -244,6 +244,7 @@ def test_a_run_that_starts_from_trained_weights(tmp_path):
         ({"rank": 2}, "layer=auto takes a budget, layer.flops, not layer.rank=2"),
         ({"energy": 0.5}, "layer=auto takes a budget, layer.flops, not layer.energy=0.5"),
         ({"orthogonality": 0.1}, "layer=auto takes a budget, layer.flops, not orthogonality"),
+        ({"train_basis": True}, "layer.train_basis is not for layer=auto"),
         ({"flops": 0.5}, "layer=auto compares trained kernels: say model.weights=FILE"),
     ],
 )

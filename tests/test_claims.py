@@ -49,7 +49,7 @@ def record(layer, seed, top1, *, flops=0.66, params=0.64, model="resnet20", trai
     name = "-".join(map(str, [layer, model, train, atcd, *dataset, *options.values(), flops, f"s{seed}"]))
     training = {
         "name": train,
-        "epochs": 9,
+        "epochs": 48,
         "batch_size": 128,
         "lr": 0.2,
         "weight_decay": 5e-4,
@@ -164,6 +164,20 @@ def test_nine_epochs_and_other_decays_decide_no_claim_about_training_from_scratc
     kernel = [*DENSE, *runs("decef", 90.0, 91.1, 91.9, decay="kernel")]
     for one in ("fair-fight", "decef-two-thirds-resnet"):
         assert judge(asked[one], quick).verdict == judge(asked[one], kernel).verdict == NOT_TESTED
+
+
+def test_what_only_tries_something_out_is_no_evidence():
+    found = [*DENSE, *runs("decef", 88.0, 89.1, 89.9, flops=0.667, rank=4)]
+    assert judge(NON_INFERIOR, found).verdict == FAILS
+    for changed in ({"name": "smoke"}, {"validation": 0.1}):
+        tried = [replace(r, config=replace(r.config, train=replace(r.config.train, **changed))) for r in found]
+        assert judge(NON_INFERIOR, tried).verdict == NOT_TESTED
+    part = [replace(r, config=replace(r.config, dataset=replace(r.config.dataset, train_size=100))) for r in found]
+    assert judge(NON_INFERIOR, part).verdict == NOT_TESTED
+    shorter = [replace(r, config=replace(r.config, train=replace(r.config.train, epochs=1))) for r in found]
+    asked = {one.id: one for one in load_claims()}
+    assert judge(asked["decef-two-thirds-resnet"], found).verdict == FAILS
+    assert judge(asked["decef-two-thirds-resnet"], shorter).verdict == NOT_TESTED
 
 
 def test_a_low_rank_control_replaces_the_same_layers():
@@ -409,7 +423,7 @@ def test_dense_runs_of_any_training_decide_no_low_rank_claim():
 
 def test_a_best_epoch_is_compared_with_best_epochs():
     best = published_value(metric="top1_best")
-    ask = claim([best], kind="reaches", runs={"layer.name": "decef", "train.epochs": 9}, tolerance=0.3)
+    ask = claim([best], kind="reaches", runs={"layer.name": "decef", "train.epochs": 48}, tolerance=0.3)
     found = [
         replace(run, metrics=({"test_top1": peak}, {"test_top1": run.top1}))
         for run, peak in zip(runs("decef", 50.0, 51.0, 52.0, rank=4), (92.9, 93.0, 93.1), strict=True)

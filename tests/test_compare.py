@@ -23,13 +23,17 @@ DENSE = runs("conv2d", 90.0, 91.0, 92.0)
         (["layer=decef", "train=standard", "seed=0"], {"layer.name": "decef", "train.name": "standard", "seed": 0}),
         (["layer=decef,cpac", "layer.flops=0.667"], {"layer.name": ["decef", "cpac"], "layer.flops": 0.667}),
         (["train.atcd=null,1", "model.width=0.25"], {"train.atcd": [None, 1], "model.width": 0.25}),
+        (["train.milestones=[0.5]"], {"train.milestones": [[0.5]]}),
     ],
 )
 def test_selectors_are_written_as_overrides(words, selector):
     assert read_selector(words) == selector
 
 
-@pytest.mark.parametrize("word", ["decef", "laye=decef", "layer.flop=0.5", "train.scales=[[0.5"])
+@pytest.mark.parametrize(
+    "word",
+    ["decef", "laye=decef", "layer.flop=0.5", "train.scales=[[0.5", "dataset.root=x", "threads=1", "wandb.mode=x"],
+)
 def test_what_selects_nothing_is_refused(word):
     with pytest.raises(ValueError, match=re.escape(word)):
         read_selector(["layer=decef", word])
@@ -46,7 +50,7 @@ def test_the_others_differ_only_in_what_is_named():
     other = runs("cpac", 70.0, 71.0, 72.0, energy=0.63)
     decef = runs("decef", 88.0, 89.5, 90.0)
     everything = [*DENSE, *cpac, *other, *decef]
-    label = "decef 0.667 of FLOPs, schedule standard, 9 epochs"
+    label = "decef 0.667 of FLOPs, schedule standard, 48 epochs"
     assert compared(everything, "layer=decef", "layer=conv2d") == {label: [-2.0, -1.5, -2.0]}
     assert compared(everything, "layer=decef", "layer=cpac") == {label: [8.0, 8.5, 8.0]}
     assert compared(everything, "layer=decef", "layer=cpac layer.energy=0.63") == {label: [18.0, 18.5, 18.0]}

@@ -8,6 +8,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from support import DIGITS, network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -93,9 +94,8 @@ def test_compressions_side_by_side(made, tmp_path):
     assert "a small network on digits" in (tmp_path / "made" / "digits.md").read_text()
     other = tmp_path / "other"
     other.mkdir()
-    asked = {**done.numbers["asked"], "batch_size": 7}
-    (other / "report.json").write_text(json.dumps({**done.numbers, "asked": asked}))
-    with pytest.raises(ValueError, match=r"can't be compared: they have batch_size 1 and 7"):
+    (other / "report.json").write_text(json.dumps({**done.numbers, "input": [1, 1, 16, 16]}))
+    with pytest.raises(ValueError, match=r"can't be compared: they have input \[1, 1, 8, 8\] and \[1, 1, 16, 16\]"):
         write_compressions([out, other], tmp_path / "digits", "")
     with pytest.raises(FileNotFoundError, match=r"there is no .*report.json: scripts/compress.py writes it"):
         write_compressions([tmp_path], tmp_path / "digits", "")
@@ -112,6 +112,14 @@ def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
         compress(trained, loader(), test=loader(1, shuffle=False), finetune=3, out=out, **given)
     with pytest.raises(ValueError, match=r"holds another compression \(data '23 batches .*, not '7 batches of "):
         compress(trained, loader(count=400), test=loader(1, shuffle=False), finetune=2, out=out, **given)
+
+
+def test_two_processes_are_not_at_one_compression(trained, options, tmp_path):
+    job = Compression(trained, loader(), **options, out=tmp_path)
+    with FileLock(tmp_path / ".lock"):
+        for at_it in (job.plan, job.run):
+            with pytest.raises(ValueError, match="another process is at this compression"):
+                at_it()
 
 
 @pytest.mark.usefixtures("unexported")

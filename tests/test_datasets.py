@@ -424,7 +424,7 @@ def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):
         resolved(other, num_classes=3, images_md5=here.images_md5)
 
 
-def test_runs_on_two_parts_of_imagenet_are_not_one(folder, tmp_path_factory):
+def test_runs_on_two_parts_of_imagenet_are_not_one(call, folder, tmp_path_factory):
     """Their ids are: they are told apart by the images' names in the record."""
     other = tmp_path_factory.mktemp("other")
     write_images(other / "train", 9)
@@ -440,6 +440,10 @@ def test_runs_on_two_parts_of_imagenet_are_not_one(folder, tmp_path_factory):
     assert [len(runs) for runs in experiments(load_records(folder / "results"))] == [1, 1]
     with pytest.raises(InputError, match="is of other images than are here"):
         trained(other, 0)
+    first = folder / "results" / "runs" / trained(folder, 0)["id"]
+    again = call("train.py", "--from", first, f"dataset.root={other}", f"results={other / 'replayed'}")
+    assert again.returncode == 2
+    assert "is of other images than are here" in again.stderr
 
 
 def test_folders_that_do_not_fit(folder):

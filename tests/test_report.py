@@ -31,7 +31,7 @@ def run(layer, seed, top1, dataset="cifar10", share=0.667, **text):
         "dataset": {"name": dataset},
         "model": {"name": text.get("model", "resnet20"), "dense_stem": True},
         "layer": {"name": layer, **({} if layer == "conv2d" else {"flops": share})},
-        "train": {"name": text.get("schedule", "standard"), "epochs": 3, "batch_size": 128, "lr": 0.1},
+        "train": {"name": text.get("schedule", "standard"), "epochs": 48, "batch_size": 128, "lr": 0.1},
         "seed": seed,
     }
     config["train"]["decay"] = None if layer == "conv2d" else "factors"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from decef.compression.budgets import AnyBudget, Memory, Milliseconds, Size, words
@@ -178,14 +179,31 @@ class Compression:
         self._folder = Path(tempfile.mkdtemp()) if self._kept is None else self._kept
         if self._kept is None:
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._lock = FileLock(self._folder / ".lock", timeout=0)
         self._state = State(self._folder, asked)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes out of the folder while this lasts."""
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(f"another process is at this compression: {self._folder}") from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def plan(self) -> Plan:
         """The plan that meets the budget, by measurement where the budget is one of time or memory.
 
         Raises:
-            ValueError: the budget can't be met; the message says what can.
+            ValueError: the budget can't be met, and the message says what can; or another process is at it.
         """
+        with self._alone():
+            return self._planned()
+
+    def _planned(self) -> Plan:
         path = self._folder / PLAN
         if "reached" not in self._state:
             if self._test is not None and "dense" not in self._accuracies():
@@ -213,13 +231,13 @@ class Compression:
         """Do what is not done yet.
 
         Raises:
-            ValueError: the budget can't be met, or the data don't fit the network.
+            ValueError: the budget can't be met, the data don't fit the network, or another process is at it.
             FloatingPointError: fine-tuning diverged. If that was in the first epoch, the same with a smaller `lr` goes
                 on from the converted network.
             OSError: the folder can't be written to; what was done before is still there.
         """
-        with forked_generator(self._x.device):
-            return self._run(self.plan())
+        with self._alone(), forked_generator(self._x.device):
+            return self._run(self._planned())
 
     def _run(self, made: Plan) -> Compressed:
         network, saved = self._converted(made)

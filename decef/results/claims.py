@@ -145,13 +145,15 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
 
     Args:
         claim: one of `load_claims()`.
-        records: finished runs, see `decef.training.record.load_records`. Runs that diverged are not among them.
+        records: finished runs, see `decef.training.record.load_records`. Runs that diverged are not among them. Those
+            of schedule smoke, with a validation split or on a part of the training images are left out.
         measured: see `load_measurements`.
 
     Raises:
         ValueError: a run has several experiments as its control, or two runs of one experiment have the same seed.
     """
     asks = {key: value for key, value in claim.asks.items() if key != "kind"}
+    records = [record for record in records if not _is_trial(record)]
     try:
         findings = list(KINDS[claim.asks["kind"]](claim.published, records, measured or Measurements(), **asks))
     except ValueError as error:
@@ -161,6 +163,12 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     corrected = dict(zip(tests, holm([p_value(c.values, c.bound) for c in tests]), strict=True))
     evidence = tuple(_evidence(finding, corrected) for finding in findings)
     return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
+
+
+def _is_trial(record: Record) -> bool:
+    """Whether a run only tried something out: that it runs at all, or settings on a part of the training images."""
+    config = record.config
+    return config.train.name == "smoke" or bool(config.train.validation) or config.dataset.train_size is not None
 
 
 def _overall(verdicts: Iterable[str], holds_if: str) -> str:

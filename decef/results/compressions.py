@@ -13,7 +13,8 @@ import pandas as pd
 from decef.results.pages import write_measured
 
 STEPS = ("converted", "recalibrated", "finetuned")
-SHARED = ("network", "engine", "batch_size", "images", "test")  # settings that all must share to be comparable
+# what all must share to be comparable
+SHARED = ("network", "engine", "input", "images", "test", "device", "machine", "threads")
 
 
 def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -30,13 +31,13 @@ def compressions(folders: Sequence[Path]) -> tuple[pd.DataFrame, dict[str, Any]]
 
     Raises:
         FileNotFoundError: a folder has no report.
-        ValueError: they are of different networks, engines, batch sizes, images, test images, machines or threads.
+        ValueError: they are of different networks, engines, inputs, images, devices, machines or threads.
     """
     found = {folder: _read(folder) for folder in folders}
     (first, reference), *others = found.items()
     for folder, numbers in others:
-        for part, key in (*(("asked", key) for key in SHARED), ("made", "machine"), ("made", "threads")):
-            one, other = reference[part][key], numbers[part][key]
+        for key in SHARED:
+            one, other = ({"input": n["input"], **n["asked"], **n["made"]}[key] for n in (reference, numbers))
             if one != other:
                 raise ValueError(f"{first} and {folder} can't be compared: they have {key} {one!r} and {other!r}")
     return pd.DataFrame([_row(numbers) for numbers in found.values()]), reference["made"]

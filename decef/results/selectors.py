@@ -14,8 +14,8 @@ import yaml
 from decef.layers import LAYERS
 from decef.models import MODELS
 from decef.results.comparisons import experiments
-from decef.training.config import DEFAULT_DECAY, GROUPS, REPLACEMENT_OPTIONS, RunConfig
-from decef.training.record import LAYER_TRAINING, RANK_SETTINGS, Record
+from decef.training.config import DEFAULT_DECAY, GROUPS, REPLACEMENT_OPTIONS
+from decef.training.record import DATA_PLACES, LAYER_TRAINING, RANK_SETTINGS, RECORDED, Record
 
 
 def selects(selector: Mapping[str, Any], record: Record) -> bool:
@@ -42,17 +42,19 @@ def read_selector(words: Iterable[str]) -> dict[str, Any]:
             values = [yaml.safe_load(value) for value in text.split(",")]
         except yaml.YAMLError as error:
             raise ValueError(f"{word} cannot be read: write single values with commas between them") from error
-        selector[key] = values if len(values) > 1 else values[0]
+        selector[key] = values if len(values) > 1 or isinstance(values[0], list) else values[0]
     return selector
 
 
 def is_setting(key: str) -> bool:
-    """Whether a dotted key names a setting of runs, or an option of a network or layer type of this package."""
+    """Whether a dotted key names a setting that records have, or an option of a network or layer type here."""
     group, _, name = key.partition(".")
-    if group not in GROUPS:
-        return key in {f.name for f in fields(RunConfig)}
+    if group not in RECORDED:
+        return key == "seed"
     kinds: Mapping[str, Iterable[Callable[..., object]]] = {"model": MODELS.values(), "layer": LAYERS.values()}
     own = {f.name for f in fields(GROUPS[group])}
+    if group == "dataset":
+        own -= set(DATA_PLACES)
     return name in own.union(*(inspect.signature(kind).parameters for kind in kinds.get(group, ())))
 
 

@@ -244,7 +244,10 @@ class LayerConfig:
             raise ValueError(f"{' and '.join(given)} are both given: give one")
         if self.name == AUTO and (self.rank is not None or self.energy is not None or self.orthogonality):
             raise ValueError(f"layer=auto takes a budget, layer.flops, not {' or '.join(given) or 'orthogonality'}")
-        if self.name != AUTO:
+        if self.name == AUTO:
+            if own := set(self.options) - {"implementation"}:
+                raise ValueError(f"layer.{min(own)} is not for layer=auto: layer types have options of their own")
+        else:
             usual = inspect.signature(layer_type(self.name)).parameters
             for key, value in self.options.items():
                 if key not in usual or usual[key].kind != inspect.Parameter.KEYWORD_ONLY:
@@ -414,7 +417,7 @@ class RunConfig:
                 raise ValueError(f"there is no setting {', '.join(sorted(unknown))}")
             for name, kind in GROUPS.items():
                 settings[name] = group(name, kind, settings.get(name, {}))
-            settings["results"] = Path(settings.get("results") or "results")
+            settings["results"] = Path(str(settings.get("results") or "results"))
             return cls(**settings)
 
     def resolved(self) -> RunConfig:

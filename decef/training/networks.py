@@ -17,7 +17,7 @@ from decef.plans import Plan
 from decef.training.build import dense_network, network_options
 from decef.training.checkpoint import load_checkpoint
 from decef.training.config import DatasetConfig, ModelConfig
-from decef.training.record import CHECKPOINT, load_config, read_summary
+from decef.training.record import CHECKPOINT, Summary, load_config, read_summary
 
 
 def load_networks(
@@ -62,6 +62,18 @@ def load_networks(
     return [(name, load_weights(model, weights) if weights else model)]
 
 
+def check_finished(run: Path) -> Summary:
+    """A run's summary.
+
+    Raises:
+        ValueError: the run is not finished.
+    """
+    summary = read_summary(run)
+    if summary.get("status") != "finished":
+        raise ValueError(f"{run} is {summary.get('status', 'not begun')}, not finished")
+    return summary
+
+
 def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
     """What `decef.models.released` says of a finished run's network, and the dataset that it was trained on.
 
@@ -69,10 +81,7 @@ def card_of(run: Path, name: str) -> tuple[Card, Dataset]:
         FileNotFoundError: the folder is no run's, or has no checkpoint.
         ValueError: the run is not finished.
     """
-    config = load_config(run)
-    summary = read_summary(run)
-    if summary.get("status") != "finished":
-        raise ValueError(f"{run} is {summary.get('status')}, not finished")
+    config, summary = load_config(run), check_finished(run)
     card = card_for(name, config.model, config.dataset)
     plan = load_checkpoint(run / CHECKPOINT)["plan"]
     return replace(card, plan=plan, top1=summary["test_top1"], run=run.name), config.dataset.dataset()

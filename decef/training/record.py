@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CONFIG, METRICS, SUMMARY, CHECKPOINT = "config.yaml", "metrics.jsonl", "summary.json", "checkpoint.pt"
 TIMES = ("images_per_second", "seconds")  # in metrics: they differ even between equal runs
 FORMAT = 2  # of config.yaml; format 1 left out options that were off
+RECORDED = ("dataset", "model", "layer", "train")  # the groups of settings that config.yaml holds
+DATA_PLACES = ("root", "workers")  # the dataset's settings that it doesn't
 RANK_SETTINGS = ("rank", "flops", "energy")
 LAYER_TRAINING = ("atcd", "decay")  # training options of low-rank layers, which Conv2d doesn't have
 #: Dataset options that make it another task, and their values in the task that the dataset's name stands for.
@@ -200,8 +202,8 @@ class Record:
 
 def recorded(config: RunConfig) -> dict[str, Any]:
     """The part of a resolved config that `config.yaml` holds."""
-    kept = {name: flat(getattr(config, name)) for name in ("dataset", "model", "layer", "train")}
-    for key in ("root", "workers"):
+    kept = {name: flat(getattr(config, name)) for name in RECORDED}
+    for key in DATA_PLACES:
         del kept["dataset"][key]
     if config.model.weights:
         kept["model"]["weights"] = Path(config.model.weights).name

@@ -60,6 +60,8 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
         summary = processes.broadcast(read_summary(job.recorder.path))
         _check_images(job, summary)
         if _finished(job, summary):
+            if job.config.keep_checkpoints and not any(job.recorder.path.glob("checkpoint-*.pt")):
+                log.warning("it kept no checkpoints: to have some, train it again in another place, results=FOLDER")
             return summary
         resuming = job.recorder.checkpoint.is_file()
         # What needs neither images nor a checkpoint is built first: a rank that is not possible shows at once.
