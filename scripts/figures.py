@@ -33,8 +33,8 @@ def main() -> None:
     try:
         if arguments.network:
             (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights, trained=True)
-            name = arguments.network
-            name = Path(name).resolve().name if Path(name).is_dir() else name
+            given = Path(arguments.network)
+            name = given.resolve().name if given.exists() else arguments.network
             write_filters(
                 model,
                 arguments.results / "filters" / name.replace("/", "-"),

@@ -58,7 +58,7 @@ def test_kernels_of_a_network_in_training_are_those_of_evaluation(layer):
         assert not weight.requires_grad
 
 
-def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
+def test_ranks_of_a_run_over_its_epochs(call, tmp_path, caplog):
     run(config(tmp_path, keep_checkpoints=2, train__epochs=4, layer={"name": "conv2d"}))
     (folder,) = (tmp_path / "runs").iterdir()
     out = tmp_path / "figures" / "ranks"
@@ -77,6 +77,11 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path):
     for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
         with pytest.raises(ValueError, match="has weights of its own: give no others"):
             load_networks(str(folder), **given)
+    for path in folder.glob("checkpoint-*.pt"):
+        path.unlink()
+    with caplog.at_level("WARNING"):
+        run(config(tmp_path, keep_checkpoints=2, train__epochs=4, layer={"name": "conv2d"}))
+    assert "it kept no checkpoints: to have some, train it again" in caplog.text
     (folder / "summary.json").write_text('{"status": "interrupted"}')
     for refused in (call("ranks.py", folder, "--out", out), call("significance.py", folder, "--out", tmp_path)):
         assert refused.returncode == 2

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import yaml
-from support import ROOT
+from support import ROOT, composed
 
 from decef.models.weights import describe_file
 from decef.results import claims, findings, published
@@ -178,6 +178,13 @@ def test_what_only_tries_something_out_is_no_evidence():
     asked = {one.id: one for one in load_claims()}
     assert judge(asked["decef-two-thirds-resnet"], found).verdict == FAILS
     assert judge(asked["decef-two-thirds-resnet"], shorter).verdict == NOT_TESTED
+
+
+def test_the_epochs_that_claims_ask_for_are_those_of_the_schedules():
+    for one in load_claims():
+        runs = one.asks.get("runs", {})
+        if runs.get("train.name") == ["standard", "paper"]:
+            assert runs["train.epochs"] == [composed(f"train={name}")["train"]["epochs"] for name in runs["train.name"]]
 
 
 def test_a_low_rank_control_replaces_the_same_layers():

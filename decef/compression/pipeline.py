@@ -184,7 +184,7 @@ class Compression:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes out of the folder while this lasts."""
+        """Keep other processes out of the folder while this lasts; it may be nested."""
         try:
             self._lock.acquire()
         except Timeout:
@@ -200,21 +200,18 @@ class Compression:
         Raises:
             ValueError: the budget can't be met, and the message says what can; or another process is at it.
         """
-        with self._alone():
-            return self._planned()
-
-    def _planned(self) -> Plan:
         path = self._folder / PLAN
-        if "reached" not in self._state:
-            if self._test is not None and "dense" not in self._accuracies():
-                self._note_top1("dense", self._model)
-            with forked_generator(self._x.device):
-                reached, deployed = self._planner().reach(self._budget)
-            if deployed is not None:
-                deployed.save(self._folder / FORMS)
-            reached.plan.save(path)
-            self._state["reached"] = {"asked": reached.asked, "value": reached.value}
-        return Plan.load(path)
+        with self._alone():
+            if "reached" not in self._state:
+                if self._test is not None and "dense" not in self._accuracies():
+                    self._note_top1("dense", self._model)
+                with forked_generator(self._x.device):
+                    reached, deployed = self._planner().reach(self._budget)
+                if deployed is not None:
+                    deployed.save(self._folder / FORMS)
+                reached.plan.save(path)
+                self._state["reached"] = {"asked": reached.asked, "value": reached.value}
+            return Plan.load(path)
 
     def _planner(self) -> Planner:
         where: dict[str, Any] = {"include": self._include, "exclude": self._exclude, "progress": self._progress}
@@ -237,7 +234,7 @@ class Compression:
             OSError: the folder can't be written to; what was done before is still there.
         """
         with self._alone(), forked_generator(self._x.device):
-            return self._run(self._planned())
+            return self._run(self.plan())
 
     def _run(self, made: Plan) -> Compressed:
         network, saved = self._converted(made)

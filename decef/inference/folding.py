@@ -84,8 +84,8 @@ def _convolutions_before_norms(model: nn.Module) -> list[tuple[str, str]]:
             continue
         conv, norm = modules[before.target], modules[node.target]
         once = count[id(conv)] == count[id(norm)] == 1
-        foldable = _is_batch_norm(norm) and norm.track_running_stats and _is_plain(norm)
-        foldable = foldable and _is_plain(conv) and not _is_batch_norm(conv)
+        pair = not _is_batch_norm(conv) and _is_batch_norm(norm) and norm.track_running_stats
+        foldable = pair and _is_plain(conv) and _is_plain(norm)
         used_elsewhere = any(id(p) in by_hand for module in (conv, norm) for p in module.parameters(recurse=False))
         if once and foldable and not used_elsewhere:
             found.append((str(before.target), str(node.target)))
