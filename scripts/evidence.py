@@ -43,6 +43,7 @@ def main() -> None:
         load_entries,
         missing,
         status_table,
+        without_data,
     )
     from decef.training.run import find_device
 
@@ -70,7 +71,11 @@ def main() -> None:
         run = "1 run waits" if n == 1 else f"{n} runs wait"
         print(f"{run} for hardware that trains in {precision}, as those did that they are to be paired with")
     if arguments.what == "run":
-        _run([job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere], arguments)
+        wanted = [job for job in missing(jobs, arguments.results) if job.run_id not in elsewhere]
+        unreadable = without_data(wanted)
+        for name, reason in unreadable.items():
+            print(f"{name} can't start here: {reason}", flush=True)
+        _run([job for job in wanted if job.entry.name not in unreadable], arguments)
     print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
     if blocked:
         print(f"Not in the table, finished runs neither, as they can't start here: {', '.join(blocked)}.")

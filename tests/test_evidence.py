@@ -124,6 +124,16 @@ def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hou
     assert sorted(path.name for path in tmp_path.glob("*.interrupted")) == ["run-0.interrupted", "run-1.interrupted"]
 
 
+def test_runs_whose_data_are_missing_are_left_out_before_any_begins(call, tmp_path):
+    good = {"name": "good", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
+    tiles = {**good, "name": "tiles", "overrides": f"dataset=magnetic_tile dataset.root={tmp_path}", "seeds": 2}
+    environment = {**os.environ, "WANDB_MODE": "offline", "DECEF_DATA": str(tmp_path)}
+    done = call("evidence.py", "run", *write(tmp_path / "list.yaml", tiles, good), FEWER, env=environment)
+    assert done.returncode == 0
+    assert re.findall(r"(\S+) can't start here: .* magnetic-tile", done.stdout) == ["tiles"]
+    assert len(re.findall(r"begins: .*digits", done.stdout)) == len(re.findall("begins: ", done.stdout)) == 1
+
+
 def test_what_cannot_start_is_said(call, tmp_path):
     good = {"name": "good", "decides": "this", "overrides": TINY, "seeds": 1, "minutes": 1}
     there = write(tmp_path / "list.yaml", {**good, "name": "bad", "overrides": f"{TINY} model.weights=none.th"}, good)

@@ -23,7 +23,7 @@ import yaml
 
 from decef.costs import total_cost
 from decef.training.build import dense_network
-from decef.training.config import RunConfig
+from decef.training.config import DatasetConfig, RunConfig
 from decef.training.precision import resolve_precision
 from decef.training.record import CHECKPOINT, Record, Summary, read_summary, run_id
 
@@ -142,6 +142,23 @@ def list_jobs(
                 name = run_id(seeded)
                 jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name, seeded))
     return list(jobs.values()), blocked
+
+
+def without_data(jobs: Sequence[Job]) -> dict[str, str]:
+    """The entries whose data are not here and can't be downloaded, each with the reason.
+
+    Reads every dataset once, which downloads it if need be: two runs that begin together would both do that.
+    """
+    failed: dict[DatasetConfig, str | None] = {}
+    for job in jobs:
+        data = job.config.dataset
+        if data not in failed:
+            try:
+                data.load()
+                failed[data] = None
+            except (ValueError, FileNotFoundError, ImportError) as error:
+                failed[data] = str(error)
+    return {job.entry.name: reason for job in jobs if (reason := failed[job.config.dataset]) is not None}
 
 
 def status_table(jobs: Sequence[Job], results: Path, processes: int) -> pd.DataFrame:
