@@ -1,6 +1,7 @@
 """Claims: every kind and verdict on made-up runs, and what claims.yaml may hold."""
 
 import json
+import re
 import runpy
 import shlex
 from collections import Counter
@@ -440,6 +441,7 @@ def test_a_best_epoch_is_compared_with_best_epochs():
     assert "93.00 % [92.75, 93.25] in the best epoch" in got.evidence[0].result
     other = claim([best], kind="reaches", runs={"layer.name": "decef", "train.epochs": 10}, tolerance=0.3)
     assert judge(other, found).verdict == NOT_TESTED
+    assert judge(ask, [replace(run, metrics=()) for run in found]).verdict == NOT_TESTED  # whose epochs are lost
 
 
 @pytest.mark.parametrize(
@@ -520,6 +522,20 @@ def test_ranks_are_judged_by_each_definition():
         "resnet20, 4 convolutions, schedule standard, entropy rank": FAILS,
     }
     assert got.verdict == MIXED
+
+
+def test_definitions_that_agree_are_tests_of_their_own():
+    """Holm's method counts them: one more definition with the same ranks makes the claim no easier."""
+    falls = ranks(FALLING, RANDOM)
+    both = falls.assign(energy=FALLING, energy_init=RANDOM)
+    dense = runs("conv2d", *[90.0] * 8)
+
+    def p_values(table):
+        got = judge(claim(kind="monotone_rank", over="depth"), dense, Measurements({run.id: table for run in dense}))
+        return [float(p) for e in got.evidence for p in re.findall(r"p = ([0-9.e-]+)", e.result)]
+
+    alone, together = p_values(falls), p_values(both)
+    assert [2 * p for p in alone] * 2 == pytest.approx(together, rel=0.05)  # as they are printed
 
 
 def test_networks_of_other_data_or_training_are_no_further_seeds():

@@ -24,6 +24,7 @@ DENSE = runs("conv2d", 90.0, 91.0, 92.0)
         (["layer=decef,cpac", "layer.flops=0.667"], {"layer.name": ["decef", "cpac"], "layer.flops": 0.667}),
         (["train.atcd=null,1", "model.width=0.25"], {"train.atcd": [None, 1], "model.width": 0.25}),
         (["train.milestones=[0.5]"], {"train.milestones": [[0.5]]}),
+        (["train.lr=1e-4,0.01"], {"train.lr": [0.0001, 0.01]}),
     ],
 )
 def test_selectors_are_written_as_overrides(words, selector):
@@ -73,6 +74,16 @@ def test_runs_of_another_precision_are_compared_only_if_it_is_named():
     assert values == [1.0, 2.0]
     (values,) = compared([*usual, *runs("cpac", 80.0, 81.0, precision="fp32")], "layer=decef", "layer=cpac").values()
     assert values == []
+
+
+def test_weights_are_compared_by_what_is_in_them():
+    one = runs("decef", 84.0, 85.0, weights="a.th", weights_md5="a" * 32, decompose_on=512)
+    other = runs("decef", 83.0, 83.0, weights="b.th", weights_md5="b" * 32, decompose_on=512)
+    on_none = runs("decef", 82.0, 82.0, weights="b.th", weights_md5="b" * 32)
+    none = runs("decef", 80.0, 80.0)
+    everything = [*one, *other, *on_none, *none]
+    assert list(compared(everything, "layer=decef model.weights=a.th", "model.weights=b.th").values()) == [[1.0, 2.0]]
+    assert list(compared(everything, "layer=decef model.weights=a.th", "model.weights=null").values()) == [[4.0, 5.0]]
 
 
 def compare(monkeypatch, capsys, *arguments):

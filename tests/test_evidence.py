@@ -176,16 +176,21 @@ def test_a_finished_run_that_is_to_be_released_or_measured_is_done_only_then(tmp
 
 
 def test_a_run_begins_only_in_the_precision_of_those_it_is_paired_with(tmp_path):
-    """Else it would have no pair, and the one that could have is not run any more."""
+    """Else it would have no pair, and the one that could have is not run any more. A new seed is as the others are."""
     dense = {"name": "dense", "decides": "this", "overrides": f"{TINY} layer=conv2d", "seeds": 2, "minutes": 1}
     decef = {**dense, "name": "decef", "overrides": f"{TINY} layer=decef layer.rank=1"}
     write(tmp_path / "list.yaml", dense, decef)
     jobs, _ = list_jobs(load_entries(tmp_path / "list.yaml"), lambda given: run_config(given).resolved())
     here = resolve_precision(torch.device("cpu"), "auto")
-    for job, precision in zip(jobs, ("fp16", here), strict=False):
+
+    def finish(job, precision):
         folder = tmp_path / "results" / "runs" / job.run_id
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"status": "finished", "precision": precision}))
+
+    finish(jobs[0], "fp16")
+    assert for_other_hardware(jobs, tmp_path / "results", "cpu") == {job.run_id: "fp16" for job in jobs[1:]}
+    finish(jobs[1], here)
     assert for_other_hardware(jobs, tmp_path / "results", "cpu") == {jobs[2].run_id: "fp16"}
 
 

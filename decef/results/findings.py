@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ def _origin(path: Path) -> dict[str, Any]:
 class Comparison:
     """What one test asks: whether the mean of `values`, one per seed, is above `bound`.
 
-    `words` are for people. `runs` are what the values come from: thus a control that several experiments share gives
-    equal comparisons.
+    `words` are for people. `runs` are what the values come from, runs or columns of tables: thus a control that several
+    experiments share gives equal comparisons, and two kinds of rank that happen to have equal values don't.
     """
 
     words: str
@@ -188,7 +189,7 @@ def _trains(
 #: What a published top-1 is of, and the same of a run.
 _TOP1: dict[str, Callable[[Record], float]] = {
     "top1": lambda record: record.top1,
-    "top1_best": lambda record: max(row["test_top1"] for row in record.metrics),
+    "top1_best": lambda record: max((row["test_top1"] for row in record.metrics), default=math.nan),
 }
 
 
@@ -202,11 +203,12 @@ def _reaches(
 ) -> Iterator[Finding]:
     """Top-1 is at most `tolerance` points below the published value for the same task, network, layer and setting.
 
-    A published best epoch is compared with the runs' best epochs.
+    A published best epoch is compared with the runs' best epochs; runs whose epochs are not there are left out.
     """
     for one in published:
         if one.metric in _TOP1:
-            for group in experiments(r for r in records if one.fits(r) and selects(runs, r)):
+            known = (r for r in records if one.fits(r) and not math.isnan(_TOP1[one.metric](r)))
+            for group in experiments(r for r in known if selects(runs, r)):
                 values = tuple(map(_TOP1[one.metric], group))
                 best = " in the best epoch" if one.metric == "top1_best" else ""
                 words = f"{_percent(values)}{best}, {_costs(group[0])}; {one.id} has {one.value:.2f} %"
@@ -230,7 +232,8 @@ def _monotone_rank(
         for measure in next(iter(trends.values()), {}):
             values = [trend[measure] for trend in trends.values()]
             words = f"rank correlation of {measure} {estimate(values, within=(-1, 1)).words('+.2f')}"
-            comparisons.append(Comparison(words, tuple(-value for value in values), 0, sources))
+            columns = tuple(f"{source}, {definition}" for source in sources)
+            comparisons.append(Comparison(words, tuple(-value for value in values), 0, columns))
         if comparisons:
             yield Finding(f"{network}, {definition} rank", len(trends), "", tuple(comparisons), sources)
 

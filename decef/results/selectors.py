@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
@@ -39,7 +40,7 @@ def read_selector(words: Iterable[str]) -> dict[str, Any]:
         if not equals or not is_setting(key):
             raise ValueError(f"{word} selects no runs: write settings of theirs, such as layer=decef or train=standard")
         try:
-            values = [yaml.safe_load(value) for value in text.split(",")]
+            values = [_value(value) for value in text.split(",")]
         except yaml.YAMLError as error:
             raise ValueError(f"{word} cannot be read: write single values with commas between them") from error
         selector[key] = values if len(values) > 1 or isinstance(values[0], list) else values[0]
@@ -56,6 +57,15 @@ def is_setting(key: str) -> bool:
     if group == "dataset":
         own -= set(DATA_PLACES)
     return name in own.union(*(inspect.signature(kind).parameters for kind in kinds.get(group, ())))
+
+
+def _value(text: str) -> Any:
+    """As Hydra reads it: 1e-4 is a number to it, which YAML 1.1 takes for text."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -90,6 +100,8 @@ def twin_key(record: Record, runs: Mapping[str, Any], control: Mapping[str, Any]
     ranks = {f"layer.{key}" for key in RANK_SETTINGS}
     if ranks & free:  # whoever names a rank means it in place of the runs' budget
         free |= ranks
+    if "model.weights" in control:  # a run is known by what is in the file
+        free |= {"model.weights_md5"} if control["model.weights"] else {"model.weights_md5", "model.decompose_on"}
     kept: dict[str, dict[str, Any]] = {
         group: {key: value for key, value in values.items() if f"{group}.{key}" not in free}
         for group, values in record.experiment.items()

@@ -68,9 +68,9 @@ class Job:
 
     @property
     def twins(self) -> tuple[Any, ...]:
-        """A key that is equal for runs that are paired with each other if their precision is the same."""
+        """A key that is equal for runs that are compared with each other, over all their seeds."""
         record = Record(self.config, {})
-        return record.comparison, record.model, record.weights, self.config.seed
+        return record.comparison, record.model, record.weights
 
     @property
     def release(self) -> str | None:
@@ -236,7 +236,8 @@ def for_other_hardware(jobs: Sequence[Job], results: Path, device: str) -> dict[
     """The missing runs that would have nothing to be compared with if they began here.
 
     Runs of different precision are not paired, and the precision depends on the hardware: see `resolve_precision`. So a
-    run has to begin where it is the same as that of those it is paired with: same network, data, training and seed.
+    run has to begin where it is the same as that of those it is paired with: same network, data, training and seed. If
+    none of that seed is finished, as that of the other seeds, which it is to be averaged with.
 
     Args:
         jobs: all of the list, those that are done too.
@@ -251,10 +252,11 @@ def for_other_hardware(jobs: Sequence[Job], results: Path, device: str) -> dict[
     found: dict[tuple[Any, ...], set[str]] = {}
     for job in jobs:
         if (summary := _summary(results, job)).get("status") == "finished":
-            found.setdefault(job.twins, set()).add(summary["precision"])
+            for seed in (job.config.seed, None):
+                found.setdefault((job.twins, seed), set()).add(summary["precision"])
     needed = {}
     for job in jobs:
-        precisions = found.get(job.twins, set())
+        precisions = found.get((job.twins, job.config.seed)) or found.get((job.twins, None), set())
         here = resolve_precision(torch.device(device), job.config.train.precision)
         if precisions and here not in precisions and not _summary(results, job):
             needed[job.run_id] = min(precisions)
