@@ -1,4 +1,4 @@
-"""Batches of inputs, as a DataLoader yields them, for a network."""
+"""Batches of inputs, as a DataLoader yields them, for a network, and their memory layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from decef.copies import copied
 
 Batch = TypeVar("Batch", Tensor, tuple[Tensor, Tensor])
 NO_BATCH = "the data yields no batch: give a few hundred images, as a list or DataLoader"
@@ -65,6 +67,24 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], N
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network, in the mode that it is in, runs in channels-last layout, in which convolutions are fastest.
+
+    One that flattens by `x.view(len(x), -1)` may not: `view` needs the elements in order, unlike `reshape`.
+
+    Args:
+        model: it does not change.
+        x: an input `(B, C, H, W)` on the network's device.
+    """
+    twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            twin(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+    except RuntimeError:
+        return False
+    return True
 
 
 def without_leftover(batches: Iterable[Batch]) -> Iterator[Batch]:

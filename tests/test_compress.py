@@ -123,6 +123,26 @@ def test_two_processes_are_not_at_one_compression(trained, options, tmp_path):
 
 
 @pytest.mark.usefixtures("unexported")
+def test_another_compression_begun_in_the_folder_is_not_taken_for_this_one(trained, options, tmp_path):
+    given = {**options, "out": tmp_path, "finetune": 0}
+    larger, smaller = (Compression(trained, loader(), **{**given, "budget": Budget(flops=f)}) for f in (0.6, 0.4))
+    ranks = larger.plan().ranks
+    Compression(trained, loader(), **{**given, "budget": Budget(flops=0.5)})  # which only looks
+    assert (tmp_path / "plan.yaml").is_file()
+    assert smaller.plan().ranks != ranks
+    assert larger.run().plan.ranks == ranks
+    with pytest.raises(ValueError, match=r"another compression \(budget .0\.6 of .*, not .0\.4 of"):
+        smaller.run()
+
+
+def test_a_plan_outlives_another_way_of_fine_tuning(trained, options, tmp_path, monkeypatch):
+    made = Compression(trained, loader(), **options, out=tmp_path, finetune=3).plan()
+    monkeypatch.setattr("decef.compression.reach.planner", None)
+    again = Compression(trained, loader(), **options, out=tmp_path, finetune=1, lr=0.001).plan()
+    assert again.ranks == made.ranks
+
+
+@pytest.mark.usefixtures("unexported")
 def test_what_is_only_planned_may_be_planned_anew(trained, options, tmp_path):
     given = {**options, "out": tmp_path, "finetune": 0}
     with pytest.raises(ValueError, match="can't be met"):
@@ -373,6 +393,54 @@ class Auxiliary(nn.Module):
 def test_networks_that_can_t_be_fine_tuned_are_refused_first(options, change, message):
     with pytest.raises(ValueError, match=message):
         Compression(change(network()), loader(), **{**options, "exclude": None})
+
+
+class Views(nn.Module):
+    """Flattens by `view`, which doesn't take channels-last layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.linear = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16 * 16, 10)
+
+    def forward(self, x):
+        return self.linear(self.conv2(self.conv1(x).relu()).relu().view(len(x), -1))
+
+
+def test_a_network_that_flattens_by_view(options, tmp_path):
+    job = Compression(Views(), loader(), **{**options, "exclude": None, "finetune": 1, "out": tmp_path})
+    assert job.estimate() > 0
+    done = job.run()
+    x = DIGITS[1].normalize(DIGITS[1].images[:1])
+    torch.testing.assert_close(done.deployed(x), done.network(x), rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "network.pt2").is_file()
+
+
+class OwnDevice(nn.Module):
+    """Adds a tensor that is on the CPU wherever its input is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 16, 3), nn.Linear(16, 10)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.linear(y.mean((2, 3)) + torch.zeros(16))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            OwnDevice(),
+            r"does not run on an input of size \(1, 8, 8\): .*\(it was run without values, on the meta",
+        ),
+        (nn.DataParallel(network()), "is in a DataParallel: give it as model.module"),
+    ],
+)
+def test_networks_whose_costs_can_t_be_counted_are_refused_first(options, monkeypatch, model, message):
+    monkeypatch.setattr("decef.compression.pipeline.measure_top1", None)
+    with pytest.raises(ValueError, match=message):
+        Compression(model, loader(), test=loader(1), **{**options, "exclude": None})
 
 
 def float_labels():

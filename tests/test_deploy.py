@@ -454,6 +454,43 @@ def test_a_network_that_changes_its_input_is_deployed_and_the_example_stays():
     assert_close(deployed(x.clone()), expected)
 
 
+@pytest.mark.parametrize("name", ["network.pt2", "network.onnx"])
+def test_a_network_that_changes_its_input_is_exported(tmp_path, name):
+    write(decef.convert(InPlace(), "decef", rank=2), tmp_path / name, (2, 3, 9, 9), form="factorized")
+    assert (tmp_path / name).is_file()
+
+
+class ByName(Small):
+    """Calls a convolution by its argument's name."""
+
+    def forward(self, x):
+        return self.conv1(input=x)
+
+
+def test_every_form_may_be_called_by_the_name_of_its_argument():
+    model, x = decef.convert(ByName(), "decef", rank=2, implementation="factorized").eval(), torch.randn(2, 3, 9, 9)
+    for form in FORMS:
+        assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Flattens(nn.Module):
+    """By `view`, which doesn't take channels-last layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 49, 5)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).view(len(x), -1))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")  # the compiler's own
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_a_network_that_flattens_by_view_runs_in_torch(engine):
+    model, x = decef.convert(Flattens(), "decef", rank=2).eval(), torch.randn(2, 3, 9, 9)
+    assert_close(decef.deploy(model, x, engines=[engine])(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_an_export_leaves_torch_as_it_was():
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -537,6 +574,11 @@ def test_a_torch_program_with_a_free_batch(tmp_path):
         assert_close(program(x), model.eval()(x), rtol=1e-3, atol=1e-4)
 
 
+class Pairs(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
 def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
     class Decides(nn.Module):
         def forward(self, x):
@@ -544,6 +586,9 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
 
     with pytest.raises(ValueError, match=r"^the network cannot be exported by torch\.export: .+$"):
         write(Decides(), tmp_path / "network.pt2", (1, 3, 9, 9), form="factorized")
+    for network, message in ((nn.Bilinear(9, 9, 2), "doesn't run on an input of"), (Pairs(), "returns tuple, not a")):
+        with pytest.raises(ValueError, match=message):
+            write(network, tmp_path / "network.pt2", (1, 3, 9, 9), form="factorized")
     assert not list(tmp_path.iterdir())
 
 

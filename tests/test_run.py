@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from support import config
+from support import DIGITS, config
 
 from decef.data import DATASETS
 from decef.machine import environment
@@ -19,6 +19,8 @@ from decef.results.pages import made_on
 from decef.training.build import build
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import InputError, TrainConfig
+from decef.training.loop import evaluate
+from decef.training.networks import load_networks
 from decef.training.record import first_difference, read_metrics, recorded, replay, run_id
 from decef.training.recorder import Recorder
 from decef.training.run import run
@@ -421,6 +423,14 @@ def colours():
 
 def needs(width):
     return make()
+
+class Views(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convs, self.linear = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)), nn.Linear(4 * 16, 10)
+
+    def forward(self, x):
+        return self.linear(self.convs(x).view(len(x), -1))
 """
 
 
@@ -439,6 +449,20 @@ def test_a_network_of_ones_own_that_is_none_for_these_images(tmp_path, monkeypat
     with pytest.raises(InputError, match=message):
         run(config(tmp_path, model={"name": f"own_for_digits:{function}"}))
     run(config(tmp_path, model={"name": "own_for_digits:make"}, train__epochs=1))
+
+
+def test_a_network_that_flattens_by_view_is_trained_in_the_usual_memory_layout(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "own_views.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = {"model": {"name": "own_views:Views"}, "layer": {"name": "conv2d"}, "train__scales": []}
+    summary = run(config(tmp_path, **own, train__epochs=1))
+    assert (summary["status"], "doesn't run in channels-last" in caplog.text) == ("finished", True)
+    (_, network), *_ = load_networks(str(tmp_path / "runs" / summary["id"]))
+    assert evaluate(network, DIGITS[1])[1] == pytest.approx(summary["test_top1"], abs=1.5)  # the run may be in bf16
+    caplog.clear()
+    run(config(tmp_path, train__epochs=1, dataset__train_size=64))
+    assert "channels-last" not in caplog.text
 
 
 def test_emulated_bf16_is_said_to_be(tmp_path, monkeypatch, caplog):

@@ -34,12 +34,13 @@ from decef.compression.report import FILES, NETWORK, write_report
 from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
-from decef.costs import total_cost
+from decef.costs import input_shapes, total_cost
 from decef.inference.deploy import Deployed, Deployer, deploy
 from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
 from decef.inference.memory import stored_bytes
+from decef.inputs import takes_channels_last
 from decef.machine import environment
 from decef.models.released import Card, save
 from decef.plans import AUTO, Plan, layer_type
@@ -137,6 +138,8 @@ class Compression:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
+        if isinstance(model, nn.DataParallel):
+            raise ValueError("the network is in a DataParallel: give it as model.module")
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = listed(include), listed(exclude)
@@ -156,6 +159,7 @@ class Compression:
         self._x = x.expand(batch_size, *x.shape[1:]).contiguous()
         channels, height, width = x.shape[1:]
         self._input_size = (channels, height, width)
+        input_shapes(self._model, self._input_size)  # every budget will need them
         self._engine = self._find_engine(engine)
         self._card = card or Card(NETWORK, "", self._input_size, self._classes)
         asked = {
@@ -184,12 +188,16 @@ class Compression:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes out of the folder while this lasts; it may be nested."""
+        """Keep others out of the folder while this lasts, and see what is done in it; it may be nested."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        nested = self._lock.is_locked
         try:
             self._lock.acquire()
         except Timeout:
             raise ValueError(f"another process is at this compression: {self._folder}") from None
         try:
+            if not nested:
+                self._state.begin()
             yield
         finally:
             self._lock.release()
@@ -222,7 +230,7 @@ class Compression:
         if not self._epochs:
             return 0.0
         small = convert(self._model, self.plan(), from_scratch=True)
-        return self._epochs * count_batches(self._data) * step_seconds(small, self._data, self._train)
+        return self._epochs * count_batches(self._data) * step_seconds(small, self._data, self._training(small))
 
     def run(self) -> Compressed:
         """Do what is not done yet.
@@ -309,7 +317,7 @@ class Compression:
             finetune(
                 network,
                 self._data,
-                self._train,
+                self._training(network),
                 classes=self._classes,
                 seed=self._seed,
                 saved=saved,
@@ -318,6 +326,11 @@ class Compression:
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{error}: try a learning rate (lr) below {self._train.lr:g}") from error
+
+    def _training(self, network: nn.Module) -> TrainConfig:
+        """How to fine-tune: in channels-last layout, where the network runs in that."""
+        images = self._first[:2].to(self._x.device)
+        return replace(self._train, channels_last=takes_channels_last(network.train(), images))
 
     def _save(self, network: nn.Module, training: dict[str, Any] | None) -> None:
         save_checkpoint(self._folder / CHECKPOINT, {"network": network.state_dict(), "training": training})

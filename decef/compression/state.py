@@ -27,24 +27,38 @@ class State:
     """
 
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
-        self._path, self.asked = folder / STATE, asked
-        others = [name for name in (PLAN, FORMS, CHECKPOINT) if (folder / name).exists()]
-        if others and not self._path.is_file():
-            raise ValueError(f"{folder} has a {others[0]} that is not of a compression: give another folder")
-        self._known: dict[str, Any] = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        before = self._known.get("asked", {})
-        changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in asked.items() if before.get(k) != v}
-        saved = load_checkpoint(folder / CHECKPOINT) if (folder / CHECKPOINT).is_file() else None
-        if saved and changed and (saved["training"] or not TUNING.issuperset(changed)):
-            words = "; ".join(changed.values())
-            raise ValueError(f"{folder} holds another compression ({words}): give another folder")
-        if changed and not saved:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._path, self.asked = folder, folder / STATE, asked
+        self._known: dict[str, Any] = {}
+        self._changed()
+
+    def begin(self) -> None:
+        """Read what is done, which may have changed since, and drop what is not of this compression.
+
+        Raises:
+            ValueError: as above.
+        """
+        changed = self._changed()
+        if changed and not TUNING.issuperset(changed):
             for planned in (PLAN, FORMS):
-                (folder / planned).unlink(missing_ok=True)
+                (self._folder / planned).unlink(missing_ok=True)
             self._known = {}
         if changed:
-            self["asked"] = asked
+            self["asked"] = self.asked
+
+    def _changed(self) -> dict[str, str]:
+        """Read the file; what it was asked that is asked otherwise now, in words by argument."""
+        others = [name for name in (PLAN, FORMS, CHECKPOINT) if (self._folder / name).exists()]
+        if others and not self._path.is_file():
+            raise ValueError(f"{self._folder} has a {others[0]} that is not of a compression: give another folder")
+        self._known = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        before = self._known.get("asked", {})
+        changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in self.asked.items() if before.get(k) != v}
+        path = self._folder / CHECKPOINT
+        saved = load_checkpoint(path) if changed and path.is_file() else None
+        if saved and (saved["training"] or not TUNING.issuperset(changed)):
+            words = "; ".join(changed.values())
+            raise ValueError(f"{self._folder} holds another compression ({words}): give another folder")
+        return changed
 
     def __contains__(self, key: str) -> bool:
         return key in self._known

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from decef.copies import copied
 from decef.inference.memory import stored_bytes
 from decef.inference.quantize import quantize, quantized_share
+from decef.inputs import takes_channels_last
 
 if TYPE_CHECKING:
     import onnx
@@ -109,7 +110,8 @@ def load(
         runner.quantized = quantized_share(proto)
         return runner
     module, dtype = copied(network.module), torch.bfloat16 if precision == "bf16" else None
-    return _Compiled(module, dtype) if engine == "compile" else _ChannelsLast(module, dtype)
+    layout = torch.channels_last if takes_channels_last(module, x) else torch.contiguous_format
+    return (_Compiled if engine == "compile" else _Eager)(module, layout, dtype)
 
 
 def load_all(engine: str, networks: Sequence[Loadable], precision: str = "fp32") -> list[Runner]:
@@ -187,28 +189,28 @@ class Runner(nn.Module):
         self.bytes, self.quantized = 0, {}
 
 
-class _ChannelsLast(Runner):
-    """A torch network with its input and weights in channels-last layout, in which convolutions run fastest."""
+class _Eager(Runner):
+    """A torch network with its input and the weights of its convolutions in one memory layout."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, layout: torch.memory_format, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.model = nn.utils.convert_conv2d_weight_memory_format(model.to(dtype=dtype), torch.channels_last)
+        self.layout, self.dtype = layout, dtype
+        self.model = nn.utils.convert_conv2d_weight_memory_format(model.to(dtype=dtype), layout)
         self.bytes = stored_bytes(self.model)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+        y = x.contiguous(memory_format=self.layout) if x.dim() == 4 else x
         return self._run(y if self.dtype is None else y.to(self.dtype)).to(x.dtype)
 
     def _run(self, x: Tensor) -> Tensor:
         return self.model(x)
 
 
-class _Compiled(_ChannelsLast):
+class _Compiled(_Eager):
     """The same, compiled; on a GPU as a CUDA graph, whose next call writes over the memory of its output."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
-        super().__init__(model, dtype)
+    def __init__(self, model: nn.Module, layout: torch.memory_format, dtype: torch.dtype | None) -> None:
+        super().__init__(model, layout, dtype)
         self._graph = next((p.is_cuda for p in model.parameters()), False)
         self._compiled = torch.compile(_own_code(model), mode="reduce-overhead" if self._graph else None, dynamic=False)
 

@@ -67,9 +67,11 @@ def export(
         x = inputs[0]  # the range of other inputs is not known
     try:
         with torch.inference_mode():
-            expected = model(x)
-    except (RuntimeError, ValueError) as error:
+            expected = model(x.clone())  # a network may change its input in place
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"the network doesn't run on an input of {tuple(input_shape)}: {error}") from error
+    if not isinstance(expected, Tensor):
+        raise ValueError(f"the network returns {type(expected).__name__}, not a tensor: wrap it in one that does")
     engine = "onnxruntime" if path.suffix == ".onnx" and "onnxruntime" in available(x.device) else "eager"
     network = to_convolutions(model, _fastest(model, x, engine, inputs, progress) if form == "fastest" else form)
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
@@ -77,12 +79,12 @@ def export(
     try:
         runners = kinds[path.suffix](network, x, partial, dynamic_batch, inputs)
         for runner in runners.values() if inputs is None else ():
-            check_equal(runner(x), expected)
+            check_equal(runner(x.clone()), expected)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     if inputs is not None:
-        off = relative_error(runners["onnxruntime"](x), expected)
+        off = relative_error(runners["onnxruntime"](x.clone()), expected)
         checked = f"in 8 bits: its output for an input of calibration is {off:.2g} of its norm off the original's"
     elif runners:
         checked = f"equal to the original in {', '.join(runners)}"
@@ -91,7 +93,7 @@ def export(
     lines = [f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB), {checked}"]
 
     everything: dict[str, Callable[[Tensor], Tensor]] = {"torch, the original": model, **runners}
-    seconds = interleaved_times({name: inference_call(runner, x) for name, runner in everything.items()})
+    seconds = interleaved_times({name: inference_call(runner, x.clone()) for name, runner in everything.items()})
     torch_seconds = seconds["torch, the original"]
     return lines + [
         f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / torch_seconds:.2f} of torch"

@@ -72,10 +72,10 @@ class _Sum(nn.Module):
         super().__init__()
         self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.chains[0](x)
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.chains[0](input)
         for chain in self.chains[1:]:
-            y = y + chain(x)
+            y = y + chain(input)
         return y
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from decef.atcd import ATCD
 from decef.conversion import RECALIBRATION, recalibrate
 from decef.data import Data, UnreadableError
+from decef.inputs import takes_channels_last
 from decef.training.config import TrainConfig
 from decef.training.distributed import Processes
 from decef.training.optim import lr_at, make_optimizer, penalties
@@ -287,17 +288,22 @@ def evaluate(
     model: nn.Module,
     data: Data,
     *,
-    channels_last: bool = True,
+    channels_last: bool | None = None,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     processes: Processes = ALONE,
 ) -> tuple[float, float]:
-    """Mean cross-entropy, and top-1 accuracy in percent, over one view of every image. Processes share the images."""
+    """Mean cross-entropy, and top-1 accuracy in percent, over one view of every image. Processes share the images.
+
+    In channels-last layout, if `channels_last` is None where the network runs in that.
+    """
     model.eval()
     zero = torch.zeros((), device=data.device)
     loss, correct, seen = zero.clone(), zero.clone(), zero.clone()
     if processes.count > 1:
         data = data.subset(slice(processes.rank, None, processes.count))
     for images, labels in data.views(EVAL_BATCH):
+        if channels_last is None:
+            channels_last = takes_channels_last(model, network_input(model, data, images[:1], False))
         with autocast():
             logits = model(network_input(model, data, images, channels_last))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")

@@ -15,6 +15,7 @@ from torch import nn
 from decef.costs import input_shapes, total_cost
 from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
+from decef.inputs import takes_channels_last
 from decef.machine import keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import Built, build, rebuild
@@ -88,6 +89,9 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
             log.warning("bf16 is emulated here, many times slower than fp32; it need not come out as on other hardware")
         train, test = data or _load_data(job)
         built = built or _build(job, checkpoint, train)
+        if job.train.channels_last and not _takes_channels_last(job, built.model):
+            log.info("in the usual memory layout: the network doesn't run in channels-last, as `view` doesn't take it")
+            job = replace(job, train=replace(job.train, channels_last=False))
         if processes.is_first:
             summary = _train_and_record(job, built, checkpoint, train, test, processes)
         else:
@@ -139,6 +143,11 @@ def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | No
         built = build(config.model, config.layer, job.dataset, seen)
         _check_scales(job, built.model)
         return built
+
+
+def _takes_channels_last(job: _Job, network: nn.Module) -> bool:
+    parameter = next(network.parameters())
+    return takes_channels_last(network.train(), parameter.new_zeros(2, *job.dataset.input_size))
 
 
 def _check_scales(job: _Job, network: nn.Module) -> None:
