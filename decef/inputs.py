@@ -72,14 +72,15 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], N
 def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     """Whether the network, in the mode that it is in, runs in channels-last layout, in which convolutions are fastest.
 
-    One that flattens by `x.view(len(x), -1)` may not: `view` needs the elements in order, unlike `reshape`.
+    One that flattens by `x.view(len(x), -1)` may not: unlike `reshape`, `view` needs the elements in order. Nor does
+    one with 3-D convolutions.
 
     Args:
         model: it does not change.
         x: an input `(B, C, H, W)` on the network's device.
     """
-    twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
+        twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             twin(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
     except RuntimeError:
