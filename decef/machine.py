@@ -71,6 +71,11 @@ def keep_freed_memory() -> bool:
     return all(done)
 
 
+def device_name(device: torch.device) -> str:
+    """A device's name as records have it: "cpu", or the GPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def environment(device: str) -> Environment:
     """What is made now is made with.
 

@@ -15,7 +15,7 @@ from decef.files import replace_file
 from decef.layers import LAYERS, FactorizedConv2d
 from decef.moments import moments_on
 from decef.progress import bar
-from decef.ranks import Budget, Candidate, Fixed, Latency, PerLayer, Rule, Share, Totals, as_rule
+from decef.ranks import Budget, Candidate, EffectiveRank, Fixed, Latency, PerLayer, Rule, Share, Totals, as_rule
 from decef.ranks.budget import NO_INPUT_SIZE
 from decef.ranks.latency import NO_TIMES
 from decef.ranks.rules import checked_rank
@@ -351,7 +351,7 @@ def _survey(
 
 def _is_blind(rule: Rule) -> bool:
     """Whether its ranks don't depend on what kernels keep."""
-    return isinstance(rule, (Fixed, PerLayer, Share)) or (isinstance(rule, Budget) and rule.uniform)
+    return isinstance(rule, (Fixed, PerLayer, Share, EffectiveRank)) or (isinstance(rule, Budget) and rule.uniform)
 
 
 def _plain(row: PlanRow) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def main() -> None:
     import torch
 
     from decef.inference.engines import available, check_engine
-    from decef.machine import environment
+    from decef.machine import device_name, environment
     from decef.plans import AUTO_TYPES
     from decef.results import bench_inference, bench_layers, bench_operators, bench_training
     from decef.results.pages import collect
@@ -52,7 +52,7 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    machine = environment(arguments.device) | {"share": arguments.share}
+    machine = environment(device_name(device)) | {"share": arguments.share}
     precisions = {"layers": arguments.dtype, "training": resolve_precision(device, "auto")}
     suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     share, dtype = arguments.share, getattr(torch, arguments.dtype)

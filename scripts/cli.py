@@ -47,8 +47,8 @@ def expand(arguments: list[str]) -> list[str]:
     """Rewrite arguments that Hydra doesn't understand.
 
     `model=timm/<name>` becomes `model=timm model.name=timm/<name>`; torchvision likewise. `model=<module>:<function>`
-    becomes `model=own model.name=<module>:<function>`. `layer.name=<name>`, which W&B sweeps use, becomes
-    `layer=<name>`, so that the layer type comes with its own options.
+    becomes `model=own model.name=<module>:<function>`. Each may be several, with commas between. `layer.name=<name>`,
+    which W&B sweeps use, becomes `layer=<name>`, so that the layer type comes with its own options.
     """
     expanded = []
     for argument in arguments:
@@ -57,7 +57,10 @@ def expand(arguments: list[str]) -> list[str]:
         if key == "layer.name":
             expanded.append(f"layer={value}")
         elif key == "model" and ":" in value:
-            expanded += ["model=own", f'model.name="{value}"']
+            if not all(":" in name for name in value.split(",")):
+                fail(f"{argument} mixes networks of your own with others: run one sweep for each")
+            names = ",".join(f'"{name}"' for name in value.split(","))
+            expanded += ["model=own", f"model.name={names}"]
         elif key != "model" or not slash or library not in LIBRARIES:
             expanded.append(argument)
         elif all(name.startswith(f"{library}/") for name in value.split(",")):

@@ -37,9 +37,8 @@ def main() -> None:
     except ValueError as error:
         fail(str(error))
     if not records:
-        fail(
-            f"there is no finished run in {arguments.results / 'runs'}: train something first, make quickstart for one"
-        )
+        where = "the project on W&B" if arguments.source == "wandb" else arguments.results / "runs"
+        fail(f"there is no finished run in {where}: train something first, make quickstart for one")
     try:
         # A project on W&B may have fewer runs, and tables of what it lacks are not to be removed here.
         folder = "tables" if arguments.source == "local" else "tables-wandb"

@@ -24,13 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-PLACES = ("results", "device", "dataset.root", "model.weights")  # the settings that --from takes
+PLACES = ("results", "device", "dataset.root", "dataset.workers", "model.weights")  # the settings that --from takes
 SWEEP = "DECEF_SWEEP"  # this variable tells the sweep's id to its jobs, which may be other processes
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from decef.training.config import InputError, RunConfig
+    from decef.training.config import BusyError, InputError, RunConfig
     from decef.training.run import run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
@@ -47,6 +47,9 @@ def main(cfg: DictConfig) -> None:
             raise
         # The other jobs of a sweep still run; the failed ones are listed at the end.
         job = " ".join(HydraConfig.get().overrides.task)
+        if isinstance(error, BusyError):  # as conv2d at every budget, where jobs run side by side
+            logging.info("left to the process that is at it: %s", job)
+            return
         logging.error("FAILED %s: %s", job, error, exc_info=not isinstance(error, InputError))
         failures = _failures(cfg.results)
         failures.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +63,7 @@ def _failures(results: str) -> Path:
 
 def train_again(arguments: list[str]) -> None:
     """Repeat a recorded run. `arguments` are --from, its folder, then where to run, as overrides."""
+    from decef.machine import cores
     from decef.training.record import first_difference, read_metrics, read_summary, replay
     from decef.training.run import run
 
@@ -70,17 +74,19 @@ def train_again(arguments: list[str]) -> None:
         key, equals, value = argument.partition("=")
         if key not in PLACES or not equals:
             fail(f"{argument}: with --from only the place can be said, by {'=, '.join(PLACES)}=")
+        if key == "dataset.workers" and not value.isdigit():
+            fail(f"{argument} must be a whole number")
         places[key] = value
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
         config, precision = replay(source)
-        results = Path(places["results"] or "replayed")
+        results, workers = Path(places["results"] or "replayed"), int(places["dataset.workers"] or cores())
         done = results / "runs" / source.resolve().name
         if read_summary(done).get("status") == "finished":
             raise ValueError(f"{done} is there already: remove it, or say results=FOLDER for another place")
         config = replace(
             config,
-            dataset=replace(config.dataset, root=places["dataset.root"]),
+            dataset=replace(config.dataset, root=places["dataset.root"], workers=workers),
             model=replace(config.model, weights=places["model.weights"] or config.model.weights),
             results=results,
             device=places["device"] or "auto",

@@ -1,5 +1,6 @@
 """The command lines, as a user types them."""
 
+import fcntl
 import json
 import re
 import subprocess
@@ -83,6 +84,8 @@ def test_a_record_is_done_again(call, tmp_path):
     assert f"replayed/runs/{name} is there already: remove it, or say results=FOLDER" in there.stderr
     other = call("train.py", "--from", f"results/runs/{name}", "results=other", cwd=tmp_path)
     assert (other.returncode, "not the same from epoch 2 on" in other.stderr) == (1, True)
+    workers = call("train.py", "--from", f"results/runs/{name}", "dataset.workers=many", cwd=tmp_path)
+    assert (workers.returncode, "dataset.workers=many must be a whole number" in workers.stderr) == (2, True)
     refused = call("train.py", "--from", f"results/runs/{name}", "seed=1", cwd=tmp_path)
     assert refused.returncode == 2
     assert "seed=1: with --from only the place can be said, by results=, device=" in refused.stderr
@@ -112,6 +115,35 @@ def test_any_network_of_timm(call, tmp_path):
     done = call("train.py", "-m", "model=timm/resnet10t,resnet20", *TINY, cwd=tmp_path)
     assert done.returncode == 2
     assert "mixes models of timm with others" in done.stderr
+
+
+def test_several_networks_of_ones_own(call, tmp_path):
+    (tmp_path / "mynets.py").write_text(
+        "from decef.models import CifarResNet\n"
+        "def one(): return CifarResNet(8, in_channels=1)\n"
+        "def other(): return CifarResNet(14, in_channels=1)\n"
+    )
+    given = ["layer=decef", "layer.rank=2", "train.epochs=1", *TINY]
+    done = call("train.py", "-m", "model=mynets:one,mynets:other", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(records(tmp_path / "results")) == 2
+    assert "are drawn anew; to decompose trained ones, say model.weights=FILE" in done.stdout
+    mixed = call("train.py", "-m", "model=mynets:one,resnet20", *given, cwd=tmp_path)
+    assert (mixed.returncode, "mixes networks of your own with others" in mixed.stderr) == (2, True)
+
+
+def test_a_sweep_leaves_a_run_to_the_process_that_is_at_it(call, tmp_path):
+    given = ["layer=conv2d", "train.epochs=1", *SMALL]
+    assert call("train.py", *given, cwd=tmp_path).returncode == 0
+    (name,) = records(tmp_path / "results")
+    folder = tmp_path / "results" / "runs" / name
+    (folder / "summary.json").write_text('{"status": "running"}')
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = call("train.py", "-m", *given, cwd=tmp_path)
+        alone = call("train.py", *given, cwd=tmp_path)
+    assert (done.returncode, "left to the process that is at it" in done.stdout) == (0, True), done.stderr
+    assert (alone.returncode, "another process is at this run" in alone.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -425,6 +425,34 @@ def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):
         resolved(other, num_classes=3, images_md5=here.images_md5)
 
 
+def test_folders_made_of_links_are_told_apart(folder, tmp_path_factory):
+    """As parts of ImageNet are: the same classes' names, other images."""
+    other, linked = tmp_path_factory.mktemp("other"), tmp_path_factory.mktemp("linked")
+    write_images(other / "train", 9)
+    write_images(other / "val")
+    for name, target in (("one", folder), ("two", other)):
+        for path in (*(target / "train").iterdir(), *(target / "val").iterdir()):
+            link = linked / name / path.relative_to(target)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    one, two = (folder_identity(linked / name)[1] for name in ("one", "two"))
+    assert one == folder_identity(folder)[1] != two
+
+
+def test_sixteen_bits_are_brought_down_to_eight(folder):
+    path = folder / "train" / "n01" / "n01_0.JPEG"
+    grey = torch.arange(64 * 64).reshape(64, 64).numpy().astype("uint16") * 16
+    Image.fromarray(grey).save(path, format="PNG")
+    train, _ = loaded("imagefolder", **SETTINGS)
+    images, _ = next(iter(train.subset(torch.tensor([train.paths.index(path)])).views(1)))
+    assert 100 < images.float().mean() < 155
+    assert images.float().std() > 20
+    Image.fromarray(grey.astype("float32"), mode="F").save(path, format="TIFF")
+    part = train.subset(torch.tensor([train.paths.index(path)]))
+    assert list(part.views(1)) == []
+    assert "its pixels have 32 bits (mode F): save it with 8 or 16" in part.skipped[path]
+
+
 def test_runs_on_two_parts_of_imagenet_are_not_one(call, folder, tmp_path_factory):
     """Their ids are: they are told apart by the images' names in the record."""
     other = tmp_path_factory.mktemp("other")

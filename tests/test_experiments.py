@@ -1,7 +1,9 @@
 """The papers' experiments as configs, trained weights as a start, and the table of costs."""
 
 import dataclasses
+import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -219,9 +221,12 @@ def cells_of(table, first):
 
 def test_an_edited_network_of_ones_own_is_another_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     file = tmp_path / "a_net_to_edit.py"
     ids = []
     for width in (4, 4, 8):
+        monkeypatch.delitem(sys.modules, "a_net_to_edit", raising=False)  # as in another process
+        importlib.invalidate_caches()
         file.write_text(f"from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(1, {width}, 3))\n")
         resolved = config(tmp_path, model={"name": "a_net_to_edit:net"}).resolved()
         ids.append(run_id(resolved))
@@ -229,6 +234,9 @@ def test_an_edited_network_of_ones_own_is_another_run(tmp_path, monkeypatch):
     began = {"name": "a_net_to_edit:net", "source_md5": "0" * 32}
     with pytest.raises(InputError, match=r"a_net_to_edit.py is not what it was when the run began"):
         config(tmp_path, model=began).resolved()
+    file.write_text(file.read_text() + "# edited while a sweep runs\n")
+    with pytest.raises(InputError, match=r"a_net_to_edit.py was changed after it was imported: start again"):
+        config(tmp_path, model={"name": "a_net_to_edit:net"}).resolved()
 
 
 def test_an_option_of_ones_own_network_that_is_off_makes_another_run(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from torch import nn
 from decef import CPACConv2d, DeCEFConv2d
 from decef.conversion import convert
 from decef.models import PlainNet
+from decef.models.weights import md5_of
 from decef.results import figures, plots
 from decef.results.comparisons import comparison_groups
 from decef.results.effective_ranks import rank_table
@@ -260,6 +261,26 @@ def test_a_network_that_is_not_here_costs_no_other_its_bars(records, caplog):
     away = [replace(r, config=replace(r.config, model=replace(r.config.model, name="gone:net"))) for r in group]
     assert len(list(figures.costs(ROOT / "results", [*away, *group]))) == 1
     assert "left out: the costs of cifar10-quick-gone-net" in caplog.text
+
+
+def test_a_network_that_was_edited_since_or_cannot_be_made_costs_no_other_its_bars(
+    records, caplog, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_since.py"
+    file.write_text("import torch\ndef net(**_): return float(torch.zeros(1).sum())\n")
+    group = [r for r in records["cifar10-quick"] if r.model == "resnet20"]
+    for md5, reason in (("0" * 32, "is not what it was when"), (md5_of(file), "meta")):
+        model = replace(group[0].config.model, name="edited_since:net", source_md5=md5)
+        away = [replace(r, config=replace(r.config, model=model)) for r in group]
+        caplog.clear()
+        assert len(list(figures.costs(ROOT / "results", [*away, *group]))) == 1
+        assert reason in caplog.text
+
+
+def test_settings_of_one_type_look_different():
+    looks = [plots._look("cpac", variant) for variant in range(13)]
+    assert len({(look["linestyle"], look["fillstyle"]) for look in looks}) == 13
 
 
 def test_of_auto_alone_there_are_no_cost_bars(records):

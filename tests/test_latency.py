@@ -55,6 +55,13 @@ def test_nothing_is_converted_where_all_the_time_is_there():
     assert plan(model, "decef", rank=Latency(1.0, times)).ranks == {}
 
 
+def test_a_bound_that_says_that_all_is_kept_is_less_than_dense():
+    """CPAC's is reached at rank 48 here, which is faster than dense."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, bias=False))
+    assert plan(model, "cpac", rank=Latency(1.0, Times(2.0, {"0": LayerTimes(2.0, {1: 0.4, 60: 1.9})}))).ranks == {}
+
+
 def test_what_is_chosen_keeps_about_as_much_as_the_best_choice():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 8, 3, bias=False))

@@ -205,6 +205,30 @@ def test_the_spectrum_is_what_every_rank_keeps_of_the_output(layer, groups):
             assert error**2 == pytest.approx((spectrum[rank:].sum() / spectrum.sum()).item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("layer", ["cpac", "rank1"])
+def test_a_group_whose_inputs_are_small_weighs_little(layer):
+    """The other one has rank 1, so that rank 1 keeps nearly everything of the output."""
+    cls = decef.LAYERS[layer]
+    conv = nn.Conv2d(8, 8, 3, groups=2, bias=False, dtype=F64)
+    large = cls(4, 4, 3, rank=1).double().compose().detach()
+    weight = torch.cat([conv.weight[:4].detach(), large * conv.weight[:4].detach().norm() / large.norm()])
+    sizes = torch.tensor([1e-4, 1.0], dtype=F64)[:, None, None]
+    moments = sizes * torch.eye(4 * 9, dtype=F64)
+    spectrum = cls.spectrum(weight, groups=2, moments=moments)
+    assert spectrum[0] / spectrum.sum() > 0.999
+    same = cls.spectrum(weight, groups=2, moments=torch.eye(4 * 9, dtype=F64).expand(2, -1, -1))
+    assert same[0] / same.sum() < 0.9
+
+
+def test_effective_ranks_are_of_kernels_and_data_are_refused():
+    model, x = network()
+    with pytest.raises(ValueError, match="data would do nothing"):
+        decef.plan(model, "basisconv", rank=decef.ranks.EffectiveRank(), data=[x])
+    one = decef.plan(model, "basisconv", rank=decef.ranks.EffectiveRank())
+    made = decef.convert(model, "basisconv", rank=decef.ranks.EffectiveRank(), data=[x])
+    assert {name: made.get_submodule(name).rank for name in one.ranks} == one.ranks
+
+
 def test_ranks_go_where_the_output_needs_them():
     """A layer whose inputs lie in a line needs one basis filter, whatever its kernel's spectrum says."""
     model = nn.Sequential(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 8, 3, bias=False)).eval()

@@ -308,3 +308,12 @@ def test_a_generous_budget_leaves_dense_what_gains_nothing_by_more_ranks(what):
     assert second.rank >= 2
     everything = plan(model, "decef", rank=Budget(**{what: 1.0}), input_size=(16, 12, 12))
     assert everything.rows[0].action == "keep"
+
+
+def test_where_the_bound_says_that_all_is_kept_the_rest_is_spread_evenly():
+    """CPAC's spectrum has no more values than an unfolding, 48 of 144 here, and its kernel needs more ranks."""
+    model = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(4)))
+    made = plan(model, "cpac", rank=Budget(flops=0.9), input_size=(16, 8, 8))
+    assert [row.action for row in made.rows] == ["convert"] * 4
+    assert max(made.ranks.values()) - min(made.ranks.values()) <= 1
+    assert min(made.ranks.values()) > 48

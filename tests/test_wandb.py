@@ -8,18 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import wandb
 import yaml
 from hydra import compose
-from support import ROOT
+from support import ROOT, config
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 from wandb_server import ENTITY, WandbServer
 
 from decef.results.dashboard import spec
-from decef.results.tables import write_tables
-from decef.training.record import experiment_id, load_config, load_records
+from decef.results.tables import load_wandb_records, write_tables
+from decef.training.record import experiment_id, load_config, load_records, recorded
 from decef.training.tracking import Tracker, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
@@ -305,6 +306,14 @@ def test_wandb_takes_the_sweep_and_its_command_line_composes(mirrored, monkeypat
         assert (config.layer.name, config.layer.flops) == (layer, 0.667)
         assert ("train_basis" in config.layer) == (layer == "basisconv")  # it comes with its own options
         assert config.seed == 2
+
+
+def test_runs_of_a_sweep_are_read_though_its_parameters_stand_beside_the_config(tmp_path, monkeypatch):
+    settings = {**recorded(config(tmp_path).resolved()), "layer.name": "decef", "layer.flops": 0.667}
+    one = SimpleNamespace(name="one", config=settings, summary={"id": "one", "status": "finished", "test_top1": 90.0})
+    monkeypatch.setattr("wandb.Api", lambda: SimpleNamespace(runs=lambda path, lazy: [one]))
+    monkeypatch.setattr("decef.results.tables.check_account", lambda: None)
+    assert [record.top1 for record in load_wandb_records("decef")] == [90.0]
 
 
 def test_the_dashboard_without_its_package(monkeypatch):

@@ -41,7 +41,7 @@ from decef.inference.export import export
 from decef.inference.forms import to_convolutions
 from decef.inference.memory import stored_bytes
 from decef.inputs import takes_channels_last
-from decef.machine import environment
+from decef.machine import device_name, environment
 from decef.models.released import Card, save
 from decef.plans import AUTO, Plan, layer_type
 from decef.ranks import Budget, Latency
@@ -397,7 +397,7 @@ class Compression:
             ],
             "input": list(self._x.shape),
             "files": {name: (self._folder / name).stat().st_size for name in FILES if (self._folder / name).is_file()},
-            "made": environment(str(self._x.device)),
+            "made": environment(device_name(self._x.device)),
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -142,7 +143,7 @@ class _Files(Dataset[Any]):
         path, size = self.images.paths[i], self.images.size
         try:
             with Image.open(path) as file:
-                return self.view(file.convert("RGB"), i), self.images.labels[i], None
+                return self.view(_rgb(file), i), self.images.labels[i], None
         # Pillow's error for a damaged file depends on the format.
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             empty = torch.zeros(3, size, size, dtype=torch.uint8)
@@ -150,6 +151,17 @@ class _Files(Dataset[Any]):
 
     def view(self, image: Any, i: int) -> Tensor:
         raise NotImplementedError
+
+
+def _rgb(image: Any) -> Any:
+    """An image in 8 bits; of 16 bits the upper 8, where Pillow's conversion would make all of it white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}): save it with 8 or 16")
+    return image.convert("RGB")
 
 
 class _Views(_Files):
@@ -235,9 +247,13 @@ def class_names(root: Path) -> list[str]:
 
 
 def names_md5(root: Path) -> str:
-    """MD5 of the paths of all files in the parts of a folder of images, which tells it from other folders."""
-    parts = [root / name for name in ("train", "val", "test")]
-    names = sorted(path.relative_to(root).as_posix() for part in parts for path in part.rglob("*") if path.is_file())
+    """MD5 of the paths of all files in the parts of a folder of images, which tells it from other folders.
+
+    Links to folders are followed: parts of ImageNet are often made of them.
+    """
+    parts = [os.walk(root / name, followlinks=True) for name in ("train", "val", "test")]
+    paths = (Path(folder, name) for part in parts for folder, _, names in part for name in names)
+    names = sorted(path.relative_to(root).as_posix() for path in paths if path.is_file())
     return hashlib.md5("\n".join(names).encode(), usedforsecurity=False).hexdigest()
 
 

@@ -87,6 +87,11 @@ def whitened(kernels: Tensor, metric: Tensor) -> tuple[Tensor, list[Tensor]]:
     return kernels, back
 
 
+def group_scales(metric: Tensor) -> Tensor:
+    """How large each group's inputs are, which `whitened` leaves out: `(groups, 1, 1, 1, 1)`."""
+    return metric.diagonal(dim1=1, dim2=2).mean(1).sqrt()[:, None, None, None, None]
+
+
 def cp_compose(factors: list[Tensor]) -> Tensor:
     """The tensors `(batch, d_1, ..., d_K)` that `factors` stand for."""
     rest = reduce(_khatri_rao, factors[1:])  # (batch, d_2 ... d_K, rank)

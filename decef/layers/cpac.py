@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import PENALTY, cp_als, whitened
+from decef.layers.cp import PENALTY, cp_als, group_scales, whitened
 from decef.layers.factorized import BLOCK, FactorizedConv2d, conv2d_of, more_components
 from decef.layers.metric import conditioned, fit
 
@@ -107,7 +107,8 @@ class CPACConv2d(FactorizedConv2d):
         out, per_group, kh, kw = weight.shape
         unfolded = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh, kw)
         if moments is not None:
-            unfolded, _ = whitened(unfolded, conditioned(moments.to(unfolded)))
+            metric = conditioned(moments.to(unfolded))
+            unfolded = whitened(unfolded, metric)[0] * group_scales(metric)
         both = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
         by_filter, by_channel = unfolded.flatten(2), unfolded.transpose(1, 2).flatten(2)
         most = max((both, by_filter, by_channel), key=lambda matrix: min(matrix.shape[1:]))

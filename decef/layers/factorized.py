@@ -157,7 +157,8 @@ class FactorizedConv2d(nn.Module):
 
         The sum of the first r values is what the nearest kernel of rank r keeps. For DeCEF and BasisConv this is exact
         (Eckart and Young), except that with moments DeCEF treats every input channel separately. For CPAC and rank-1 it
-        is an upper bound: their best approximations are not nested and have no closed form.
+        is an upper bound: their best approximations are not nested and have no closed form. With moments it is an
+        estimate of that bound, as they are taken for a Kronecker product.
 
         Args:
             weight: dense kernel `(out_channels, in_channels // groups, kh, kw)`.

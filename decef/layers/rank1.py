@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import PENALTY, cp_als, whitened
+from decef.layers.cp import PENALTY, cp_als, group_scales, whitened
 from decef.layers.factorized import BlockSum, FactorizedConv2d, PaddingMode, Size, conv2d_of
 from decef.layers.metric import conditioned
 
@@ -139,8 +139,8 @@ class Rank1Conv2d(FactorizedConv2d):
         # channels x space, but for one or two channels rows x (channels columns).
         kernels = weight.detach().to(torch.float64)
         if moments is not None:
-            split = kernels.unflatten(0, (groups, -1))
-            kernels = whitened(split, conditioned(moments.to(kernels)))[0].flatten(0, 1)
+            split, metric = kernels.unflatten(0, (groups, -1)), conditioned(moments.to(kernels))
+            kernels = (whitened(split, metric)[0] * group_scales(metric)).flatten(0, 1)
         unfoldings = kernels.flatten(2), kernels.transpose(1, 2).flatten(2)
         most = max(unfoldings, key=lambda matrix: min(matrix.shape[1:]))
         values = torch.linalg.svdvals(most).square().sum(0)

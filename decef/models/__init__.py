@@ -9,6 +9,7 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -99,13 +100,22 @@ def source_file(name: str) -> Path | None:
     """The file that a network's own code is in, of one that is named `<module>:<function>`; else None.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such function, or the file was changed after this process had imported it.
     """
     if ":" not in name:
         return None
     _own_function(name)
-    path = sys.modules[name.partition(":")[0]].__file__
-    return Path(path) if path else None
+    module = sys.modules[name.partition(":")[0]]
+    if not module.__file__:
+        return None
+    path = Path(module.__file__)
+    if _imported.setdefault(module, path.read_bytes()) != path.read_bytes():
+        raise ValueError(f"{path} was changed after it was imported: start again, with what it is now")
+    return path
+
+
+#: What was in the files of imported modules, as far as `source_file` was asked for them.
+_imported: dict[ModuleType, bytes] = {}
 
 
 def _own_function(name: str) -> Callable[..., object]:
@@ -156,7 +166,9 @@ def _torchvision(name: str, num_classes: int, in_channels: int, pretrained: bool
                 "network of timm instead, whose classifier is then replaced"
             )
         return models.get_model(name, weights="DEFAULT")
-    return models.get_model(name, weights=None, num_classes=num_classes)
+    # Two have further classifiers in training, whose output nobody here takes; trained ones come without.
+    heads = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=num_classes, **heads)
 
 
 __all__ = ["MODELS", "CifarResNet", "PlainNet", "create_model", "stem_name"]

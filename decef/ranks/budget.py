@@ -153,7 +153,11 @@ class _Priced:
 
 
 def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
-    """Ranks that together cost at most `limit`; each next rank goes where it gains the most energy per cost."""
+    """Ranks that together cost at most `limit`; each next rank goes where it gains the most energy per cost.
+
+    Where nothing is gained any more, as far as the spectra say, it goes where the layer has the smallest share of its
+    dense cost: CPAC's spectrum is a bound, which is reached long before the kernel is.
+    """
     ranks = {layer.name: 1 for layer in layers}
     energies = {layer.name: layer.candidate.kept_energy().tolist() for layer in layers}
     left = limit - sum(layer.per_rank for layer in layers)
@@ -166,18 +170,19 @@ def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]
         return sum(energies[layer.name][rank:]), layer.dense - rank * layer.per_rank
 
     # A heap pops its smallest entry first, so it holds minus the energy per cost of every layer's next step.
-    heap: list[tuple[float, int]] = []
+    heap: list[tuple[float, float, int]] = []
 
     def push(position: int) -> None:
         layer = layers[position]
         if ranks[layer.name] < layer.candidate.max_rank:
             energy, price = step(layer)
-            heapq.heappush(heap, (-energy / price, position))
+            share = ranks[layer.name] * layer.per_rank / layer.dense
+            heapq.heappush(heap, (-energy / price, share, position))
 
     for position in range(len(layers)):
         push(position)
     while heap:
-        _, position = heapq.heappop(heap)
+        *_, position = heapq.heappop(heap)
         layer = layers[position]
         _, price = step(layer)
         if price > left:

@@ -23,8 +23,8 @@ def effective_rank(
     The filters on a channel, vectorised, are the columns of that channel's `(kh kw, out_channels / groups)` matrix. Let
     s_1 >= s_2 >= ... be its singular values. The definitions are:
 
-    - "threshold": how many s_i are at least `threshold * s_1`. The DeCEF paper counts singular values per input
-      channel, but we do not know its exact definition or threshold. This is our reading, and 0.3 is our default.
+    - "threshold": how many s_i are at least `threshold * s_1`. The DeCEF paper has an effective rank of its own, whose
+      definition we do not know. This is our reading, and 0.3 is our default.
     - "energy": how many of the largest s_i are needed for a share `threshold` of the sum of all s_i^2; default 0.9.
     - "entropy": exp of the entropy of s_i / sum s (Roy, Vetterli: "The effective rank", EUSIPCO 2007).
     - "stable": the sum of all s_i^2 over s_1^2.

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
-from decef.ranks.steps import Step, frontier, spread
+from decef.ranks.steps import NOTHING, Step, frontier, spread
 
 NO_TIMES = (
     "a time budget needs times: give those of decef.inference.latency.measure_times, for layer 'auto' by layer type"
@@ -99,8 +99,7 @@ class Latency:
             raise ValueError("times by layer type are for layer 'auto': give those of the one layer type")
         if self.times is None:
             raise ValueError(NO_TIMES)
-        energies = {c.name: dict(enumerate(c.kept_energy().cumsum(0).tolist(), start=1)) for c in candidates}
-        steps = {c.name: list(self.steps(c, None, energies[c.name])) for c in candidates}
+        steps = {c.name: list(self.steps(c, None, _kept(c))) for c in candidates}
         dense = sum(step.cost for of_one in steps.values() for step in of_one if step.rank is None)
         chosen = self.spread({name: frontier(of_one) for name, of_one in steps.items()}, dense, totals)
         return {name: step.rank for name, step in chosen.items() if step.rank is not None}
@@ -154,3 +153,12 @@ class Latency:
                 f"{chosen / total:.2f} of it"
             )
         return chosen
+
+
+def _kept(candidate: Candidate) -> dict[int, float]:
+    """Share of the energy that a candidate keeps, by rank; less than all, as dense does, by ever less at larger ranks.
+
+    CPAC's bound reaches all of it long before the kernel is reached.
+    """
+    kept, most = candidate.kept_energy().cumsum(0).clamp(max=1).tolist(), candidate.max_rank
+    return {rank: share - NOTHING * (most + 1 - rank) / most for rank, share in enumerate(kept, start=1)}

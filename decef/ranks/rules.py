@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import ClassVar
 
@@ -78,7 +78,7 @@ class Energy:
     """The smallest rank at which each layer keeps a share, in (0, 1], of its energy.
 
     This is BasisConv's rule (Tayyab, Khan, Mahalanobis 2021). For CPAC and rank-1 only an upper bound of the kept
-    energy is known (`FactorizedConv2d.spectrum`), so they may keep less than the share.
+    energy is known, with data an estimate of it (`FactorizedConv2d.spectrum`), so they may keep less than the share.
 
     Raises:
         ValueError: the share is not in (0, 1].
@@ -96,12 +96,10 @@ class Energy:
 
 @dataclass(frozen=True)
 class EffectiveRank:
-    """Each layer's effective rank: for DeCEF the mean of `effective_rank` over its input channels, rounded up.
+    """Each layer's effective rank, of its kernel: for DeCEF the mean of `effective_rank` over its input channels.
 
-    That is of the kernels, also where `plan` is given data.
-
-    The other layer types have no matrix per input channel. For them it is the number of singular values (square roots
-    of `FactorizedConv2d.spectrum`) that are at least `threshold`, in (0, 1], times the largest.
+    It is rounded up. The other layer types have no matrix per input channel. For them it is the number of singular
+    values (square roots of `FactorizedConv2d.spectrum`) that are at least `threshold`, in (0, 1], times the largest.
 
     Raises:
         ValueError: the threshold is not in (0, 1].
@@ -118,7 +116,7 @@ class EffectiveRank:
             if c.layer is DeCEFConv2d:
                 mean = effective_rank(c.weight, self.threshold, groups=c.groups).mean().item()
             else:
-                values = c.kept_energy().sqrt()
+                values = replace(c, moments=None).kept_energy().sqrt()
                 mean = (values >= self.threshold * values[0]).sum().item()
             ranks[c.name] = min(max(1, math.ceil(mean)), c.max_rank)
         return ranks

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 from decef.files import replace_file
 from decef.layers import LAYERS
+from decef.models import source_file
+from decef.models.weights import md5_of
 from decef.plans import layer_names, plan
 from decef.results import plots
 from decef.results.comparisons import comparison_groups, experiments
@@ -107,7 +109,7 @@ def costs(results: Path, records: Sequence[Record]) -> Iterator[Drawing]:
         shows = f"{title}: MACs of every convolution, dense (grey) and as it ran (coloured). {settings}."
         try:
             plans = {layer: _plan(ran[layer]) for layer in order}
-        except ValueError as error:  # a network of one's own that isn't here
+        except Exception as error:  # a network of one's own that isn't here, or is another now
             log.warning("left out: the costs of %s: %s", name, error)
             continue
         yield Drawing(f"costs-{name}", plots.plot_costs(plans), shows, _folders([ran[layer] for layer in order]))
@@ -275,6 +277,9 @@ def _metrics(records: Sequence[Record]) -> pd.DataFrame:
 
 def _plan(record: Record) -> pd.DataFrame:
     """The run's plan, made again from the ranks in its record."""
+    source = source_file(record.config.model.name)
+    if source is not None and md5_of(source) != record.config.model.source_md5:
+        raise ValueError(f"{source} is not what it was when {record.id} ran")
     data = record.config.dataset.dataset()
     with torch.device("meta"):
         model = dense_network(record.config.model, data)

@@ -40,7 +40,8 @@ def provenance(made: Mapping[str, Any], *more: str) -> str:
     """Where, when and from which code something was measured, in a sentence."""
     changed = " with uncommitted changes" if made.get("git_dirty") else ""
     commit = f"Commit {str(made.get('git_commit'))[:10]}{changed}"
-    return f"{', '.join([commit, made['started'], *more, made['machine']])}."
+    gpu = [made["device"]] if made.get("device", "cpu") != "cpu" else []
+    return f"{', '.join([commit, made['started'], *more, *gpu, made['machine']])}."
 
 
 def collect(rows: Iterable[Row], out: Path, show: Callable[[Row], None]) -> list[Row]:

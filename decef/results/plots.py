@@ -362,7 +362,7 @@ def _look(layer: str, variant: int = 0) -> dict[str, Any]:
         "color": color,
         "marker": marker,
         "linestyle": LINES[variant % len(LINES)],
-        "fillstyle": FILLS[variant % len(FILLS)],
+        "fillstyle": FILLS[(variant + variant // len(LINES)) % len(FILLS)],  # another with each round of lines
         "markerfacecoloralt": "white",
         "markeredgecolor": color if variant else "white",  # so that overlapping points can be told apart
         "markeredgewidth": 0.9 if variant else 0.5,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import stdev
@@ -16,7 +16,7 @@ from decef.results.comparisons import comparison_groups, experiments, precision_
 from decef.results.pages import made_on, render
 from decef.results.published import Published, load_published
 from decef.results.statistics import PERCENT, Estimate, differences, estimate
-from decef.training.record import Record, finished_record
+from decef.training.record import RECORDED, Record, finished_record
 from decef.training.tracking import check_account
 
 
@@ -176,6 +176,11 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
     return sorted(written)
 
 
+def _of_record(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A W&B run's config without what a sweep of W&B adds to it: its parameters, such as `layer.name`."""
+    return {key: value for key, value in config.items() if key in ("format", "seed", *RECORDED)}
+
+
 def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     """All finished runs of a W&B project, sorted by id.
 
@@ -189,7 +194,7 @@ def load_wandb_records(project: str, entity: str | None = None) -> list[Record]:
     check_account()
     try:
         runs = wandb.Api().runs(path, lazy=False)  # lazy would fetch the runs one by one
-        found = [finished_record(run.name, run.config, dict(run.summary)) for run in runs]
+        found = [finished_record(run.name, _of_record(run.config), dict(run.summary)) for run in runs]
         finished = {record.id: record for record in found if record}
     except (wandb.errors.Error, WandbApiFailedError, ValueError) as error:
         raise ValueError(f"W&B's project {path} cannot be read: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from decef.conversion import convert
+from decef.copies import copied
 from decef.costs import total_cost
 from decef.data import Data, Dataset
 from decef.models import create_model, stem_name
@@ -18,6 +20,8 @@ from decef.plans import Plan, plan
 from decef.ranks import Budget, Energy, Fixed, Rule
 from decef.sites import listed
 from decef.training.config import LayerConfig, ModelConfig
+
+log = logging.getLogger(__name__)
 
 MOMENTS_BATCH = 128
 
@@ -66,6 +70,8 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data |
     if model.factorize_classifier and layer.name != "conv2d" and "linear" not in the_plan.ranks:
         reason = next(row.reason for row in the_plan.rows if row.name == "linear")
         raise ValueError(f"model.factorize_classifier=true is not possible with layer={layer.name}: {reason}")
+    if ":" in model.name and the_plan.ranks and not model.weights:
+        log.info("the kernels of replaced layers are drawn anew; to decompose trained ones, say model.weights=FILE")
     data = None if seen is None else [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)]
     network = convert(dense, the_plan, from_scratch=not model.weights, data=data)
     return Built(network, the_plan, total_cost(dense, dataset.input_size))
@@ -103,17 +109,22 @@ def network_options(model: ModelConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def _check_logits(name: str, network: nn.Module, dataset: Dataset) -> None:
-    """Raise ValueError if a network of one's own isn't one for these images and classes."""
+    """Raise ValueError if a network of one's own isn't one for these images and classes, in training too."""
     was_training, device = network.training, next((p.device for p in network.parameters()), None)
     size, wanted = " x ".join(map(str, dataset.input_size)), (2, dataset.num_classes)
-    try:
-        logits = network.eval()(torch.zeros(2, *dataset.input_size, device=device))
-    except Exception as error:
-        raise ValueError(f"{name} doesn't run on images of {size}: {error}") from error
+    for mode in ("evaluation", "training"):
+        try:
+            found = network.eval() if mode == "evaluation" else copied(network).train()
+            with torch.random.fork_rng(devices=[]):
+                logits = found(torch.zeros(2, *dataset.input_size, device=device))
+        except Exception as error:
+            raise ValueError(f"{name} doesn't run on images of {size}, in {mode}: {error}") from error
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        if got != wanted:
+            raise ValueError(
+                f"{name} must give logits of shape {wanted} for two images of {size}, not {got}, in {mode}"
+            )
     network.train(was_training)
-    got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if got != wanted:
-        raise ValueError(f"{name} must give logits of shape {wanted} for two images of {size}, not {got}")
 
 
 def rank_rule(layer: LayerConfig, *, trained: bool) -> Rule:

@@ -20,7 +20,7 @@ import yaml
 from decef.files import replace_file
 from decef.machine import environment
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
-from decef.training.config import InputError, RunConfig
+from decef.training.config import BusyError, InputError, RunConfig
 from decef.training.record import (
     CHECKPOINT,
     CONFIG,
@@ -90,7 +90,7 @@ class Recorder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process is at this run: {self.path}") from None
+                raise BusyError(f"another process is at this run: {self.path}") from None
             # A config without summary and checkpoint is of a run that never began: it must not hinder this one.
             if not (config.is_file() and ((self.path / SUMMARY).is_file() or self.checkpoint.is_file())):
                 try:

@@ -16,7 +16,7 @@ from decef.costs import input_shapes, total_cost
 from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.inputs import takes_channels_last
-from decef.machine import keep_freed_memory
+from decef.machine import device_name, keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import Built, build, rebuild
 from decef.training.config import InputError, RunConfig, TrainConfig, input_errors
@@ -77,10 +77,10 @@ def run(config: RunConfig, precision: str | None = None) -> Summary:
                         checkpoint = job.recorder.load_checkpoint()
                         data = _load_data(job)  # here before the other processes: it may be a download
             except InputError as error:
-                refused = str(error)
+                refused = error
         refused, summary, checkpoint = processes.broadcast((refused, summary, checkpoint))
-        if refused:
-            raise InputError(refused)
+        if refused is not None:
+            raise refused
         if summary.get("status") == "finished":
             return summary
         if checkpoint is not None:  # a run keeps its precision, even if resumed elsewhere
@@ -176,7 +176,7 @@ def _train_and_record(
         ranks=built.plan.ranks,
         precision=precision,
         processes=processes.count,
-        device=torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else job.device.type,
+        device=device_name(job.device),
         images={"train": len(train), "test": len(test)},
     )
     if md5 := job.config.dataset.part_md5():

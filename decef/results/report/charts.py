@@ -22,7 +22,10 @@ from decef.results.look import look_of
 Spec = dict[str, Any]
 
 MUTED, RULE, PAPER = "var(--muted, #5c6670)", "var(--rule, #dfe3e7)", "var(--paper, #fff)"
-DASHES: Sequence[Sequence[int]] = ([1, 0], [7, 4], [2, 3], [9, 3, 2, 3], [9, 3, 2, 3, 2, 3], [4, 2])
+DASHES: Sequence[Sequence[int]] = (
+    [1, 0], [7, 4], [2, 3], [9, 3, 2, 3], [9, 3, 2, 3, 2, 3], [4, 2], [12, 3], [1, 5], [6, 2, 1, 2], [10, 6],
+    [3, 1, 1, 1], [14, 3, 5, 3], [5, 5, 1, 5], [2, 6],
+)  # fmt: skip
 COSTS = {"flops": "FLOPs", "params": "parameters"}
 LOGARITHMIC = 8  # if the greatest cost is more than this times the least, the axis is logarithmic
 ROOM = 1.04  # the axis extends beyond the extreme costs by this factor, so that nearly equal costs look nearly equal
