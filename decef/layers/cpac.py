@@ -34,6 +34,7 @@ class CPACConv2d(FactorizedConv2d):
     """
 
     rank_meaning = "CP components (per group)"
+    spectrum_is_bound = True
     scale_factor = "filters"
     block = BLOCK
 

@@ -54,6 +54,8 @@ class FactorizedConv2d(nn.Module):
     composes_in_training: ClassVar[bool] = True
     #: Inner channels, if they are as many as the rank, are computed in blocks of so many by engines; else 1.
     block: ClassVar[int] = 1
+    #: Whether `spectrum` only bounds what a rank keeps.
+    spectrum_is_bound: ClassVar[bool] = False
     bias: nn.Parameter | None
 
     def __init__(

@@ -44,6 +44,7 @@ class Rank1Conv2d(FactorizedConv2d):
     """
 
     rank_meaning = "rank-1 terms per filter"
+    spectrum_is_bound = True
     scale_factor = "channel"
 
     channel: nn.Parameter

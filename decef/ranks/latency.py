@@ -156,9 +156,12 @@ class Latency:
 
 
 def _kept(candidate: Candidate) -> dict[int, float]:
-    """Share of the energy that a candidate keeps, by rank; less than all, as dense does, by ever less at larger ranks.
+    """Share of the energy that a candidate keeps, by rank.
 
-    CPAC's bound reaches all of it long before the kernel is reached.
+    A bound reaches all of it long before the kernel is reached. There it is taken to be less than what dense keeps, by
+    ever less at larger ranks.
     """
     kept, most = candidate.kept_energy().cumsum(0).clamp(max=1).tolist(), candidate.max_rank
+    if not candidate.layer.spectrum_is_bound:
+        return dict(enumerate(kept, start=1))
     return {rank: share - NOTHING * (most + 1 - rank) / most for rank, share in enumerate(kept, start=1)}
