@@ -69,6 +69,13 @@ def inputs_seen(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], N
             hook.remove()
 
 
+@contextmanager
+def forked_generator(device: torch.device) -> Iterator[None]:
+    """Leave torch's generators, on the CPU and on the device, as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
 def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     """Whether the network, in the mode that it is in, runs in channels-last layout, in which convolutions are fastest.
 
@@ -81,7 +88,7 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     """
     try:
         twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        with torch.no_grad(), forked_generator(x.device):
             twin(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
     except RuntimeError:
         return False

@@ -7,10 +7,11 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -45,12 +46,17 @@ def cpu_name() -> str:
     return f"{model.group(1) if model else 'unknown CPU'} ({known[0] if known else 'no wide vectors'})"
 
 
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What instructions this CPU has, by torch's names; empty if torch is too old to say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def int8_saturates() -> bool:
     """Whether sums of 8-bit products overflow on this CPU: without VNNI, x86 adds two of them in 16 bits.
 
     ONNX Runtime's guide to quantisation advises weights of 7 bits there.
     """
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = cpu_capabilities()
     there = any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"))
     return platform.machine() in ("x86_64", "AMD64") and not there
 

@@ -19,7 +19,7 @@ from decef.ranks import Budget, Candidate, EffectiveRank, Fixed, Latency, PerLay
 from decef.ranks.budget import NO_INPUT_SIZE
 from decef.ranks.latency import NO_TIMES
 from decef.ranks.rules import checked_rank
-from decef.ranks.steps import Step, frontier, measured_energy
+from decef.ranks.steps import Step, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, listed, note_kept
 
 if TYPE_CHECKING:
@@ -276,8 +276,7 @@ class TypeChoice:
             known = any(step.rank is None for step in of_all)
             of_type = rule.steps(candidate, layer, self._energies[key])
             of_all += [step for step in of_type if step.rank is not None or not known]
-        dense_cost = sum(next((step.cost for step in of_all if step.rank is None), 0.0) for of_all in steps.values())
-        chosen = rule.spread({name: frontier(of_all) for name, of_all in steps.items()}, dense_cost, self._totals)
+        chosen = rule.spread(steps, self._totals)
         rows = []
         for name, dense in self._sites[AUTO_TYPES[0]].items():
             step = chosen.get(dense.first)

@@ -212,8 +212,8 @@ def test_shared_weights_become_shared_factors():
 def test_the_frontier_and_the_choice_on_it():
     steps = [Step(4, 1.0), Step(1, 0.5, 1), Step(2, 0.6, 2), Step(3, 0.95, 3), Step(5, 0.9, 4)]
     assert [step.cost for step in frontier(steps)] == [1, 3, 4]
-    assert spread({"a": frontier(steps)}, other=1.0, limit=1.5) == 2.0
-    assert spread({"a": frontier(steps), "b": [Step(1, 1.0)]}, other=0.0, limit=4.0)["a"].rank == 3
+    assert spread({"a": steps}, whole=5.0, limit=1.5) == 2.0
+    assert spread({"a": steps, "b": [Step(1, 1.0)], "c": []}, whole=5.0, limit=4.0)["a"].rank == 3
 
 
 def test_ranks_at_even_ratios():

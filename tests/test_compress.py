@@ -114,6 +114,26 @@ def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
         compress(trained, loader(count=400), test=loader(1, shuffle=False), finetune=2, out=out, **given)
 
 
+@pytest.mark.usefixtures("unexported")
+def test_an_edited_plan_is_followed_until_the_network_is_converted_by_it(trained, options, tmp_path):
+    given = {**options, "out": tmp_path, "finetune": 0}
+    plan = Compression(trained, loader(), **given).plan()
+    row = max((row for row in plan.rows if row.action == "convert"), key=lambda row: row.rank)
+    row.rank -= 1
+    plan.save(tmp_path / "plan.yaml")
+    (tmp_path / "forms.json").write_text('{"engine": "eager", "precision": "fp32", "forms": {"gone": "factorized"}}')
+    assert compress(trained, loader(), **given).plan.ranks[row.name] == row.rank
+    row.rank -= 1
+    plan.save(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match=r"plan\.yaml was changed after the network was converted by it: put back"):
+        compress(trained, loader(), **given)
+
+
+def test_without_a_folder_nothing_is_written(trained, options, monkeypatch):
+    monkeypatch.setattr("decef.compression.pipeline.export", None)
+    assert compress(trained, loader(), **options, finetune=0).numbers["files"] == {}
+
+
 def test_two_processes_are_not_at_one_compression(trained, options, tmp_path):
     job = Compression(trained, loader(), **options, out=tmp_path)
     with FileLock(tmp_path / ".lock"):

@@ -395,6 +395,16 @@ def test_forms_of_a_layer_have_what_they_say():
     assert "wide" not in forms_of(decef.Rank1Conv2d(4, 8, 3, groups=2, rank=3))
 
 
+def test_a_1x1_kernel_as_cpac_is_two_convolutions():
+    """Its spatial vectors are scalars, and only the first convolution sees positions that a stride leaves out."""
+    layer = decef.CPACConv2d(8, 12, 1, stride=2, padding=1, groups=2, rank=3, dtype=torch.float64)
+    forms, x = forms_of(layer), torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    assert set(forms) == {"reconstructed", "factorized", "aligned"}
+    for name in ("factorized", "aligned"):
+        assert [m.stride for m in forms[name].modules() if isinstance(m, nn.Conv2d)] == [(2, 2), (1, 1)]
+        assert_close(forms[name](x), layer(x))
+
+
 @pytest.mark.parametrize(("layer", "spatial"), [("basisconv", 0), ("basisconv2021", 0), ("cpac", 1)])
 def test_aligned_inner_channels_are_zeros_up_to_a_block(layer, spatial):
     torch.manual_seed(0)

@@ -196,12 +196,20 @@ def test_a_run_begins_only_in_the_precision_of_those_it_is_paired_with(tmp_path)
 
 def test_what_is_begun_goes_on_before_what_is_new(tmp_path):
     one, other = Entry("a", "", "", 3, 1.0), Entry("b", "", "", 1, 1.0)
-    names = ((one, "a0"), (one, "a1"), (one, "a2"), (other, "b0"))
+    names = ((one, "a-1"), (one, "a0"), (one, "a1"), (one, "a2"), (other, "b0"))
     jobs = [Job(entry, (), name, config("results")) for entry, name in names]
-    for name, status in (("a0", "finished"), ("a2", "interrupted"), ("b0", "interrupted")):
+    for name, status in (("a-1", "failed"), ("a0", "finished"), ("a2", "interrupted"), ("b0", "interrupted")):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "summary.json").write_text(json.dumps({"status": status}))
-    assert [job.run_id for job in missing(jobs, tmp_path)] == ["a2", "a1", "b0"]
+    assert [job.run_id for job in missing(jobs, tmp_path)] == ["a2", "a1", "a-1", "b0"]
+
+
+def test_what_is_to_be_done_to_a_run_is_said_where_it_is_listed_first():
+    plain, ranks = Entry("a", "", "", 1, 1.0), Entry("b", "", "", 2, 1.0, after="ranks")
+    one = config("results")
+    assert len(list_jobs([ranks, plain], lambda arguments: one)[0]) == 2
+    with pytest.raises(ValueError, match=r"b wants after=ranks of .*, which a runs without: say it there"):
+        list_jobs([plain, ranks], lambda arguments: one)
 
 
 def test_what_an_entry_says_it_decides_its_runs_are_evidence_for():
@@ -287,7 +295,7 @@ def test_every_entry_of_the_list_can_start():
 def test_on_a_gpu_the_same_entries_have_its_schedule():
     entries = [
         Entry("a", "", f"{TINY} train=standard layer=conv2d", 1, 1.0),
-        Entry("b", "", "train=standard dataset=cifar10 layer=conv2d", 2, 1.0),
+        Entry("b", "", "train=full_size dataset=cifar10 layer=conv2d", 2, 1.0),
     ]
     released = [dataclasses.replace(entry, release="net") for entry in entries]
     assert [entry.release for entry in for_gpu(released)] == ["net-paper", "net-paper"]

@@ -352,6 +352,10 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
             {"model": {"name": "plain"}, "train__scales": [[0.5, 0.25]]},
             r"train.scales: with images at 0.25 of their size the network does not run on an input of size \(1, 2, 2\)",
         ),
+        (
+            {"train__scales": [[0.5, 0.5]]},
+            r"at 0.5 of their size 5 layers, from layer3\.0\.conv2 on, would see maps of 1x1 and train the centre",
+        ),
         ({"seed": None}, "seed must be given"),
         ({"device": None}, "device=None is no device"),
         ({"device": "mps"}, "device=mps can't be trained on"),

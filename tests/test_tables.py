@@ -220,6 +220,15 @@ def test_of_several_comparisons_by_one_schedule_the_largest_has_its_name(tmp_pat
     assert all(name.startswith("cifar10-quick-") for name in comparison_groups(load_records(tmp_path)))
 
 
+def test_a_schedules_name_is_that_of_the_usual_precision(tmp_path):
+    add(tmp_path, "conv2d", 0, 90.0)
+    for seed in range(2):
+        add(tmp_path, "conv2d", seed, 80.0, precision="fp32", train={"precision": "fp32"})
+    groups = comparison_groups(load_records(tmp_path))
+    assert len(groups["cifar10-quick"]) == 1
+    assert len(groups) == 2
+
+
 def test_copies_and_empty_records_are_left_out(tmp_path, caplog):
     folder = add(tmp_path, "conv2d", 0, 90.0)
     shutil.copytree(folder, folder.with_name("copy"))

@@ -77,7 +77,7 @@ def words(budget: AnyBudget) -> str:
 
 @dataclass(frozen=True)
 class Reached:
-    """A plan, and what was measured of it in the unit of the budget."""
+    """A plan, what it was measured to come to and what was asked for: shares of what the dense network takes."""
 
     plan: Plan
     value: float

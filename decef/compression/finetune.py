@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from decef.copies import copied
-from decef.inputs import without_leftover
+from decef.inputs import forked_generator, without_leftover
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
 from decef.training.optim import lr_at
@@ -90,13 +89,6 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             "auxiliary heads, or wrap it"
         )
     return logits
-
-
-@contextmanager
-def forked_generator(device: torch.device) -> Iterator[None]:
-    """Leave torch's generators, on the CPU and on the device, as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def top1(model: nn.Module, data: Loader) -> float:

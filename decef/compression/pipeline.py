@@ -24,13 +24,12 @@ from decef.compression.finetune import (
     check_trainable,
     count_batches,
     finetune,
-    forked_generator,
     head_size,
     step_seconds,
 )
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
-from decef.compression.report import FILES, NETWORK, write_report
+from decef.compression.report import FILES, write_report
 from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
@@ -40,9 +39,9 @@ from decef.inference.engines import Loadable, available, check_engine, load
 from decef.inference.export import export
 from decef.inference.forms import to_convolutions
 from decef.inference.memory import stored_bytes
-from decef.inputs import takes_channels_last
+from decef.inputs import forked_generator, takes_channels_last
 from decef.machine import device_name, environment
-from decef.models.released import Card, save
+from decef.models.released import NETWORK, Card, save
 from decef.plans import AUTO, Plan, layer_type
 from decef.ranks import Budget, Latency
 from decef.sites import check_patterns, find_sites, listed
@@ -99,7 +98,8 @@ class Compression:
         include, exclude: names of convolutions, see `decef.plan`.
         engine: that the network should be fast in, of `decef.inference.engines.ENGINES`; None is onnxruntime where that
             is installed and runs the network, else eager.
-        seed: of the fine-tuning.
+        seed: of the order in which a loader that shuffles yields images: to the decomposition, to batch norm and to the
+            fine-tuning.
         out: folder for everything that is made; None: nothing is kept.
         card: the network's name and normalisation, for its file.
         progress: show progress bars.
@@ -254,9 +254,11 @@ class Compression:
             self._note_top1("finetuned", network)
         dense = deploy(self._model, self._x, engines=[self._engine])
         deployed = self._deployed(network)
-        self._write_files(network, made, deployed)
+        if self._kept is not None:
+            self._write_files(network, made, deployed)
         numbers = self._numbers(network, made, dense, deployed)
-        write_report(self._folder / REPORT, numbers, own=not self._card.model)
+        if self._kept is not None:
+            write_report(self._folder / REPORT, numbers, own=not self._card.model)
         return Compressed(network, made, deployed, numbers, self._kept)
 
     # What is asked
@@ -298,7 +300,13 @@ class Compression:
         saved = load_checkpoint(self._folder / CHECKPOINT) if (self._folder / CHECKPOINT).is_file() else None
         if saved is not None:
             network = convert(self._model, made, from_scratch=True)
-            network.load_state_dict(saved["network"])
+            try:
+                network.load_state_dict(saved["network"])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{PLAN} was changed after the network was converted by it: put back what it was, or remove "
+                    f"{self._folder / CHECKPOINT} to convert anew"
+                ) from error
             return network, saved["training"]
         network = convert(self._model, made, data=self._some_images(), progress=self._progress)
         made.save(self._folder / PLAN)  # with the errors of the layers
@@ -338,14 +346,17 @@ class Compression:
     def _deployed(self, network: nn.Module) -> Deployed:
         """The network in its fastest forms: those that met the budget, if none is measured to be faster now.
 
+        Those are not known, if the budget is not one of time or the plan was edited since.
+
         Where the budget is one of memory or bytes, in chains: the fastest form may be dense, as large as before.
         """
         if isinstance(self._budget, (Memory, Size)):
             return Deployer(network, self._x).all_in("factorized", self._engine)
         anew = deploy(network, self._x, engines=[self._engine], progress=self._progress)
-        if not (self._folder / FORMS).is_file():  # the budget was not one of time
+        try:
+            before = Deployed.load(self._folder / FORMS, network, self._x)
+        except (FileNotFoundError, ValueError):
             return anew
-        before = Deployed.load(self._folder / FORMS, network, self._x)
         return before if time_share(anew, before, self._x) < 1 else anew
 
     def _write_files(self, network: nn.Module, made: Plan, deployed: Deployed) -> None:
@@ -396,7 +407,9 @@ class Compression:
                 for row in made.to_dict()["rows"]
             ],
             "input": list(self._x.shape),
-            "files": {name: (self._folder / name).stat().st_size for name in FILES if (self._folder / name).is_file()},
+            "files": {
+                name: path.stat().st_size for name in FILES if self._kept and (path := self._kept / name).is_file()
+            },
             "made": environment(device_name(self._x.device)),
         }
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from decef.compression.state import PLAN
 from decef.files import replace_file, write_json
+from decef.models.released import NETWORK
 from decef.results.pages import provenance, render
 
 STEPS = {
@@ -18,13 +19,15 @@ STEPS = {
     "recalibrated": "batch norm measured again",
     "finetuned": "fine-tuned",
 }
-NETWORK = "network"  # .safetensors, and .onnx or .pt2
 FILES = {
     f"{NETWORK}.safetensors": "the small network with its plan, to use or train in Python",
     f"{NETWORK}.onnx": "for ONNX Runtime and others, each layer in the form above",
     f"{NETWORK}.pt2": "for torch.export.load, each layer in the form above",
     PLAN: "the plan",
 }
+
+BY_ENERGY = "Ranks go where they keep most of the kernels' energy for their cost."
+EVENLY = "Every layer has the same share of its own cost."
 
 
 def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
@@ -45,6 +48,7 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
         steps=", ".join(steps),
         budget=asked["budget"],
         reached=_reached(asked, numbers["seconds"]),
+        spread=EVENLY if asked["budget"].endswith("spread evenly") else BY_ENERGY,
         images=asked["images"],
         layers=_layers(numbers["layers"]),
         files=[(name, FILES[name], f"{size / 1e6:.2f} MB") for name, size in numbers["files"].items()],

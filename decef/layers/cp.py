@@ -9,9 +9,11 @@ the best of several starts of `parafac`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SWEEPS, POLISH, WARM_SWEEPS = 60, 6, 5  # the last POLISH of the SWEEPS run in double precision
@@ -234,3 +236,18 @@ def _exact(tensors: Tensor, rank: int) -> list[Tensor]:
         factors[mode][:, index[:, column], components] = 1
     factors[largest][..., : len(index)] = tensors.movedim(largest + 1, 1).flatten(2)
     return factors
+
+
+def most_kept(unfoldings: Iterable[Tensor], max_rank: int) -> Tensor:
+    """At most what every next component keeps of a kernel's squared norm, `(max_rank,)`: a spectrum that is a bound.
+
+    A rank-1 component has rank 1 in every unfolding, so each bounds what is kept. The one with the most singular values
+    is taken.
+
+    Args:
+        unfoldings: `(kernels, rows, columns)` each.
+        max_rank: how many values to return; those that an unfolding lacks are 0.
+    """
+    most = max(unfoldings, key=lambda matrix: min(matrix.shape[1:]))
+    values = torch.linalg.svdvals(most).square().sum(0)
+    return F.pad(values, (0, max_rank - len(values)))

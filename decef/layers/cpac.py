@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import PENALTY, cp_als, group_scales, whitened
+from decef.layers.cp import PENALTY, cp_als, group_scales, most_kept, whitened
 from decef.layers.factorized import BLOCK, FactorizedConv2d, conv2d_of, more_components
 from decef.layers.metric import conditioned, fit
 
@@ -90,21 +90,23 @@ class CPACConv2d(FactorizedConv2d):
         ]
 
         def chain(spatial: list[nn.Conv2d], more: int = 0) -> nn.Sequential:
-            first = conv2d_of(more_components(self.channels, self.groups, more), groups=self.groups)
             last = conv2d_of(F.pad(self.filters, (0, more)), self.bias, self.groups)
+            if self.kernel_size == (1, 1):  # the spatial vectors are scalars, which the first convolution takes over
+                channels = more_components(self.channels * self.vertical * self.horizontal, self.groups, more)
+                return nn.Sequential(conv2d_of(channels, groups=self.groups, **self._spatial()), last)
+            first = conv2d_of(more_components(self.channels, self.groups, more), groups=self.groups)
             return nn.Sequential(first, *spatial, last)
 
         def two_d(more: int) -> nn.Sequential:
             filters = more_components(vertical * horizontal, self.groups, more)
             return chain([conv2d_of(filters, groups=len(filters), **self._spatial())], more)
 
-        found = {"factorized": [chain(one_d)], "branches": [two_d(0)]}
-        return found | {"aligned": [two_d(-self.rank % self.block)]}
+        found = {"factorized": [chain(one_d)], "aligned": [two_d(-self.rank % self.block)]}
+        return found if self.kernel_size == (1, 1) else found | {"branches": [two_d(0)]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        # A CP component has rank 1 in every unfolding. The one with the most singular values is taken: (out kh) x
-        # (in kw), but for layers that widen or narrow much.
+        # (out kh) x (in kw) has the most singular values, but for layers that widen or narrow much.
         out, per_group, kh, kw = weight.shape
         unfolded = weight.detach().to(torch.float64).reshape(groups, out // groups, per_group, kh, kw)
         if moments is not None:
@@ -112,9 +114,7 @@ class CPACConv2d(FactorizedConv2d):
             unfolded = whitened(unfolded, metric)[0] * group_scales(metric)
         both = unfolded.transpose(2, 3).reshape(groups, out // groups * kh, per_group * kw)
         by_filter, by_channel = unfolded.flatten(2), unfolded.transpose(1, 2).flatten(2)
-        most = max((both, by_filter, by_channel), key=lambda matrix: min(matrix.shape[1:]))
-        values = torch.linalg.svdvals(most).square().sum(0)
-        return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
+        return most_kept((both, by_filter, by_channel), cls.max_rank_for(*weight.shape, groups=groups))
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         g, (out, per_group, kh, kw) = self.groups, self.weight_shape

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.cp import PENALTY, cp_als, group_scales, whitened
+from decef.layers.cp import PENALTY, cp_als, group_scales, most_kept, whitened
 from decef.layers.factorized import BlockSum, FactorizedConv2d, PaddingMode, Size, conv2d_of
 from decef.layers.metric import conditioned
 
@@ -136,16 +136,13 @@ class Rank1Conv2d(FactorizedConv2d):
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:
-        # A rank-1 term also has rank 1 in every unfolding, so the singular values of one bound what is kept. Most has
-        # channels x space, but for one or two channels rows x (channels columns).
+        # channels x space has the most singular values, but for one or two channels rows x (channels columns).
         kernels = weight.detach().to(torch.float64)
         if moments is not None:
             split, metric = kernels.unflatten(0, (groups, -1)), conditioned(moments.to(kernels))
             kernels = (whitened(split, metric)[0] * group_scales(metric)).flatten(0, 1)
         unfoldings = kernels.flatten(2), kernels.transpose(1, 2).flatten(2)
-        most = max(unfoldings, key=lambda matrix: min(matrix.shape[1:]))
-        values = torch.linalg.svdvals(most).square().sum(0)
-        return F.pad(values, (0, cls.max_rank_for(*weight.shape, groups=groups) - len(values)))
+        return most_kept(unfoldings, cls.max_rank_for(*weight.shape, groups=groups))
 
     def _factorize(self, weight: Tensor, warm_start: bool = False) -> dict[str, Tensor]:
         start = [factor.to(weight).transpose(1, 2) for factor in self.factors().values()] if warm_start else None

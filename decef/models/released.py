@@ -20,6 +20,7 @@ from decef.plans import Plan
 
 #: Where the networks of this repository are.
 RELEASED = Path(__file__).resolve().parents[2] / "results" / "networks"
+NETWORK = "network"  # the name of the files in a folder of decef.compress, without ending
 HEADER = "decef"  # the key of the card in the file's header
 
 
@@ -94,6 +95,13 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
     return network.eval()
 
 
+def file_of(name: str | Path, *, folder: Path = RELEASED) -> Path:
+    """Where the file of a released network is, or should be: by name, or as a file or folder of `decef.compress`."""
+    if (within := Path(name) / f"{NETWORK}.safetensors").is_file():
+        return within
+    return Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
+
+
 def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, Tensor]]:
     """The card and the state dict of a released network, as they are in its file.
 
@@ -103,9 +111,7 @@ def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, 
     need("train", "safetensors")
     from safetensors import SafetensorError, safe_open
 
-    path = Path(name) if str(name).endswith(".safetensors") else folder / f"{name}.safetensors"
-    if (within := Path(name) / "network.safetensors").is_file():  # a folder of decef.compress
-        path = within
+    path = file_of(name, folder=folder)
     if not path.is_file():
         if Path(name).is_file():
             raise ValueError(f"{name} is no .safetensors file of decef.compress or scripts/release.py")

@@ -98,19 +98,18 @@ class Budget:
             if rank <= priced.most:
                 yield Step(rank * priced.per_rank, kept, rank, layer)
 
-    def spread(self, frontiers: Mapping[str, Sequence[Step]], dense: float, totals: Totals) -> dict[str, Step]:
+    def spread(self, choices: Mapping[str, Sequence[Step]], totals: Totals) -> dict[str, Step]:
         """A step for every layer, within the share.
 
         Args:
-            frontiers: the steps of every layer by name.
-            dense: cost of all these layers as dense ones.
+            choices: what every layer may be, by name, see `steps`.
             totals: cost of the dense network.
 
         Raises:
             ValueError: it can't be met, or it is in FLOPs but no input size was given.
         """
         what, total = self._of(totals)
-        chosen = spread(frontiers, total - dense, self.share * total + 0.5)
+        chosen = spread(choices, total, self.share * total + 0.5)
         if isinstance(chosen, float):
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's {what} can't be met: at the smallest ranks it has "

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
-from decef.ranks.steps import NOTHING, Step, frontier, spread
+from decef.ranks.steps import NOTHING, Step, spread
 
 NO_TIMES = (
     "a time budget needs times: give those of decef.inference.latency.measure_times, for layer 'auto' by layer type"
@@ -99,9 +99,7 @@ class Latency:
             raise ValueError("times by layer type are for layer 'auto': give those of the one layer type")
         if self.times is None:
             raise ValueError(NO_TIMES)
-        steps = {c.name: list(self.steps(c, None, _kept(c))) for c in candidates}
-        dense = sum(step.cost for of_one in steps.values() for step in of_one if step.rank is None)
-        chosen = self.spread({name: frontier(of_one) for name, of_one in steps.items()}, dense, totals)
+        chosen = self.spread({c.name: list(self.steps(c, None, _kept(c))) for c in candidates}, totals)
         return {name: step.rank for name, step in chosen.items() if step.rank is not None}
 
     def most(self, candidate: Candidate) -> int:
@@ -132,12 +130,11 @@ class Latency:
             if layers.seconds(rank) < layers.dense:
                 yield Step(layers.seconds(rank), kept, rank, layer)
 
-    def spread(self, frontiers: Mapping[str, Sequence[Step]], dense: float, totals: Totals) -> dict[str, Step]:
-        """A step for every layer, within the share.
+    def spread(self, choices: Mapping[str, Sequence[Step]], totals: Totals) -> dict[str, Step]:
+        """A step for every layer that was measured, within the share.
 
         Args:
-            frontiers: the steps of every layer by name; none for a layer that was not measured.
-            dense: seconds of all these layers as dense ones.
+            choices: what every layer may be, by name, see `steps`.
             totals: not looked at.
 
         Raises:
@@ -145,8 +142,7 @@ class Latency:
         """
         assert self.times is not None
         total = (next(iter(self.times.values())) if isinstance(self.times, Mapping) else self.times).total
-        measured = {name: steps for name, steps in frontiers.items() if steps}
-        chosen = spread(measured, total - dense, self.share * total)
+        chosen = spread(choices, total, self.share * total)
         if isinstance(chosen, float):
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's time can't be met: at the fastest ranks it has "

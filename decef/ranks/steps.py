@@ -46,18 +46,20 @@ def frontier(steps: Iterable[Step]) -> list[Step]:
     return hull
 
 
-def spread(frontiers: Mapping[str, Sequence[Step]], other: float, limit: float) -> dict[str, Step] | float:
+def spread(choices: Mapping[str, Sequence[Step]], whole: float, limit: float) -> dict[str, Step] | float:
     """Choose a step for every layer: start with the cheapest, then always take the step that gains most per cost.
 
     Args:
-        frontiers: the steps of every layer by name, see `frontier`.
-        other: cost of everything else.
-        limit: on the cost of everything.
+        choices: the steps of every layer by name, the dense one among them; none for a layer that stays as it is.
+        whole: cost of the whole network with these layers dense.
+        limit: on the cost of the whole network.
 
     Returns:
-        A step for every layer; or, if even the cheapest steps exceed the limit, their cost.
+        A step for every layer that has any; or, if even the cheapest steps exceed the limit, the network's cost then.
     """
-    spent = other + sum(steps[0].cost for steps in frontiers.values())
+    dense = sum(step.cost for steps in choices.values() for step in steps if step.rank is None)
+    frontiers = {name: frontier(steps) for name, steps in choices.items() if steps}
+    spent = whole - dense + sum(steps[0].cost for steps in frontiers.values())
     limit *= 1 + 1e-9  # for rounding
     if spent > limit:
         return float(spent)

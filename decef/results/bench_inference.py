@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from decef.inference.engines import Loadable, available
 from decef.inference.forms import to_convolutions
 from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
-from decef.layers import LAYERS, FactorizedConv2d
+from decef.layers import LAYERS
 from decef.models import create_model, stem_name
 from decef.plans import Plan, plan
 from decef.ranks import Budget
@@ -113,7 +112,7 @@ def bench_inference(cases: Sequence[Case], share: float, device: torch.device) -
         steps = {(layer, "eager"): _inference(network, x) for layer, network in found.items()}
         steps |= {key: inference_call(network, x) for key, network in deployed.items()}
         seconds = interleaved_times(steps, NETWORK_ROUNDS, min)
-        bounds = {layer: roofline.seconds(_inference(_as_chains(network), x)) for layer, network in found.items()}
+        bounds = {layer: roofline.seconds(_inference(to_convolutions(network), x)) for layer, network in found.items()}
         memory = {layer: peak_memory(steps[layer, "eager"], device) for layer in found}
         dense_flops = total_cost(dense, case.input_size)["flops"]
         even: dict[tuple[str, str], float] = {}
@@ -214,11 +213,3 @@ def write_inference(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str
 def _inference(network: nn.Module, x: Tensor) -> Callable[[], object]:
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return inference_call(network, x.contiguous(memory_format=torch.channels_last))
-
-
-def _as_chains(network: nn.Module) -> nn.Module:
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, FactorizedConv2d):
-            module.implementation = "factorized"
-    return network

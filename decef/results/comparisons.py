@@ -43,20 +43,22 @@ def precision_words(records: Iterable[Record]) -> str:
 def comparison_groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records by `comparison`, named <dataset>-<schedule>.
 
-    Where a schedule ran in several ways, the one with most runs has this name, and a hash is added to the others; if
-    two have as many, to all.
+    Where a schedule ran in several ways, one of them has this name, and a hash is added to the others: the one with
+    most runs of those that left the precision to the hardware, which is the usual way, or if none did, of all. If two
+    have as many, a hash is added to all.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.comparison, []).append(record)
     names = {c: f"{g[0].config.dataset.name}-{g[0].config.train.name}" for c, g in groups.items()}
-    sizes: dict[str, list[int]] = {}
+    weights = {c: (g[0].config.train.precision == "auto", len(g)) for c, g in groups.items()}
+    of_name: dict[str, list[tuple[bool, int]]] = {}
     for c, name in names.items():
-        sizes.setdefault(name, []).append(len(groups[c]))
+        of_name.setdefault(name, []).append(weights[c])
 
     def unique(comparison: str, name: str) -> str:
-        most = max(sizes[name])
-        plain = len(groups[comparison]) == most and sizes[name].count(most) == 1
+        most = max(of_name[name])
+        plain = weights[comparison] == most and of_name[name].count(most) == 1
         return name if plain else f"{name}-{short_hash(comparison)}"
 
     return {unique(c, name): groups[c] for c, name in names.items()}

@@ -62,12 +62,18 @@ def replace_between(path: Path, name: str, text: str) -> None:
 
 
 def _rows(groups: Mapping[str, Sequence[Record]], schedule: str, budget: str) -> dict[str, Row]:
-    """By layer type, of its settings at this budget the one with most runs; the dense one has no budget."""
+    """By layer type, of its settings at this budget the one with most runs; the dense one has no budget.
+
+    With the schedule of `FINETUNED` only runs of a trained network count, fitted to images where they are low-rank.
+    """
+    trained = schedule == FINETUNED[0]
     rows = table_rows(groups.get(f"{DATASET}-{schedule}", []))
     found: dict[str, Row] = {}
     for row in rows:
         first = row.first
-        usual = first.config.train.atcd is None and first.config.train.decay in (None, DEFAULT_DECAY)
+        model, train = first.config.model, first.config.train
+        begun = bool(first.weights) == trained and bool(model.decompose_on) == (trained and first.layer != "conv2d")
+        usual = begun and train.atcd is None and train.decay in (None, DEFAULT_DECAY)
         if first.model == NETWORK and first.rank_setting in ("dense", budget) and usual:
             other = found.setdefault(first.layer, row)
             if len(row.runs) > len(other.runs):

@@ -17,7 +17,7 @@ from decef.costs import total_cost
 from decef.data import Data
 from decef.machine import Environment
 from decef.moments import input_moments
-from decef.plans import AUTO, planner
+from decef.plans import AUTO, layer_type, planner
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.training.loop import EVAL_BATCH, evaluate
@@ -56,8 +56,8 @@ def without_finetuning(
         mean relative error of these over the layers. `recalibrated` is the top-1 after batch norm was measured again.
     """
     input_size = next(test.views(1))[0].shape[1:]
-    where: dict[str, Any] = {"exclude": exclude, "input_size": input_size, "implementation": "reconstructed"}
-    planners = {layer: planner(model, layer, **where) for layer in layers}
+    where: dict[str, Any] = {"exclude": exclude, "input_size": input_size}
+    planners = {layer: planner(model, layer, **where, **_as_kernels(layer)) for layer in layers}
     plans = {  # all before anything is measured, as one might not be possible
         (share, layer, spread): make(Budget(flops=share, uniform=spread == UNIFORM))
         for share in shares
@@ -86,6 +86,12 @@ def without_finetuning(
             converted = convert(model, made, data=moments if nearest == "outputs" else None, progress=progress)
             errors = [r.error for r in made.rows if r.error is not None]
             yield row(converted, layer, f"{share:.3f}", spread, nearest, fmean(errors) if errors else 0.0)
+
+
+def _as_kernels(layer: str) -> dict[str, Any]:
+    """The option with which layers run as dense kernels, the fastest way to measure accuracy, where a type has it."""
+    composes = layer == AUTO or getattr(layer_type(layer), "composes_in_training", True)
+    return {"implementation": "reconstructed"} if composes else {}
 
 
 def moments_of(seen: Data, model: nn.Module) -> dict[str, Tensor]:

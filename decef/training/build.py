@@ -14,6 +14,7 @@ from decef.conversion import convert
 from decef.copies import copied
 from decef.costs import total_cost
 from decef.data import Data, Dataset
+from decef.inputs import forked_generator
 from decef.models import create_model, stem_name
 from decef.models.weights import load_weights
 from decef.plans import Plan, plan
@@ -115,7 +116,7 @@ def _check_logits(name: str, network: nn.Module, dataset: Dataset) -> None:
     for mode in ("evaluation", "training"):
         try:
             found = network.eval() if mode == "evaluation" else copied(network).train()
-            with torch.random.fork_rng(devices=[]):
+            with forked_generator(device or torch.device("cpu")):
                 logits = found(torch.zeros(2, *dataset.input_size, device=device))
         except Exception as error:
             raise ValueError(f"{name} doesn't run on images of {size}, in {mode}: {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 GRACE = 60  # seconds that a run gets to write its record when time is up
-CPU_SCHEDULE, GPU_SCHEDULE = "standard", "paper"  # the same entry on a CPU and on a GPU
+CPU_SCHEDULES, GPU_SCHEDULE = ("standard", "full_size"), "paper"  # the same entry on a CPU and on a GPU
 #: Assumed, not measured: FLOP/s of one H100 that trains ten small networks at once, a fiftieth of its peak in bf16.
 H100 = 989e12 / 50
 CIFAR_IMAGES = 50_000
@@ -73,6 +74,12 @@ class Job:
         return record.comparison, record.model, record.weights
 
     @property
+    def wants(self) -> set[str]:
+        """What is done once the run is finished."""
+        wanted = {f"after={self.entry.after}"} if self.entry.after else set()
+        return wanted | ({f"release={self.release}"} if self.release else set())
+
+    @property
     def release(self) -> str | None:
         """What the run's network is released as; None if it isn't: of every setting, that of seed 0 is."""
         if self.entry.release is None or self.config.seed:
@@ -103,16 +110,14 @@ def load_entries(path: Path) -> list[Entry]:
 
 def for_gpu(entries: Sequence[Entry]) -> list[Entry]:
     """The same entries with the schedule for a GPU."""
-    old, new = f"train={CPU_SCHEDULE}", f"train={GPU_SCHEDULE}"
-    return [
-        replace(
-            entry,
-            overrides=entry.overrides.replace(old, new),
-            # its networks are others, beside those of the schedule for a CPU
-            release=f"{entry.release}-{GPU_SCHEDULE}" if entry.release and old in entry.overrides else entry.release,
-        )
-        for entry in entries
-    ]
+    cpu = "|".join(CPU_SCHEDULES)
+    found = []
+    for entry in entries:
+        overrides, changed = re.subn(rf"\btrain=({cpu})(?!\S)", f"train={GPU_SCHEDULE}", entry.overrides)
+        # its networks are others, beside those of the schedule for a CPU
+        release = f"{entry.release}-{GPU_SCHEDULE}" if entry.release and changed else entry.release
+        found.append(replace(entry, overrides=overrides, release=release))
+    return found
 
 
 def list_jobs(
@@ -127,6 +132,9 @@ def list_jobs(
 
     Returns:
         The runs; and for each entry that can't start here the reason, by the entry's name.
+
+    Raises:
+        ValueError: an entry wants more done to a finished run than an earlier entry with the same run.
     """
     jobs: dict[str, Job] = {}
     blocked: dict[str, str] = {}
@@ -139,8 +147,13 @@ def list_jobs(
         for seed in range(entry.seeds):
             for arguments, config in configs.items():
                 seeded = replace(config, seed=seed)
-                name = run_id(seeded)
-                jobs.setdefault(name, Job(entry, (*arguments, f"seed={seed}"), name, seeded))
+                job = Job(entry, (*arguments, f"seed={seed}"), run_id(seeded), seeded)
+                first = jobs.setdefault(job.run_id, job)
+                if job.wants - first.wants:
+                    raise ValueError(
+                        f"{entry.name} wants {', '.join(sorted(job.wants - first.wants))} of {job.run_id}, which "
+                        f"{first.entry.name} runs without: say it there"
+                    )
     return list(jobs.values()), blocked
 
 
@@ -226,10 +239,15 @@ def is_done(results: Path, job: Job) -> bool:
 
 
 def missing(jobs: Sequence[Job], results: Path) -> list[Job]:
-    """The jobs that are not done, in order. Within an entry, those already begun come first."""
+    """The jobs that are not done, in order. Within an entry, those already begun come first, those that failed last."""
     open_jobs = [job for job in jobs if not is_done(results, job)]
     order = {name: i for i, name in enumerate(dict.fromkeys(job.entry.name for job in jobs))}
-    return sorted(open_jobs, key=lambda job: (order[job.entry.name], not _summary(results, job)))
+
+    def turn(job: Job) -> int:
+        status = _summary(results, job).get("status")
+        return 2 if status == "failed" else int(status is None)
+
+    return sorted(open_jobs, key=lambda job: (order[job.entry.name], turn(job)))
 
 
 def for_other_hardware(jobs: Sequence[Job], results: Path, device: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from decef.atcd import ATCD
-from decef.conversion import RECALIBRATION, recalibrate
+from decef.conversion import recalibrate
 from decef.data import Data, UnreadableError
 from decef.inputs import takes_channels_last
 from decef.training.config import TrainConfig
@@ -143,8 +142,8 @@ def train_one_epoch(
     loss, top1 = training.finish_epoch()
     seconds = time.perf_counter() - started
     if training.moved:
-        again = islice(train.batches(batch_size, generator, part), RECALIBRATION)
-        training.recalibrate(training.network_input(train, images) for images, _ in again)
+        again = train.batches(batch_size, generator, part)
+        training.recalibrate(training.network_input(train, images, scale) for images, _ in again)
     return Trained(lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / seconds)
 
 

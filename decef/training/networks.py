@@ -11,7 +11,7 @@ from torch import nn
 from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
-from decef.models.released import RELEASED, Card, load, read
+from decef.models.released import Card, file_of, load, read
 from decef.models.weights import load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network, network_options
@@ -113,8 +113,7 @@ def input_size_of(name: str) -> tuple[int, int, int]:
 
 def _is_released(name: str) -> bool:
     """Whether `decef.load` knows it: a released network, or a file or folder of `decef.compress`."""
-    files = RELEASED / f"{name}.safetensors", Path(name) / "network.safetensors"
-    return name.endswith(".safetensors") or any(path.is_file() for path in files)
+    return name.endswith(".safetensors") or file_of(name).is_file()
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:

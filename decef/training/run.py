@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +16,8 @@ from decef.costs import input_shapes, total_cost
 from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.inputs import takes_channels_last
+from decef.layers import FactorizedConv2d
+from decef.layers.factorized import pair
 from decef.machine import device_name, keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import Built, build, rebuild
@@ -151,13 +153,33 @@ def _takes_channels_last(job: _Job, network: nn.Module) -> bool:
 
 
 def _check_scales(job: _Job, network: nn.Module) -> None:
-    """Raise `ValueError` if the images would be too small for the network at one of `train.scales`."""
+    """Raise `ValueError` if the images would be too small at one of `train.scales`: for the network, or for kernels.
+
+    Of a 1x1 map a padded kernel sees its centre alone. Its other elements only decay, to nothing in a few epochs.
+    """
+    if not job.train.scales:
+        return
     channels, *size = job.dataset.input_size
+    convs = (nn.Conv2d, FactorizedConv2d)
+    wide = {name for name, m in network.named_modules() if isinstance(m, convs) and max(pair(m.kernel_size)) > 1}
+    whole = input_shapes(network, (channels, *size))
     for _, scale in job.train.scales:
+        where = f"train.scales: with images at {scale:g} of their size"
         try:
-            input_shapes(network, (channels, *scaled(size, scale)))
+            shapes = input_shapes(network, (channels, *scaled(size, scale)))
         except ValueError as error:
-            raise ValueError(f"train.scales: with images at {scale:g} of their size {error}") from error
+            raise ValueError(f"{where} {error}") from error
+        names = [name for name in shapes if name in wide and _dots(shapes[name]) and not _dots(whole[name])]
+        if names:
+            which = names[0] if len(names) == 1 else f"{len(names)} layers, from {names[0]} on,"
+            raise ValueError(
+                f"{where} {which} would see maps of 1x1 and train the centre of their kernels alone: take larger ones, "
+                "or train.scales=[], as train=full_size has"
+            )
+
+
+def _dots(shapes: Sequence[Sequence[int]]) -> bool:
+    return all(height == width == 1 for *_, height, width in shapes)
 
 
 def _load_data(job: _Job) -> tuple[Data, Data]:
