@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
-from decef.ranks.steps import Step, spread
+from decef.ranks.steps import Step, climb, spread
 
 NO_INPUT_SIZE = "a FLOPs budget needs the input size"
 
@@ -73,8 +72,11 @@ class Budget:
                 f"a budget of {self.share:g} of the dense network's {what} can't be met: with rank 1 in every layer "
                 f"it has {smallest / total:.3f} of them"
             )
-        by = _spread_evenly if self.uniform else _spread_by_energy
-        return by(layers, limit - kept)
+        if self.uniform:
+            return _spread_evenly(layers, limit - kept)
+        chosen = climb({layer.name: layer.steps() for layer in layers}, kept, limit)
+        assert not isinstance(chosen, float)
+        return {name: step.rank for name, step in chosen.items() if step.rank is not None}
 
     def most(self, candidate: Candidate) -> int:
         """The largest rank at which a candidate costs less than dense; 0 if none does.
@@ -150,49 +152,11 @@ class _Priced:
         """The largest rank that costs less than the dense layer; 0 if none does."""
         return min(self.candidate.max_rank, max(0, self.dense - 1) // self.per_rank)
 
-
-def _spread_by_energy(layers: Sequence[_Priced], limit: float) -> dict[str, int]:
-    """Ranks that together cost at most `limit`; each next rank goes where it gains the most energy per cost.
-
-    Where nothing is gained any more, as far as the spectra say, it goes where the layer has the smallest share of its
-    dense cost: CPAC's spectrum is a bound, which is reached long before the kernel is.
-    """
-    ranks = {layer.name: 1 for layer in layers}
-    energies = {layer.name: layer.candidate.kept_energy().tolist() for layer in layers}
-    left = limit - sum(layer.per_rank for layer in layers)
-
-    def step(layer: _Priced) -> tuple[float, int]:
-        """Energy and cost of a layer's next step: one more rank or, if no larger rank saves anything, dense."""
-        rank = ranks[layer.name]
-        if rank < layer.most:
-            return energies[layer.name][rank], layer.per_rank
-        return sum(energies[layer.name][rank:]), layer.dense - rank * layer.per_rank
-
-    # A heap pops its smallest entry first, so it holds minus the energy per cost of every layer's next step.
-    heap: list[tuple[float, float, int]] = []
-
-    def push(position: int) -> None:
-        layer = layers[position]
-        if ranks[layer.name] < layer.candidate.max_rank:
-            energy, price = step(layer)
-            share = ranks[layer.name] * layer.per_rank / layer.dense
-            heapq.heappush(heap, (-energy / price, share, position))
-
-    for position in range(len(layers)):
-        push(position)
-    while heap:
-        *_, position = heapq.heappop(heap)
-        layer = layers[position]
-        _, price = step(layer)
-        if price > left:
-            continue
-        left -= price
-        if ranks[layer.name] == layer.most:
-            del ranks[layer.name]  # the step was to stay dense
-        else:
-            ranks[layer.name] += 1
-            push(position)
-    return ranks
+    def steps(self) -> list[Step]:
+        """Every rank that costs less than dense, then the dense layer, if one more rank would cost as much."""
+        kept = self.candidate.kept_energy().cumsum(0).tolist()
+        ranks = [Step(rank * self.per_rank, kept[rank - 1], rank) for rank in range(1, self.most + 1)]
+        return ranks if self.most == self.candidate.max_rank else [*ranks, Step(self.dense, kept[-1])]
 
 
 def _spread_evenly(layers: Sequence[_Priced], limit: float) -> dict[str, int]:

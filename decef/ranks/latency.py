@@ -142,7 +142,7 @@ class Latency:
         """
         assert self.times is not None
         total = (next(iter(self.times.values())) if isinstance(self.times, Mapping) else self.times).total
-        chosen = spread(choices, total, self.share * total)
+        chosen = spread(choices, total, self.share * total * (1 + 1e-9))  # for rounding
         if isinstance(chosen, float):
             raise ValueError(
                 f"a budget of {self.share:g} of the dense network's time can't be met: at the fastest ranks it has "
