@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "status"])
     parser.add_argument("--hours", type=float, default=2.5, help="time limit")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each with one CPU thread")
-    parser.add_argument("--device", default="cpu", help="cpu; or cuda, with schedule paper in place of standard")
+    parser.add_argument("--device", default="cpu", help="cpu; or cuda, with schedule paper for standard, full_size")
     parser.add_argument("--only", action="append", metavar="NAME", help="an entry, again for each; default: all")
     parser.add_argument("--list", type=Path, default=CONFIGS / "evidence.yaml", help="file with the entries")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the results folder")

@@ -326,6 +326,14 @@ def test_fit_measures_batch_norms_statistics_of_the_projected_kernels(monkeypatc
     assert losses[0] < losses[1]
 
 
+def test_batch_norm_is_measured_again_at_the_size_of_the_training(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(Training, "recalibrate", lambda self, inputs: sizes.append({x.shape[-1] for x in inputs}))
+    model = network("decef", implementation="reconstructed")
+    train(model, dataclasses.replace(TRAIN, epochs=2, atcd="epoch", scales=((0.5, 0.75),)))
+    assert sizes == [{6}, {8}]
+
+
 def test_planned_network():
     """Through `convert`, as a user has it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double()

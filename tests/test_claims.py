@@ -184,8 +184,9 @@ def test_what_only_tries_something_out_is_no_evidence():
 def test_the_epochs_that_claims_ask_for_are_those_of_the_schedules():
     for one in load_claims():
         runs = one.asks.get("runs", {})
-        if runs.get("train.name") == ["standard", "paper"]:
-            assert runs["train.epochs"] == [composed(f"train={name}")["train"]["epochs"] for name in runs["train.name"]]
+        if "paper" in runs.get("train.name", ""):
+            schedules = [composed(f"train={name}")["train"]["epochs"] for name in runs["train.name"]]
+            assert sorted(runs["train.epochs"]) == sorted(schedules)
 
 
 def test_a_low_rank_control_replaces_the_same_layers():

@@ -166,7 +166,7 @@ def test_a_sweep_leaves_a_run_to_the_process_that_is_at_it(call, tmp_path):
 def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, message):
     (tmp_path / "cifar" / "cifar-10-batches-py").mkdir(parents=True)
     (tmp_path / "file").write_text("")
-    done = call("train.py", "dataset=digits", "wandb.mode=disabled", *arguments, cwd=tmp_path)
+    done = call("train.py", "dataset=digits", "train=smoke", "wandb.mode=disabled", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert done.stderr.startswith("error: ")

@@ -403,6 +403,7 @@ def test_a_1x1_kernel_as_cpac_is_two_convolutions():
     for name in ("factorized", "aligned"):
         assert [m.stride for m in forms[name].modules() if isinstance(m, nn.Conv2d)] == [(2, 2), (1, 1)]
         assert_close(forms[name](x), layer(x))
+    assert "aligned" not in forms_of(decef.CPACConv2d(32, 32, 1, rank=16))  # its chain is
 
 
 @pytest.mark.parametrize(("layer", "spatial"), [("basisconv", 0), ("basisconv2021", 0), ("cpac", 1)])

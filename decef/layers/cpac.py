@@ -101,8 +101,11 @@ class CPACConv2d(FactorizedConv2d):
             filters = more_components(vertical * horizontal, self.groups, more)
             return chain([conv2d_of(filters, groups=len(filters), **self._spatial())], more)
 
-        found = {"factorized": [chain(one_d)], "aligned": [two_d(-self.rank % self.block)]}
-        return found if self.kernel_size == (1, 1) else found | {"branches": [two_d(0)]}
+        more = -self.rank % self.block
+        found = {"factorized": [chain(one_d)]}
+        if self.kernel_size != (1, 1):
+            return found | {"branches": [two_d(0)], "aligned": [two_d(more)]}
+        return found | ({"aligned": [chain([], more)]} if more else {})
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

@@ -144,12 +144,12 @@ class FactorizedConv2d(nn.Module):
 
         Returns:
             For every arrangement by name, a list of chains whose outputs add up. "factorized" is the chain of
-            `forward_factorized`. "branches", which not all types have, merges 1-D filters into 2-D ones (CPAC, rank-1)
-            and makes one chain per rank, so that its inner channels are no more than the input's or the output's
-            (DeCEF, rank-1). "wide" puts these side by side again, for one large 1x1 convolution and depthwise ones of
-            one filter per channel. "aligned", for types whose inner channels are as many as their rank (BasisConv,
-            CPAC), has zeros for more of them, up to a multiple of `block`. Which arrangement is faster depends on the
-            engine and the precision.
+            `forward_factorized`, for CPAC's 1x1 kernels without its two scalings. "branches", which not all types have,
+            merges 1-D filters into 2-D ones (CPAC, rank-1) and makes one chain per rank, so that its inner channels are
+            no more than the input's or the output's (DeCEF, rank-1). "wide" puts these side by side again, for one
+            large 1x1 convolution and depthwise ones of one filter per channel. "aligned", for types whose inner
+            channels are as many as their rank (BasisConv, CPAC), has zeros for more of them, up to a multiple of
+            `block`. Which arrangement is faster depends on the engine and the precision.
         """
         raise NotImplementedError
 

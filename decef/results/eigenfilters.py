@@ -118,7 +118,7 @@ def _has_cpac(model: nn.Module) -> bool:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 4)
+        return float(f"{value:.4g}")  # four digits, however small
     if isinstance(value, dict):
         return {key: _rounded(v) for key, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, list) else value
