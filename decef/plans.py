@@ -374,6 +374,11 @@ def layer_type(name: str) -> type[nn.Module]:
     return LAYERS[name]
 
 
+def has_training_kernel(layer: str) -> bool:
+    """Whether layers of a type, or of those that "auto" chooses from, are convolutions with one kernel in training."""
+    return layer == AUTO or getattr(layer_type(layer), "composes_in_training", True)
+
+
 def _check_options(name: str, options: Iterable[str]) -> None:
     """Raise TypeError for a keyword that is an argument neither of `plan` nor of the layer type."""
     layer_class = layer_type(name)

@@ -7,6 +7,7 @@ import yaml
 from scipy.stats import ttest_1samp, ttest_rel
 
 from decef.results.comparisons import comparison_groups
+from decef.results.overview import overview_table
 from decef.results.tables import summarize, write_tables
 from decef.training.record import load_records
 
@@ -227,6 +228,19 @@ def test_a_schedules_name_is_that_of_the_usual_precision(tmp_path):
     groups = comparison_groups(load_records(tmp_path))
     assert len(groups["cifar10-quick"]) == 1
     assert len(groups) == 2
+
+
+def test_the_overview_is_of_runs_that_began_as_it_says(tmp_path):
+    """From scratch there, of trained weights and fitted to images here: other runs may be more, and don't count."""
+    for seed in range(3):
+        add(tmp_path, "conv2d", seed, 90.0, schedule="standard")
+        add(tmp_path, "cpac", seed, 10.0, schedule="standard", weights="0" * 32, flops=0.667)
+        add(tmp_path, "cpac", seed, 20.0, schedule="recover", weights="0" * 32, flops=0.5)
+    for seed in range(2):
+        add(tmp_path, "cpac", seed, 80.0, schedule="standard", flops=0.667)
+    (row,) = [line for line in overview_table(load_records(tmp_path), tmp_path).splitlines() if "`cpac`" in line]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert (cells[1][:5], cells[2], cells[6]) == ("80.00", "2", "-")
 
 
 def test_copies_and_empty_records_are_left_out(tmp_path, caplog):

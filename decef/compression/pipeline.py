@@ -61,7 +61,7 @@ class Compressed:
         network: the small network, fine-tuned, in evaluation mode; its factors can be trained on.
         plan: which layers it has.
         deployed: the same network as it runs fastest here.
-        numbers: what was measured, as in `report.json`.
+        numbers: what was measured, as in `report.json`; without a folder there are no "files" in it.
         folder: what was written, or None.
     """
 
@@ -346,7 +346,7 @@ class Compression:
     def _deployed(self, network: nn.Module) -> Deployed:
         """The network in its fastest forms: those that met the budget, if none is measured to be faster now.
 
-        Those are not known, if the budget is not one of time or the plan was edited since.
+        There are none, if the budget is not one of time, and none that fit, if the plan was edited since.
 
         Where the budget is one of memory or bytes, in chains: the fastest form may be dense, as large as before.
         """

@@ -26,9 +26,6 @@ FILES = {
     PLAN: "the plan",
 }
 
-BY_ENERGY = "Ranks go where they keep most of the kernels' energy for their cost."
-EVENLY = "Every layer has the same share of its own cost."
-
 
 def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
     """Write the page as Markdown, and the numbers beside it as JSON.
@@ -48,7 +45,6 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
         steps=", ".join(steps),
         budget=asked["budget"],
         reached=_reached(asked, numbers["seconds"]),
-        spread=EVENLY if asked["budget"].endswith("spread evenly") else BY_ENERGY,
         images=asked["images"],
         layers=_layers(numbers["layers"]),
         files=[(name, FILES[name], f"{size / 1e6:.2f} MB") for name, size in numbers["files"].items()],

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import BLOCK, FactorizedConv2d, PaddingMode, Size, conv2d_of, more_components
+from decef.layers.factorized import BLOCK, FactorizedConv2d, PaddingMode, Size
 from decef.layers.metric import conditioned
 
 
@@ -92,19 +92,7 @@ class BasisConv2d(FactorizedConv2d):
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
-        return self._chains(self.basis, None)
-
-    def _chains(self, basis: Tensor, shift: Tensor | None) -> dict[str, list[nn.Sequential]]:
-        """Arrangements of a basis convolution of these filters and this bias, and of the coefficients."""
-
-        def chain(more: int) -> nn.Sequential:
-            filters = more_components(basis, self.groups, more)
-            bias = None if shift is None else more_components(shift, self.groups, more)
-            coefficients = conv2d_of(F.pad(self.coefficients, (0, more)), self.bias, self.groups)
-            return nn.Sequential(conv2d_of(filters, bias, self.groups, **self._spatial()), coefficients)
-
-        more = -self.rank % self.block
-        return {"factorized": [chain(0)], **({"aligned": [chain(more)]} if more else {})}
+        return self._filtered_then_mixed(self.basis, self.coefficients)
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

@@ -112,7 +112,7 @@ class Basis2021Conv2d(BasisConv2d):
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
         with evaluating(self):
             scale, shift = self._scale_and_shift()
-        return self._chains(self.basis * scale[:, None, None, None], shift)
+        return self._filtered_then_mixed(self.basis * scale[:, None, None, None], self.coefficients, shift)
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
         # In evaluation mode the norm is then the identity, as in the authors' code. In training mode it is not.

@@ -83,6 +83,9 @@ class CPACConv2d(FactorizedConv2d):
         return F.conv2d(x, self.filters[:, :, None, None], self.bias, groups=self.groups)
 
     def as_convolutions(self) -> dict[str, list[nn.Sequential]]:
+        if self.kernel_size == (1, 1):  # the spatial vectors are scalars
+            scaled = self.channels * self.vertical * self.horizontal
+            return self._filtered_then_mixed(scaled[:, :, None, None], self.filters)
         vertical, horizontal = self.vertical[:, None, :, None], self.horizontal[:, None, None, :]
         one_d = [
             conv2d_of(vertical, groups=len(vertical), **self._spatial(horizontal=False)),
@@ -90,22 +93,16 @@ class CPACConv2d(FactorizedConv2d):
         ]
 
         def chain(spatial: list[nn.Conv2d], more: int = 0) -> nn.Sequential:
-            last = conv2d_of(F.pad(self.filters, (0, more)), self.bias, self.groups)
-            if self.kernel_size == (1, 1):  # the spatial vectors are scalars, which the first convolution takes over
-                channels = more_components(self.channels * self.vertical * self.horizontal, self.groups, more)
-                return nn.Sequential(conv2d_of(channels, groups=self.groups, **self._spatial()), last)
             first = conv2d_of(more_components(self.channels, self.groups, more), groups=self.groups)
+            last = conv2d_of(F.pad(self.filters, (0, more)), self.bias, self.groups)
             return nn.Sequential(first, *spatial, last)
 
         def two_d(more: int) -> nn.Sequential:
             filters = more_components(vertical * horizontal, self.groups, more)
             return chain([conv2d_of(filters, groups=len(filters), **self._spatial())], more)
 
-        more = -self.rank % self.block
-        found = {"factorized": [chain(one_d)]}
-        if self.kernel_size != (1, 1):
-            return found | {"branches": [two_d(0)], "aligned": [two_d(more)]}
-        return found | ({"aligned": [chain([], more)]} if more else {})
+        found = {"factorized": [chain(one_d)], "branches": [two_d(0)]}
+        return found | {"aligned": [two_d(-self.rank % self.block)]}
 
     @classmethod
     def spectrum(cls, weight: Tensor, *, groups: int = 1, moments: Tensor | None = None) -> Tensor:

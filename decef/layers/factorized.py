@@ -189,6 +189,25 @@ class FactorizedConv2d(nn.Module):
 
     # What all types share -------------------------------------------------------------------------------------
 
+    def _filtered_then_mixed(
+        self, filters: Tensor, mix: Tensor, shift: Tensor | None = None
+    ) -> dict[str, list[nn.Sequential]]:
+        """Arrangements of one convolution that has the kernel's size, stride and padding, and a 1x1 one after it.
+
+        Args:
+            filters: `(groups * rank, in_channels // groups, kh, kw)`.
+            mix: `(out_channels, rank)`.
+            shift: bias of the first, `(groups * rank,)`.
+        """
+
+        def chain(more: int) -> nn.Sequential:
+            bias = None if shift is None else more_components(shift, self.groups, more)
+            first = conv2d_of(more_components(filters, self.groups, more), bias, self.groups, **self._spatial())
+            return nn.Sequential(first, conv2d_of(F.pad(mix, (0, more)), self.bias, self.groups))
+
+        more = -self.rank % self.block
+        return {"factorized": [chain(0)], **({"aligned": [chain(more)]} if more else {})}
+
     def _spatial(self, vertical: bool = True, horizontal: bool = True) -> dict[str, Any]:
         """Stride, padding, dilation and padding mode for a plain convolution over one or both directions."""
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
-from decef.ranks.steps import Step, climb, spread
+from decef.ranks.steps import Step, greedy, spread
 
 NO_INPUT_SIZE = "a FLOPs budget needs the input size"
 
@@ -74,7 +74,7 @@ class Budget:
             )
         if self.uniform:
             return _spread_evenly(layers, limit - kept)
-        chosen = climb({layer.name: layer.steps() for layer in layers}, kept, limit)
+        chosen = greedy({layer.name: layer.steps() for layer in layers}, kept, limit)
         assert not isinstance(chosen, float)
         return {name: step.rank for name, step in chosen.items() if step.rank is not None}
 

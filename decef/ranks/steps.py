@@ -48,7 +48,7 @@ def frontier(steps: Iterable[Step]) -> list[Step]:
 
 
 def spread(choices: Mapping[str, Sequence[Step]], whole: float, limit: float) -> dict[str, Step] | float:
-    """Choose a step for every layer, of those that are worth taking; see `climb`.
+    """Choose a step for every layer, of those that are worth taking; see `greedy`.
 
     Args:
         choices: the steps of every layer by name, the dense one among them; none for a layer that stays as it is.
@@ -59,45 +59,45 @@ def spread(choices: Mapping[str, Sequence[Step]], whole: float, limit: float) ->
         A step for every layer that has any; or, if even the cheapest steps exceed the limit, the network's cost then.
     """
     dense = sum(step.cost for steps in choices.values() for step in steps if step.rank is None)
-    return climb({name: frontier(steps) for name, steps in choices.items() if steps}, whole - dense, limit)
+    return greedy({name: frontier(steps) for name, steps in choices.items() if steps}, whole - dense, limit)
 
 
-def climb(ladders: Mapping[str, Sequence[Step]], other: float, limit: float) -> dict[str, Step] | float:
+def greedy(choices: Mapping[str, Sequence[Step]], other: float, limit: float) -> dict[str, Step] | float:
     """Choose a step for every layer: start with the first, then always take the one that gains most energy per cost.
 
     Of steps that gain the same, the layer's comes first that has spent the smallest share of its last step's cost.
     Beyond CPAC's bound all gain nothing, as far as it says: what is left there is spread evenly.
 
     Args:
-        ladders: the steps of every layer by name, cheapest first.
+        choices: the steps of every layer by name, cheapest first.
         other: cost of everything else.
         limit: on the cost of everything.
 
     Returns:
         A step for every layer; or, if even the first steps exceed the limit, the cost of everything then.
     """
-    spent = other + sum(steps[0].cost for steps in ladders.values())
+    spent = other + sum(steps[0].cost for steps in choices.values())
     if spent > limit:
         return float(spent)
-    at = dict.fromkeys(ladders, 0)
+    at = dict.fromkeys(choices, 0)
     heap: list[tuple[float, float, int, str]] = []  # minus the gain of every layer's next step: the smallest is popped
 
     def push(number: int, name: str) -> None:
-        steps, i = ladders[name], at[name]
+        steps, i = choices[name], at[name]
         if i + 1 < len(steps):
             heapq.heappush(heap, (-steps[i + 1].gain(steps[i]), steps[i].cost / steps[-1].cost, number, name))
 
-    for number, name in enumerate(ladders):
+    for number, name in enumerate(choices):
         push(number, name)
     while heap:
         *_, number, name = heapq.heappop(heap)
-        steps, i = ladders[name], at[name]
+        steps, i = choices[name], at[name]
         price = steps[i + 1].cost - steps[i].cost
         if spent + price <= limit:  # else it won't fit later either
             spent += price
             at[name] += 1
             push(number, name)
-    return {name: steps[at[name]] for name, steps in ladders.items()}
+    return {name: steps[at[name]] for name, steps in choices.items()}
 
 
 def spaced(most: int, points: int = POINTS) -> list[int]:

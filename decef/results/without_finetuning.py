@@ -17,7 +17,7 @@ from decef.costs import total_cost
 from decef.data import Data
 from decef.machine import Environment
 from decef.moments import input_moments
-from decef.plans import AUTO, layer_type, planner
+from decef.plans import AUTO, has_training_kernel, planner
 from decef.ranks import Budget
 from decef.results.pages import write_measured
 from decef.training.loop import EVAL_BATCH, evaluate
@@ -57,7 +57,10 @@ def without_finetuning(
     """
     input_size = next(test.views(1))[0].shape[1:]
     where: dict[str, Any] = {"exclude": exclude, "input_size": input_size}
-    planners = {layer: planner(model, layer, **where, **_as_kernels(layer)) for layer in layers}
+    # as dense kernels, which is the fastest way to measure accuracy, where a type can
+    as_kernels: dict[str, Any] = {"implementation": "reconstructed"}
+    options = {layer: as_kernels if has_training_kernel(layer) else {} for layer in layers}
+    planners = {layer: planner(model, layer, **where, **options[layer]) for layer in layers}
     plans = {  # all before anything is measured, as one might not be possible
         (share, layer, spread): make(Budget(flops=share, uniform=spread == UNIFORM))
         for share in shares
@@ -86,12 +89,6 @@ def without_finetuning(
             converted = convert(model, made, data=moments if nearest == "outputs" else None, progress=progress)
             errors = [r.error for r in made.rows if r.error is not None]
             yield row(converted, layer, f"{share:.3f}", spread, nearest, fmean(errors) if errors else 0.0)
-
-
-def _as_kernels(layer: str) -> dict[str, Any]:
-    """The option with which layers run as dense kernels, the fastest way to measure accuracy, where a type has it."""
-    composes = layer == AUTO or getattr(layer_type(layer), "composes_in_training", True)
-    return {"implementation": "reconstructed"} if composes else {}
 
 
 def moments_of(seen: Data, model: nn.Module) -> dict[str, Tensor]:

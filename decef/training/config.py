@@ -15,7 +15,7 @@ from decef.data import FOLDERS, Data, Dataset, dataset, folder_identity
 from decef.data.subsets import stratified_subset
 from decef.models import MODELS, source_file
 from decef.models.weights import find_weights, md5_of
-from decef.plans import AUTO, layer_type
+from decef.plans import AUTO, has_training_kernel, layer_type
 
 SCHEDULES = ("onecycle", "cosine", "step")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -342,7 +342,7 @@ class TrainConfig:
             return replace(self, atcd=None, decay=None)
         if self.atcd is not None and layer.orthogonality:
             raise ValueError("train.atcd trains dense kernels, so that layer.orthogonality would do nothing: give one")
-        composes = layer.name == AUTO or getattr(layer_type(layer.name), "composes_in_training", True)
+        composes = has_training_kernel(layer.name)
         if self.atcd is not None and not composes:
             raise ValueError(f"train.atcd is not possible with layer={layer.name}: it has no kernel in training")
         idle = "train.atcd decays dense kernels" if self.atcd is not None else None

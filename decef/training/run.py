@@ -169,7 +169,9 @@ def _check_scales(job: _Job, network: nn.Module) -> None:
             shapes = input_shapes(network, (channels, *scaled(size, scale)))
         except ValueError as error:
             raise ValueError(f"{where} {error}") from error
-        names = [name for name in shapes if name in wide and _dots(shapes[name]) and not _dots(whole[name])]
+        names = [
+            name for name in shapes if name in wide and _single_pixels(shapes[name]) and not _single_pixels(whole[name])
+        ]
         if names:
             which = names[0] if len(names) == 1 else f"{len(names)} layers, from {names[0]} on,"
             raise ValueError(
@@ -178,7 +180,8 @@ def _check_scales(job: _Job, network: nn.Module) -> None:
             )
 
 
-def _dots(shapes: Sequence[Sequence[int]]) -> bool:
+def _single_pixels(shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether all maps are 1x1; `shapes` are `(B, C, H, W)`."""
     return all(height == width == 1 for *_, height, width in shapes)
 
 
