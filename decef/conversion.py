@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from decef.copies import copied_with
 from decef.costs import shared_weights
-from decef.inputs import NO_BATCH, check_batches, inputs_of, without_leftover
+from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import moments_on
 from decef.plans import Plan, layer_type, planned
@@ -113,7 +114,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
 
     Decomposed layers give other means and variances than the ones they replace. The images must be augmented as in
     training, or the statistics are of other inputs than the network was trained on. The norms inside `Basis2021Conv2d`
-    keep theirs, which are part of the decomposed kernel.
+    are measured too, without changing what these layers compute, see `norms_inside_measured`.
 
     Args:
         model: the network.
@@ -136,7 +137,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     # torch's update_bn would run the norms inside layers in training mode too, where they are no part of a kernel.
     inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
-    if not norms:
+    if not norms and not inner:
         return model.eval()
     momenta, before = [norm.momentum for norm in norms], [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()
@@ -145,10 +146,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         norm.momentum = None  # the mean over all batches
         norm.train()
     try:
-        for x in without_leftover(inputs_of(batch, model) for batch in chain([first], batches)):
-            if not x.isfinite().all():
-                raise ValueError("the data has NaN or infinite values, which would be the statistics of every layer")
-            model(x)
+        with norms_inside_measured(model):
+            for x in without_leftover(inputs_of(batch, model) for batch in chain([first], batches)):
+                if not x.isfinite().all():
+                    raise ValueError("the data has NaN or infinite values, which would be every layer's statistics")
+                model(x)
     except BaseException:
         for norm, state in zip(norms, before, strict=True):
             norm.load_state_dict(state)
@@ -161,6 +163,33 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         if norm.num_batches_tracked == 0:  # this forward does not use it
             norm.load_state_dict(state)
     return model
+
+
+@contextmanager
+def norms_inside_measured(model: nn.Module) -> Iterator[None]:
+    """Measure the batch norms inside `Basis2021Conv2d` on what passes through the network, in evaluation mode.
+
+    When it ends without an error, they get the means and variances that they saw, and such weights that every layer
+    still computes the same. Decomposed, they had been the identity, which in training mode, where a batch is normalised
+    by its own statistics, is another network than in evaluation mode.
+    """
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Basis2021Conv2d)}
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        y = layers[name].before_norm(x)
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        count = y[:, 0].numel()
+        sums[name] = sums.get(name, 0) + torch.stack([mean, var + mean.square()]).double() * count
+        counts[name] = counts.get(name, 0) + count
+
+    with inputs_seen(layers, see):
+        yield
+    for name, total in sums.items():
+        mean, square = total / counts[name]
+        layers[name].set_statistics(mean, square - mean.square())
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -17,9 +17,9 @@ from torch.optim.swa_utils import update_bn
 from torch.testing import assert_close
 
 import decef
-from decef.conversion import convert, fold, recalibrate
+from decef.conversion import convert, fold, norms_inside_measured, recalibrate
 from decef.inference.forms import to_convolutions
-from decef.layers import LAYERS, BasisConv2d, DeCEFConv2d, FactorizedConv2d
+from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.moments import _collect as collect
 from decef.plans import Plan, plan, planner
@@ -566,6 +566,34 @@ def test_recalibrated_at_full_rank_a_network_is_the_dense_one_recalibrated(layer
         assert_close(whole.get_submodule(name).compose(), kernel)
     assert not any(module.training for module in whole.modules())
     assert {m.momentum for m in whole.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
+
+def test_norms_inside_layers_are_measured_so_that_a_network_trains_on_from_what_it_computes():
+    x = torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    small = convert(recalibrate(network(), [x]), "basisconv2021", rank=3, data=[x]).eval()
+    kernels = {name: m.compose() for name, m in small.named_modules() if isinstance(m, Basis2021Conv2d)}
+
+    def off():
+        trained = copy.deepcopy(small).train()
+        return (trained(x) - small(x)).norm() / small(x).norm()
+
+    before = off()
+    recalibrate(small, [x])
+    assert off() < 0.01 < 0.1 < before
+    for name, kernel in kernels.items():
+        assert_close(small.get_submodule(name).compose(), kernel)
+
+
+def test_a_layer_whose_norm_was_measured_is_in_training_mode_what_it_is_in_evaluation_mode():
+    for shape, options in (((6, 4, 9, 10), {"groups": 2}), ((6, 4, 9, 10), {"padding_mode": "reflect"})):
+        layer = Basis2021Conv2d(4, 8, 3, 2, 1, rank=3, dtype=torch.float64, **options).eval()
+        x = torch.randn(*shape, dtype=torch.float64) * 3 + 1
+        expected = layer(x)
+        assert not torch.allclose(copy.deepcopy(layer).train()(x), expected, rtol=0.1, atol=0.1)
+        with norms_inside_measured(layer), torch.no_grad():
+            layer(x[:2]), layer(x[2:])
+        assert_close(layer(x), expected)
+        assert_close(layer.train()(x), expected)
 
 
 def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():

@@ -73,6 +73,14 @@ def test_p_value_without_spread_and_without_a_warning():
         p_value([90.0], 50.0)
 
 
+def test_p_value_by_sign_counts_sides_alone():
+    values = [0.9, 0.9, 0.9, 0.9, 1.0]
+    assert p_value(values, 0.0) < 1e-5
+    assert p_value(values, 0.0, by_sign=True) == stats.binomtest(5, 5).pvalue == 0.0625
+    assert p_value([-5.0, 1.0, 1.0, 2.0, 0.0], 0.0, by_sign=True) == stats.binomtest(3, 4).pvalue
+    assert p_value([0.0, 0.0], 0.0, by_sign=True) == 1
+
+
 def test_holm_against_its_definition():
     found = [0.01, 0.04, 0.03, 0.5]
     assert holm(found) == pytest.approx([0.04, 0.09, 0.09, 0.5])  # 4 x, then 3 x 0.03, which 2 x 0.04 is not below
@@ -96,10 +104,24 @@ def test_as_many_seeds_as_needed_decide_four_times_in_five(alpha, effect):
     assert n == 2 or power(n - 1) < 0.81
 
 
+@pytest.mark.parametrize("values", [[-1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [2.0, 3.0]])
+def test_as_many_seeds_as_needed_decide_by_sign(values):
+    n = seeds_needed(values, 0.0, by_sign=True)
+    draws = np.random.default_rng(0).choice(values, (2000, n))
+
+    def power(count):
+        return np.mean([p_value(list(row[:count]), 0.0, by_sign=True) <= 0.05 for row in draws])
+
+    assert power(n) > 0.78
+    assert power(n - 1) < 0.82
+
+
 def test_seeds_needed_at_its_ends():
     assert seeds_needed([1.0, 1.0], 0.0) == 6
     assert p_value([1.0] * 6, 0.0) <= 0.05 < p_value([1.0] * 5, 0.0)
     assert seeds_needed([1.0, 1.0], 1.0) is None
+    assert seeds_needed([-1.0, 1.0], 0.0, by_sign=True) is None
+    assert seeds_needed([0.9, 1.0], 0.0, 0.05 / 12, by_sign=True) == 9
     assert seeds_needed([-1.0, 1.0], 0.05) is None  # more than 50
     assert seeds_needed([math.nan, 1.0], 0.0) is None
     with pytest.raises(ValueError, match="one value"):

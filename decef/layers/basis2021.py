@@ -97,9 +97,38 @@ class Basis2021Conv2d(BasisConv2d):
         return super().prefers_factorized(x)
 
     def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        y = F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
+        y = self._filtered(x, padding)
         y = self.norm(y) if y.dim() == 4 else self.norm(y[None])[0]
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
+
+    def _filtered(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        return F.conv2d(x, self.basis, None, self.stride, padding, self.dilation, self.groups)
+
+    def before_norm(self, input: Tensor) -> Tensor:
+        """What the norm gets for an input of the layer: `(B, groups * rank, H, W)`."""
+        x = self._padded(input)
+        return self._filtered(x if x.dim() == 4 else x[None], self._padding)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, var: Tensor) -> None:
+        """Give the norm the statistics of what it gets; its weight and bias are set so that `compose` stays the same.
+
+        A batch of such statistics then passes in training mode as in evaluation mode.
+
+        Args:
+            mean, var: of each channel of `before_norm`, `(groups * rank,)` each.
+
+        Raises:
+            RuntimeError: the layer is in training mode.
+        """
+        scale, shift = self._scale_and_shift()
+        norm = self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.weight.copy_(scale * torch.sqrt(norm.running_var + norm.eps))
+        norm.bias.copy_(shift + norm.running_mean * scale)
 
     def _twin(self) -> Self:
         # Timing must not give the norm's parameters gradients either.
@@ -115,7 +144,8 @@ class Basis2021Conv2d(BasisConv2d):
         return self._filtered_then_mixed(self.basis * scale[:, None, None, None], self.coefficients, shift)
 
     def _set_factors(self, factors: dict[str, Tensor]) -> None:
-        # In evaluation mode the norm is then the identity, as in the authors' code. In training mode it is not.
+        # In evaluation mode the norm is then the identity, as in the authors' code. In training mode it is not, until
+        # its statistics are measured, see `set_statistics`.
         self.norm.reset_parameters()
         assert self.norm.running_var is not None
         self.norm.running_var.fill_(1 - self.norm.eps)  # the identity to the last bit

@@ -239,6 +239,12 @@ class FactorizedConv2d(nn.Module):
         left, _, top, _ = self._pads
         return (0, 0) if self._pad_first else (top, left)
 
+    def _padded(self, x: Tensor) -> Tensor:
+        """`x`, padded where the convolutions can't do it."""
+        if not self._pad_first:
+            return x
+        return F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of the dense kernel `(out_channels, in_channels // groups, kh, kw)`."""
@@ -283,9 +289,7 @@ class FactorizedConv2d(nn.Module):
             nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = input
-        if self._pad_first:
-            x = F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        x = self._padded(input)
         if self.implementation == "factorized" or (self.implementation == "auto" and self.prefers_factorized(x)):
             return self.forward_factorized(x, self._padding)
         kernel, bias = self.compose(), self.compose_bias()

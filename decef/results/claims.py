@@ -139,7 +139,8 @@ def judge_all(results: Path) -> tuple[list[Record], list[tuple[Claim, Verdict]]]
 def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None = None) -> Verdict:
     """Judge a claim by what was run.
 
-    Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound. The p-values of
+    Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound, or a sign test,
+    see `Comparison`. The p-values of
     a claim are corrected together by Holm's method. So the chance of even one wrong decision among them is at most
     `ALPHA`, as long as the number of seeds was fixed before their results were seen.
 
@@ -160,7 +161,7 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
         raise ValueError(f"claim {claim.id}: {error}") from error
     # Several experiments may share a control: its comparison counts once.
     tests = list(dict.fromkeys(c for finding in findings for c in finding.comparisons if len(c.values) > 1))
-    corrected = dict(zip(tests, holm([p_value(c.values, c.bound) for c in tests]), strict=True))
+    corrected = dict(zip(tests, holm([p_value(c.values, c.bound, by_sign=c.by_sign) for c in tests]), strict=True))
     evidence = tuple(_evidence(finding, corrected) for finding in findings)
     return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
 
@@ -203,7 +204,7 @@ def _decided(comparison: Comparison, corrected: Mapping[Comparison, float]) -> t
     if p <= ALPHA:
         return HOLDS if fmean(comparison.values) > comparison.bound else FAILS, f"{words})"
     # Holm's bound for the smallest p-value; those for the others are less strict.
-    needed = seeds_needed(comparison.values, comparison.bound, ALPHA / len(corrected))
+    needed = seeds_needed(comparison.values, comparison.bound, ALPHA / len(corrected), by_sign=comparison.by_sign)
     return UNDECIDED, f"{words}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds needed)"
 
 

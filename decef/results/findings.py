@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from decef.ranks import DEFINITIONS
@@ -69,13 +70,15 @@ class Comparison:
     """What one test asks: whether the mean of `values`, one per seed, is above `bound`.
 
     `words` are for people. `runs` are what the values come from, runs or columns of tables: thus a control that several
-    experiments share gives equal comparisons, and two kinds of rank that happen to have equal values don't.
+    experiments share gives equal comparisons, and two kinds of rank that happen to have equal values don't. `by_sign`:
+    the values can't be taken for normal, and are tested by their signs.
     """
 
     words: str
     values: tuple[float, ...]
     bound: float
     runs: tuple[str, ...]
+    by_sign: bool = False
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,8 @@ def _monotone_rank(
     Spearman's correlation is taken in every network; its mean over networks of one architecture and training must be
     below 0. Each of these correlations is one comparison:
     over="depth": of the layer's number with its rank at the end, and with the ratio of that to a random kernel's rank.
-    over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before.
+    over="training": of the epoch with the mean change of the ranks, per epoch, since the checkpoint before. With few
+    checkpoints it has few values, near -1 where ranks converge, so it is tested by its sign.
     """
     for (network, tables), definition in product(dense_ranks(records, measured).items(), DEFINITIONS):
         trends = {name: trend for name, table in tables.items() if (trend := _rank_trends(table, over, definition))}
@@ -231,9 +235,12 @@ def _monotone_rank(
         comparisons = []
         for measure in next(iter(trends.values()), {}):
             values = [trend[measure] for trend in trends.values()]
-            words = f"rank correlation of {measure} {estimate(values, within=(-1, 1)).words('+.2f')}"
+            by_sign = over == "training"
+            spread = f"{fmean(values):+.2f}, from {min(values):+.2f} to {max(values):+.2f}"
+            found = spread if by_sign and len(values) > 1 else estimate(values, within=(-1, 1)).words("+.2f")
+            words = f"rank correlation of {measure} {found}"
             columns = tuple(f"{source}, {definition}" for source in sources)
-            comparisons.append(Comparison(words, tuple(-value for value in values), 0, columns))
+            comparisons.append(Comparison(words, tuple(-value for value in values), 0, columns, by_sign))
         if comparisons:
             yield Finding(f"{network}, {definition} rank", len(trends), "", tuple(comparisons), sources)
 

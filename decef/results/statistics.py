@@ -59,23 +59,29 @@ def differences(values: Iterable[tuple[Hashable, float]], control: Mapping[Any, 
     return [value - control[pair] for pair, value in values if pair in control]
 
 
-def p_value(values: Sequence[float], bound: float) -> float:
+def p_value(values: Sequence[float], bound: float, *, by_sign: bool = False) -> float:
     """The p-value of the two-sided t test that the mean is `bound`.
 
     Values that don't differ give a t test no spread, which would decide anything: they get the sign test, 2^(1 - n), or
     1 if they are the bound. If a value is NaN, it is 1: they say nothing.
 
+    Args:
+        values: one per seed.
+        bound: what they are tested against.
+        by_sign: take the sign test in any case: how many are above the bound, of those that aren't the bound.
+
     Raises:
         ValueError: fewer than two values.
     """
-    from scipy.stats import ttest_1samp
+    from scipy.stats import binomtest, ttest_1samp
 
     if len(values) < 2:
         raise ValueError("one value has no spread to test it by")
     if any(map(math.isnan, values)):
         return 1.0
-    if max(values) - min(values) <= ROUNDING:
-        return 1.0 if math.isclose(fmean(values), bound, abs_tol=ROUNDING) else 2.0 ** (1 - len(values))
+    if by_sign or max(values) - min(values) <= ROUNDING:
+        above, below = _sides(values, bound)
+        return float(binomtest(above, above + below).pvalue) if above + below else 1.0
     return float(ttest_1samp(values, bound).pvalue)
 
 
@@ -90,11 +96,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
 
 
-def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) -> int | None:
+def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA, *, by_sign: bool = False) -> int | None:
     """How many values it takes until `p_value` is at most `alpha` with probability `POWER`.
 
-    That is if they are normal with the mean and spread of `values`, which a few values only guess at. Values that don't
-    differ go on not to differ.
+    That is if they are normal with the mean and spread of `values`, which a few values only guess at; by the sign test,
+    if as large a share of them is above the bound. Values that don't differ go on not to differ.
 
     Returns:
         The smallest such number, from 2 on; None if it is above `MOST_SEEDS`.
@@ -103,13 +109,21 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA) ->
         ValueError: fewer than two values.
     """
     import numpy as np
-    from scipy.stats import ncf, t
+    from scipy.stats import binom, ncf, t
 
     if len(values) < 2:
         raise ValueError("one value has no spread to estimate from")
-    if max(values) - min(values) <= ROUNDING:
-        return None if p_value(values, bound) == 1 else math.ceil(1 - math.log2(alpha))
     n = np.arange(2, MOST_SEEDS + 1)
+    if by_sign or max(values) - min(values) <= ROUNDING:
+        above, below = _sides(values, bound)
+        if not above + below:
+            return None
+        share = above / (above + below)
+        least = binom.ppf(alpha / 2, n, 0.5)  # the test decides if fewer than so many are on one side
+        least += binom.cdf(least, n, 0.5) <= alpha / 2
+        power = binom.cdf(least - 1, n, share) + binom.cdf(least - 1, n, 1 - share)
+        enough = n[power >= POWER]
+        return int(enough[0]) if len(enough) else None
     effect = (fmean(values) - bound) / _sd(values)
     # Power of the two-sided test. A noncentral t squared is a noncentral F, which scipy has for large effects too.
     power = ncf.sf(t.isf(alpha / 2, n - 1) ** 2, 1, n - 1, n * effect**2)
@@ -124,6 +138,11 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return math.nan
     return float(spearmanr(x, y).statistic)
+
+
+def _sides(values: Sequence[float], bound: float) -> tuple[int, int]:
+    """How many values are above the bound, and how many below."""
+    return sum(v > bound + ROUNDING for v in values), sum(v < bound - ROUNDING for v in values)
 
 
 def _sd(values: Sequence[float]) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from decef.conversion import convert
+from decef.conversion import convert, norms_inside_measured
 from decef.copies import copied
 from decef.costs import total_cost
 from decef.data import Data, Dataset
@@ -75,6 +75,11 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data |
         log.info("the kernels of replaced layers are drawn anew; to decompose trained ones, say model.weights=FILE")
     data = None if seen is None else [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)]
     network = convert(dense, the_plan, from_scratch=not model.weights, data=data)
+    if data is not None:
+        with torch.no_grad(), norms_inside_measured(network.eval()):
+            for images in data:
+                network(images)
+        network.train()
     return Built(network, the_plan, total_cost(dense, dataset.input_size))
 
 
