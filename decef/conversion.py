@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
-from decef.copies import copied_with
+from decef.copies import copied, copied_with
 from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
@@ -77,6 +77,8 @@ def convert(
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     modules = dict(model.named_modules())
     types = _checked_types(how, modules)
+    if not from_scratch:
+        copied(model)  # raises, if it can't be copied, before decomposing takes its time
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
     _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)

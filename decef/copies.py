@@ -23,6 +23,9 @@ HOOKS = (
 )
 
 
+_CONV = nn.Conv2d(1, 1, 1, device="meta")
+
+
 def copied(model: _Module) -> _Module:
     """A deep copy. Tensors that were computed with gradients, as by pruning, become values: torch doesn't copy them."""
     with _Copying():
@@ -34,17 +37,27 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
 
     Args:
         model: the network.
-        new: for a module of it the one to be in its place, which gets copies of its hooks. A bias that is a parameter
+        new: for a module of it the one to be in its place, which gets copies of its hooks and, of a convolution, of
+            the attributes that others gave it, such as an index. A bias that is a parameter
             of the network is copied like all others, tied where it was tied.
     """
     memo: dict[int, Any] = {id(old): module for old, module in new.items()}
     with _Copying():
         twin = copy.deepcopy(model, memo)
         for old, module in new.items():
-            vars(module).update({name: copy.deepcopy(getattr(old, name), memo) for name in HOOKS})
+            vars(module).update({name: copy.deepcopy(vars(old)[name], memo) for name in HOOKS})
+            if carried := {name: vars(old)[name] for name in _carried(old) if not hasattr(module, name)}:
+                vars(module).update(copy.deepcopy(carried, memo), _carried=tuple(carried))
             if module._parameters.get("bias") is not None:
                 module.bias = copy.deepcopy(module.bias, memo)
     return twin
+
+
+def _carried(module: nn.Module) -> tuple[str, ...]:
+    """The attributes that somebody else has put on a convolution, or on the one that a layer stands for."""
+    if type(module) is nn.Conv2d and "_carried" not in vars(module):
+        return tuple(name for name in vars(module).keys() - vars(_CONV).keys() if not name.startswith("_"))
+    return vars(module).get("_carried", ())
 
 
 def copied_to_meta(model: _Module) -> _Module:

@@ -174,6 +174,8 @@ def _one(input_size: Sequence[int]) -> tuple[int, ...]:
 
 def _forward(model: nn.Module, shape: Sequence[int]) -> None:
     """Run the network on a batch of this shape, `(B, C, H, W)`, for its hooks and counters."""
+    if isinstance(model, nn.DataParallel):  # which runs on its own devices only
+        raise ValueError("the network is in a DataParallel: give it as model.module")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = parameter.dtype if parameter is not None else None
     try:

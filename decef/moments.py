@@ -94,8 +94,11 @@ def _collect(
         assert isinstance(conv, nn.Conv2d)
         for patches in input_patches(conv, x):
             with without_autocast(patches.device):
-                moments = (patches @ patches.mT).double()
-            sums[name] = sums[name] + moments if name in sums else moments
+                moments = patches @ patches.mT
+            if name in sums:
+                sums[name] += moments  # in place: it may be gigabytes
+            else:
+                sums[name] = moments.double()
             counts[name] = counts.get(name, 0) + patches.shape[-1]
 
     with inputs_seen(wanted, add):

@@ -151,7 +151,7 @@ def reason_against(module: nn.Module, layer_class: type[FactorizedConv2d]) -> st
     for name in ("weight", "bias"):
         if name not in module._parameters:
             return f"its {name} is computed before each call (pruning, weight norm), not a parameter"
-    if "forward" in vars(module):
+    if replaced_forward(module):
         return "its forward was replaced, so it computes something else"
     if more := {**module._parameters, **module._buffers, **module._modules}.keys() - {"weight", "bias"}:
         return f"it has more than a weight and a bias: {', '.join(sorted(more))}"
@@ -160,6 +160,11 @@ def reason_against(module: nn.Module, layer_class: type[FactorizedConv2d]) -> st
     except ValueError as error:
         return str(error)
     return ""
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether this module, unlike others of its class, computes something else."""
+    return not {"forward", "_conv_forward"}.isdisjoint(vars(module))
 
 
 def add_units(sites: Sequence[Site], layer_class: type[nn.Module], options: Mapping[str, Any]) -> None:

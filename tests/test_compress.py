@@ -447,9 +447,21 @@ class OwnDevice(nn.Module):
         return self.linear(y.mean((2, 3)) + torch.zeros(16))
 
 
+class Random(nn.Module):
+    """Drops features in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 16, 3), nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.linear(nn.functional.dropout(self.conv(x).mean((2, 3))))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (Random(), "none of eager could run the network and give the same output"),
         (
             OwnDevice(),
             r"does not run on an input of size \(1, 8, 8\): .*\(it was run without values, on the meta",

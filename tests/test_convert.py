@@ -803,10 +803,16 @@ def own_forward(conv):
     conv.forward = lambda x: nn.functional.conv2d(x, conv.weight - conv.weight.mean(), conv.bias)
 
 
+def own_conv_forward(conv):
+    """As it is done to make images without seams."""
+    conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x.roll(1, 3), weight, bias)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (own_forward, "its forward was replaced, so it computes something else"),
+        (own_conv_forward, "its forward was replaced, so it computes something else"),
         (lambda conv: conv.register_buffer("gain", torch.ones(1)), "it has more than a weight and a bias: gain"),
         (lambda conv: conv.add_module("lora", nn.Linear(2, 2)), "it has more than a weight and a bias: lora"),
     ],

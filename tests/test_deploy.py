@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_layers import used
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -17,6 +18,7 @@ from decef.inference.deploy import _fastest
 from decef.inference.engines import ENGINES, available, to_onnx
 from decef.inference.export import export as write
 from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
+from decef.inference.memory import activation_bytes
 from decef.layers import LAYERS, DeCEFConv2d, FactorizedConv2d
 from decef.models import create_model
 from decef.models.released import RELEASED
@@ -74,6 +76,80 @@ class Asks(Small):
 def test_a_network_may_ask_for_the_device_of_a_weight(form):
     model, x = decef.convert(trained(Asks()), "decef", rank=2).eval(), torch.randn(2, 3, 8, 8)
     assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Uses(Small):
+    """Uses a convolution's numbers and its kernel, too, as timm's DaViT pads by its kernel's size."""
+
+    def forward(self, x):
+        conv = self.conv2
+        x = self.bn1(self.conv1(x)).relu()
+        pad = conv.kernel_size[0] // 2
+        y = conv(x) + F.conv2d(x, conv.weight.flip(3), conv.bias, conv.stride, pad)
+        return self.head(self.bn3(self.conv3(y)).relu().mean((2, 3)))[:, : conv.out_channels]
+
+
+@pytest.mark.parametrize("layer", FACTORIZED)
+def test_a_network_may_use_more_of_a_convolution_than_its_output(layer):
+    model, x = decef.convert(trained(Uses()), layer, rank=2).eval(), torch.randn(2, 3, 8, 8)
+    for form in FORMS:
+        assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-4)
+    assert activation_bytes(to_convolutions(model), tuple(x.shape)) > 0
+
+
+class Indexed(nn.Module):
+    """Runs its parts by what was noted on them, as YOLO's networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1))
+        for i, part in enumerate(self.parts):
+            part.before = [i - 1]
+
+    def forward(self, x):
+        outputs = {-1: x}
+        for i, part in enumerate(self.parts):
+            outputs[i] = part(outputs[part.before[0]])
+        return outputs[1].mean((2, 3))
+
+
+def test_what_was_noted_on_a_convolution_goes_with_it():
+    model, x = Indexed().eval(), torch.randn(2, 3, 8, 8)
+    small = decef.convert(model, "decef", rank=2)
+    assert small.parts[1].before == [0]
+    assert small.parts[1].before is not model.parts[1].before
+    for form in FORMS:
+        assert_close(to_convolutions(small, form)(x), small(x), rtol=1e-4, atol=1e-4)
+    assert decef.fold(decef.convert(decef.fold(small), "cpac", rank=2)).parts[1].before == [0]
+
+
+class Classes(Small):
+    """Gives classes in place of logits, or rules out some."""
+
+    classes = True
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.argmax(1) if self.classes else logits.masked_fill(torch.arange(len(logits[0])) == 1, -torch.inf)
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_whole_numbers_and_infinities_are_outputs_too(classes):
+    model, x = decef.convert(trained(Classes()), "decef", rank=2).eval(), torch.randn(2, 3, 8, 8)
+    model.classes = classes
+    deployed = decef.deploy(model, x, engines=["eager"])
+    assert deployed.error < 1e-4
+    assert_close(deployed(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_norms_are_not_folded_into_a_convolution_whose_forward_was_replaced():
+    model, x = trained(Small()).eval(), torch.randn(2, 3, 8, 8)
+    model.conv1.forward = functools.partial(halved_kernel, model.conv1)
+    assert_close(to_convolutions(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def halved_kernel(conv, x):
+    return F.conv2d(x, conv.weight / conv.weight.norm(), conv.bias, conv.stride, conv.padding)
 
 
 class Video(nn.Module):

@@ -35,9 +35,8 @@ from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import input_shapes, total_cost
 from decef.inference.deploy import Deployed, Deployer, deploy
-from decef.inference.engines import Loadable, available, check_engine, load
+from decef.inference.engines import available, check_engine
 from decef.inference.export import export
-from decef.inference.forms import to_convolutions
 from decef.inference.memory import stored_bytes
 from decef.inputs import forked_generator, takes_channels_last
 from decef.machine import device_name, environment
@@ -138,8 +137,7 @@ class Compression:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
-        if isinstance(model, nn.DataParallel):
-            raise ValueError("the network is in a DataParallel: give it as model.module")
+
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = listed(include), listed(exclude)
@@ -160,7 +158,8 @@ class Compression:
         channels, height, width = x.shape[1:]
         self._input_size = (channels, height, width)
         input_shapes(self._model, self._input_size)  # every budget will need them
-        self._engine = self._find_engine(engine)
+        self._dense = self._deployed_dense(engine)
+        self._engine = self._dense.engine
         self._card = card or Card(NETWORK, "", self._input_size, self._classes)
         asked = {
             "network": _fingerprint(self._model),
@@ -252,11 +251,10 @@ class Compression:
         made = Plan.load(self._folder / PLAN)
         if self._epochs and self._test is not None:
             self._note_top1("finetuned", network)
-        dense = deploy(self._model, self._x, engines=[self._engine])
         deployed = self._deployed(network)
         if self._kept is not None:
             self._write_files(network, made, deployed)
-        numbers = self._numbers(network, made, dense, deployed)
+        numbers = self._numbers(network, made, deployed)
         if self._kept is not None:
             write_report(self._folder / REPORT, numbers, own=not self._card.model)
         return Compressed(network, made, deployed, numbers, self._kept)
@@ -372,16 +370,14 @@ class Compression:
 
     # What is measured
 
-    def _find_engine(self, engine: str | None) -> str:
-        if engine is not None:
-            return check_engine(engine, self._x)
-        if "onnxruntime" in available(self._x.device):
+    def _deployed_dense(self, engine: str | None) -> Deployed:
+        """The dense network, which says before any work whether the engine can run it."""
+        if engine is None and "onnxruntime" in available(self._x.device):
             try:
-                load("onnxruntime", Loadable(to_convolutions(self._model), self._x))
-                return "onnxruntime"
-            except Exception as error:  # an engine may fail in any way
+                return deploy(self._model, self._x, engines=["onnxruntime"])
+            except ValueError as error:
                 log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)
-        return "eager"
+        return deploy(self._model, self._x, engines=[check_engine(engine or "eager", self._x)])
 
     def _accuracies(self) -> dict[str, float]:
         return self._state.get("top1", {})
@@ -392,8 +388,8 @@ class Compression:
             self._state["top1"] = {**self._accuracies(), step: measure_top1(network, self._test)}
         log.info("%s: top-1 %.2f %%", step, self._accuracies()[step])
 
-    def _numbers(self, network: nn.Module, made: Plan, dense: Deployed, deployed: Deployed) -> dict[str, Any]:
-        seconds = seconds_beside(dense, deployed, self._x)
+    def _numbers(self, network: nn.Module, made: Plan, deployed: Deployed) -> dict[str, Any]:
+        seconds = seconds_beside(self._dense, deployed, self._x)
         sides = {"dense": self._model, "small": network}
         return {
             "asked": {**self._state.asked, "reached": self._state["reached"]},

@@ -299,8 +299,10 @@ def _left_out(what: str, error: Exception) -> None:
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """The norm of what an output is off by, over that of the one expected."""
-    return ((output - expected).norm() / expected.norm()).item()
+    """The norm of what an output is off by, over that of the one expected; infinities count only where they differ."""
+    same, dtype = output == expected, torch.promote_types(expected.dtype, torch.float32)
+    off = (output.to(dtype) - expected.to(dtype)).masked_fill(same, 0).norm()
+    return (off / expected.to(dtype).masked_fill(expected.isinf(), 0).norm()).item() if off else 0.0
 
 
 def layer_inputs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, list[Tensor]]:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from decef.copies import copied_with
 from decef.layers import FactorizedConv2d
+from decef.sites import replaced_forward
 
 log = logging.getLogger(__name__)
 
@@ -96,4 +97,4 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether calling a module only runs the forward of a known class on its own parameters, without hooks."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     known = isinstance(module, FactorizedConv2d) or type(module) is nn.Conv2d or _is_batch_norm(module)
-    return known and not hooks and not is_parametrized(module)
+    return known and not hooks and not is_parametrized(module) and not replaced_forward(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -39,37 +40,72 @@ def to_convolutions(model: nn.Module, form: str | Mapping[str, str] = "factorize
 def forms_of(layer: FactorizedConv2d) -> dict[str, nn.Module]:
     """The layer as plain convolutions in every form that it has, by name."""
     forms = {"reconstructed": _dense(layer)}
-    return forms | {name: _summed(chains) for name, chains in layer.as_convolutions().items()}
+    return forms | {name: _summed(layer, chains) for name, chains in layer.as_convolutions().items()}
 
 
 def _dense(layer: FactorizedConv2d) -> nn.Module:
-    return _summed([nn.Sequential(layer.to_conv2d())])
+    return _summed(layer, [nn.Sequential(layer.to_conv2d())])
 
 
-def _summed(chains: Sequence[nn.Sequential]) -> nn.Module:
-    """The sum of chains as one module, without wrappers that would only cost calls in torch."""
+def _summed(layer: FactorizedConv2d, chains: Sequence[nn.Sequential]) -> nn.Module:
+    """The sum of a layer's chains as one module, without wrappers that would only cost calls in torch."""
     if len(chains) > 1:
-        return _Sum(chains)
+        return _Sum(layer, chains)
     (chain,) = chains
-    return (chain[0] if len(chain) == 1 else _Chain(*chain)).eval().requires_grad_(False)
+    return (chain[0] if len(chain) == 1 else _Chain(layer, chain)).eval().requires_grad_(False)
 
 
-class _Chain(nn.Sequential):
-    """Convolutions one after the other."""
+class _InPlaceOf(nn.Module):
+    """Convolutions in place of a low-rank layer, for networks that ask it for more than its output.
+
+    They have all that the layer has, from `kernel_size` on; `weight` is the composed kernel.
+    """
+
+    def __init__(self, layer: FactorizedConv2d) -> None:
+        super().__init__()
+        self._layer = (layer,)  # no part of this module, whose size and parameters are the convolutions'
 
     @property
     def weight(self) -> Tensor:
-        """For networks that ask a convolution on which device its weight is, and in what precision."""
-        return next(self.parameters())
+        return self._layer[0].compose().detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._layer[0].compose_bias()
+        return None if bias is None else bias.detach()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._layer[0]._apply(fn, recurse)  # to the same device and precision
+        return super()._apply(fn, recurse)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layer = vars(self).get("_layer")
+            if layer is None or name.startswith("_"):
+                raise
+            return getattr(layer[0], name)
 
 
-class _Sum(nn.Module):
+class _Chain(_InPlaceOf):
+    """Convolutions one after the other."""
+
+    def __init__(self, layer: FactorizedConv2d, chain: nn.Sequential) -> None:
+        super().__init__(layer)
+        self.chain = chain
+
+    def forward(self, input: Tensor) -> Tensor:
+        for conv in self.chain:
+            input = conv(input)
+        return input
+
+
+class _Sum(_InPlaceOf):
     """The sum of several chains of convolutions, in evaluation mode."""
 
-    weight = _Chain.weight
-
-    def __init__(self, chains: Sequence[nn.Sequential]) -> None:
-        super().__init__()
+    def __init__(self, layer: FactorizedConv2d, chains: Sequence[nn.Sequential]) -> None:
+        super().__init__(layer)
         self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -93,5 +129,5 @@ def arranged(
             replaced[layer] = _dense(layer)
         else:
             chains = layer.as_convolutions()
-            replaced[layer] = _summed(chains.get(form, chains["factorized"]))
+            replaced[layer] = _summed(layer, chains.get(form, chains["factorized"]))
     return copied_with(model, replaced).requires_grad_(False)
