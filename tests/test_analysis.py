@@ -14,7 +14,7 @@ from decef.conversion import convert
 from decef.data import DATASETS, IMAGENET_MEAN, IMAGENET_STD, dataset
 from decef.layers import LAYERS, CPACConv2d
 from decef.machine import environment
-from decef.models import CifarResNet
+from decef.models import CifarResNet, create_model
 from decef.models.weights import load_state_dict, load_weights
 from decef.ranks import effective_rank
 from decef.results.effective_ranks import kernels, rank_table
@@ -119,6 +119,15 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
         (tmp_path / "w.th").write_bytes(damaged)
         with pytest.raises(ValueError, match="no file of weights"):
             load_weights(CifarResNet(8), tmp_path / "w.th")
+
+
+def test_weights_say_how_many_classes_a_network_has(tmp_path):
+    torch.save(create_model("resnet20", num_classes=7).state_dict(), tmp_path / "w.th")
+    ((_, model),) = load_networks("resnet20", weights=tmp_path / "w.th")
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    torch.save(create_model("resnet32", num_classes=7).state_dict(), tmp_path / "w.th")
+    with pytest.raises(ValueError, match="does not fit CifarResNet"):
+        load_networks("resnet20", weights=tmp_path / "w.th")
 
 
 @pytest.mark.skipif(not weights.is_file(), reason="no trained weights under $DECEF_DATA or data/")

@@ -475,6 +475,15 @@ def test_networks_whose_costs_can_t_be_counted_are_refused_first(options, monkey
         Compression(model, loader(), test=loader(1), **{**options, "exclude": None})
 
 
+@pytest.mark.usefixtures("unexported")
+def test_it_is_made_for_inputs_of_the_size_of_the_test_images(trained, options):
+    larger = [(nn.functional.interpolate(x, scale_factor=1.5), y) for x, y in loader(1, shuffle=False)]
+    done = compress(trained, loader(), test=larger, finetune=0, **options)
+    assert done.numbers["input"] == [1, 1, 12, 12]
+    assert done.numbers["costs"]["dense"]["macs"] == decef.cost(trained, (1, 12, 12)).attrs["macs"]
+    assert done.deployed(larger[0][0][:1]).shape == (1, 10)
+
+
 def float_labels():
     return [(images, labels.float()) for images, labels in loader()]
 

@@ -91,7 +91,8 @@ class Compression:
         layer: a layer type, or "auto": the best for every convolution.
         finetune: epochs of fine-tuning; 0 for none.
         lr: the learning rate of its first step, from which it falls to 0 as half a cosine.
-        test: images that accuracy is measured on, in batches like `data`; None: it isn't measured.
+        test: images that accuracy is measured on, in batches like `data`; None: it isn't measured. Costs, time and
+            files are for inputs of their size, which may be another than in training; without them, of that of `data`.
         images: how many training images the decomposition is fitted to.
         batch_size: number of images in a call that should be fast.
         include, exclude: names of convolutions, see `decef.plan`.
@@ -151,9 +152,8 @@ class Compression:
         self._classes = head_size(self._model, self._first)
         if finetune:
             check_trainable(self._model, self._first)
-        for given in (data, test) if test is not None else (data,):
-            next(batches(given, self._classes))
-        x = self._first[:1].to(next(model.parameters()).device)
+        used = [next(batches(given, self._classes))[0] for given in (data, test) if given is not None]
+        x = used[-1][:1].to(next(model.parameters()).device)
         self._x = x.expand(batch_size, *x.shape[1:]).contiguous()
         channels, height, width = x.shape[1:]
         self._input_size = (channels, height, width)
@@ -174,6 +174,7 @@ class Compression:
             "engine": self._engine,
             "seed": seed,
             "data": self._data_words(),
+            "input_size": list(self._input_size),
             "test": None if test is None else self._test_words(test),
         }
         if isinstance(budget, (Latency, Milliseconds)):
@@ -263,7 +264,7 @@ class Compression:
 
     def _data_words(self) -> str:
         known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
-        return f"{known} {count_batches(self._data)} batches of {tuple(self._first.shape)}".strip()
+        return f"{known} {count_batches(self._data)} batches of {len(self._first)} images".strip()
 
     def _test_words(self, test: Loader) -> str:
         """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""

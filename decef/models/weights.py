@@ -78,6 +78,25 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
+def classes_of(path: Path, model: nn.Module, classes: int) -> int:
+    """The number of classes of the network that a file's weights are of: `classes`, unless their head says another.
+
+    Args:
+        path: the file.
+        model: the network that they are of, but for the size of its head.
+        classes: the number of classes of `model`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds no state dict.
+    """
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    stored = {name: tuple(value.shape) for name, value in load_state_dict(path).items()}
+    differ = {name: shape for name, shape in stored.items() if own.get(name, shape) != shape}
+    heads = {shape[0] for name, shape in differ.items() if shape and own[name] == (classes, *shape[1:])}
+    return heads.pop() if len(heads) == 1 else classes
+
+
 def describe_file(path: Path) -> str:
     """A file's name and MD5, to say what a result was made from.
 

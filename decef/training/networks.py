@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
 from decef.models.released import Card, file_of, load, read
-from decef.models.weights import load_weights
+from decef.models.weights import classes_of, load_weights
 from decef.plans import Plan
 from decef.training.build import dense_network, network_options
 from decef.training.checkpoint import load_checkpoint
@@ -33,7 +34,7 @@ def load_networks(
     Args:
         name: a run's folder, what `decef.load` loads, or a name that `create_model` knows. A run gives a network for
             every checkpoint that it kept, in order, and for its last checkpoint.
-        weights: file with trained weights.
+        weights: file with trained weights, of any number of classes.
         pretrained: let timm or torchvision download trained weights.
         input_size: `(C, H, W)`, for networks that are made for one; None is `input_size_of(name)`.
         trained: refuse a network whose weights would be random.
@@ -50,16 +51,18 @@ def load_networks(
         return [(name, load(name))] if released else list(_networks_of_run(Path(name)))
     if trained and weights is None and not pretrained and ":" not in name:
         raise ValueError(f"{name} would have random weights: say where trained ones are, with --weights FILE")
+    classes = 1000 if "/" in name else 10  # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
+    channels, size, _ = input_size or input_size_of(name)
+    made_for: dict[str, Any] = {"in_channels": channels, "image_size": size, "pretrained": pretrained}
     try:
-        # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
-        num_classes = 1000 if "/" in name else 10
-        channels, size, _ = input_size or input_size_of(name)
-        model = create_model(
-            name, num_classes=num_classes, in_channels=channels, image_size=size, pretrained=pretrained
-        )
+        model = create_model(name, num_classes=classes, **made_for)
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
-    return [(name, load_weights(model, weights) if weights else model)]
+    if weights is None:
+        return [(name, model)]
+    if (own := classes_of(weights, model, classes)) != classes:
+        model = create_model(name, num_classes=own, **made_for)
+    return [(name, load_weights(model, weights))]
 
 
 def check_finished(run: Path) -> Summary:
