@@ -49,10 +49,11 @@ def _dense(layer: FactorizedConv2d) -> nn.Module:
 
 def _summed(layer: FactorizedConv2d, chains: Sequence[nn.Sequential]) -> nn.Module:
     """The sum of a layer's chains as one module, without wrappers that would only cost calls in torch."""
-    if len(chains) > 1:
-        return _Sum(layer, chains)
-    (chain,) = chains
-    return (chain[0] if len(chain) == 1 else _Chain(layer, chain)).eval().requires_grad_(False)
+    if len(chains) == len(chains[0]) == 1:
+        return chains[0][0].eval().requires_grad_(False)
+    found = _Sum(chains) if len(chains) > 1 else _Chain(*chains[0])
+    found.layer = (layer,)
+    return found.eval().requires_grad_(False)
 
 
 class _InPlaceOf(nn.Module):
@@ -61,52 +62,41 @@ class _InPlaceOf(nn.Module):
     They have all that the layer has, from `kernel_size` on; `weight` is the composed kernel.
     """
 
-    def __init__(self, layer: FactorizedConv2d) -> None:
-        super().__init__()
-        self._layer = (layer,)  # no part of this module, whose size and parameters are the convolutions'
+    layer: tuple[FactorizedConv2d, ...] = ()  # in a tuple, as it is no part of these convolutions
 
     @property
     def weight(self) -> Tensor:
-        return self._layer[0].compose().detach()
+        return self.layer[0].compose().detach()
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self._layer[0].compose_bias()
+        bias = self.layer[0].compose_bias()
         return None if bias is None else bias.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._layer[0]._apply(fn, recurse)  # to the same device and precision
+        for layer in self.layer:  # to the same device and precision
+            layer._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            layer = vars(self).get("_layer")
-            if layer is None or name.startswith("_"):
+            if name.startswith("_") or not self.layer:
                 raise
-            return getattr(layer[0], name)
+            return getattr(self.layer[0], name)
 
 
-class _Chain(_InPlaceOf):
+class _Chain(_InPlaceOf, nn.Sequential):
     """Convolutions one after the other."""
-
-    def __init__(self, layer: FactorizedConv2d, chain: nn.Sequential) -> None:
-        super().__init__(layer)
-        self.chain = chain
-
-    def forward(self, input: Tensor) -> Tensor:
-        for conv in self.chain:
-            input = conv(input)
-        return input
 
 
 class _Sum(_InPlaceOf):
-    """The sum of several chains of convolutions, in evaluation mode."""
+    """The sum of several chains of convolutions."""
 
-    def __init__(self, layer: FactorizedConv2d, chains: Sequence[nn.Sequential]) -> None:
-        super().__init__(layer)
-        self.chains = nn.ModuleList(chains).eval().requires_grad_(False)
+    def __init__(self, chains: Sequence[nn.Sequential]) -> None:
+        super().__init__()
+        self.chains = nn.ModuleList(chains)
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.chains[0](input)
