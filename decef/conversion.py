@@ -182,16 +182,16 @@ def norms_inside_measured(model: nn.Module) -> Iterator[None]:
     def see(name: str, x: Tensor) -> None:
         y = layers[name].before_norm(x)
         y = y.to(torch.promote_types(y.dtype, torch.float32))
-        var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        var, mean = (value.double() for value in torch.var_mean(y, (0, 2, 3), correction=0))
         count = y[:, 0].numel()
-        sums[name] = sums.get(name, 0) + torch.stack([mean, var + mean.square()]).double() * count
+        sums[name] = sums.get(name, 0) + torch.stack([mean, var + mean.square()]) * count
         counts[name] = counts.get(name, 0) + count
 
     with inputs_seen(layers, see):
         yield
     for name, total in sums.items():
         mean, square = total / counts[name]
-        layers[name].set_statistics(mean, square - mean.square())
+        layers[name].set_statistics(mean, (square - mean.square()).clamp(min=0))
 
 
 def fold(model: nn.Module) -> nn.Module:

@@ -23,7 +23,7 @@ HOOKS = (
 )
 
 
-_CONV = nn.Conv2d(1, 1, 1, device="meta")
+_PLAIN = (nn.Conv2d(1, 1, 1, device="meta"), nn.BatchNorm2d(1, device="meta"))
 
 
 def copied(model: _Module) -> _Module:
@@ -37,8 +37,8 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
 
     Args:
         model: the network.
-        new: for a module of it the one to be in its place, which gets copies of its hooks and, of a convolution, of
-            the attributes that others gave it, such as an index. A bias that is a parameter
+        new: for a module of it the one to be in its place, which gets copies of its hooks and of the
+            attributes that others gave it, such as an index. A bias that is a parameter
             of the network is copied like all others, tied where it was tied.
     """
     memo: dict[int, Any] = {id(old): module for old, module in new.items()}
@@ -46,7 +46,8 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
         twin = copy.deepcopy(model, memo)
         for old, module in new.items():
             vars(module).update({name: copy.deepcopy(vars(old)[name], memo) for name in HOOKS})
-            if carried := {name: vars(old)[name] for name in _carried(old) if not hasattr(module, name)}:
+            free = {name for name in _carried(old) if name not in vars(module) and not hasattr(type(module), name)}
+            if carried := {name: vars(old)[name] for name in free}:
                 vars(module).update(copy.deepcopy(carried, memo), _carried=tuple(carried))
             if module._parameters.get("bias") is not None:
                 module.bias = copy.deepcopy(module.bias, memo)
@@ -54,9 +55,10 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
 
 
 def _carried(module: nn.Module) -> tuple[str, ...]:
-    """The attributes that somebody else has put on a convolution, or on the one that a layer stands for."""
-    if type(module) is nn.Conv2d and "_carried" not in vars(module):
-        return tuple(name for name in vars(module).keys() - vars(_CONV).keys() if not name.startswith("_"))
+    """The attributes that somebody else has put on a convolution or norm, or on the one that a module stands for."""
+    plain = next((one for one in _PLAIN if type(one) is type(module)), None)
+    if plain is not None and "_carried" not in vars(module):
+        return tuple(name for name in vars(module).keys() - vars(plain).keys() if not name.startswith("_"))
     return vars(module).get("_carried", ())
 
 

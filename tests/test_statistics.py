@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from decef.results.statistics import differences, estimate, holm, p_value, rank_correlation, seeds_needed
+from decef.results.statistics import differences, estimate, holm, is_above, p_value, rank_correlation, seeds_needed
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])
@@ -79,6 +79,10 @@ def test_p_value_by_sign_counts_sides_alone():
     assert p_value(values, 0.0, by_sign=True) == stats.binomtest(5, 5).pvalue == 0.0625
     assert p_value([-5.0, 1.0, 1.0, 2.0, 0.0], 0.0, by_sign=True) == stats.binomtest(3, 4).pvalue
     assert p_value([0.0, 0.0], 0.0, by_sign=True) == 1
+    assert p_value([0.5, math.nan], 0.0, by_sign=True) == 1
+    mostly_below = [-0.1] * 8 + [1.0]
+    assert is_above(mostly_below, 0.0)
+    assert not is_above(mostly_below, 0.0, by_sign=True)
 
 
 def test_holm_against_its_definition():
@@ -124,5 +128,6 @@ def test_seeds_needed_at_its_ends():
     assert seeds_needed([0.9, 1.0], 0.0, 0.05 / 12, by_sign=True) == 9
     assert seeds_needed([-1.0, 1.0], 0.05) is None  # more than 50
     assert seeds_needed([math.nan, 1.0], 0.0) is None
+    assert seeds_needed([math.nan, 1.0], 0.0, by_sign=True) is None
     with pytest.raises(ValueError, match="one value"):
         seeds_needed([1.0], 0.0)

@@ -264,7 +264,7 @@ class Compression:
 
     def _data_words(self) -> str:
         known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
-        return f"{known} {count_batches(self._data)} batches of {len(self._first)} images".strip()
+        return f"{known} {count_batches(self._data)} batches of {tuple(self._first.shape)}".strip()
 
     def _test_words(self, test: Loader) -> str:
         """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""
@@ -376,9 +376,16 @@ class Compression:
         if engine is None and "onnxruntime" in available(self._x.device):
             try:
                 return deploy(self._model, self._x, engines=["onnxruntime"])
-            except ValueError as error:
-                log.warning("it should be fast in torch, as ONNX Runtime can't run it: %s", error)
-        return deploy(self._model, self._x, engines=[check_engine(engine or "eager", self._x)])
+            except ValueError:
+                log.warning("it should be fast in torch, as ONNX Runtime can't run the network")
+        engine = check_engine(engine or "eager", self._x)
+        try:
+            return deploy(self._model, self._x, engines=[engine])
+        except ValueError as error:
+            raise ValueError(
+                f"the network doesn't run in {engine}, or not with the same output every time, as with dropout in "
+                "evaluation mode"
+            ) from error
 
     def _accuracies(self) -> dict[str, float]:
         return self._state.get("top1", {})

@@ -63,17 +63,26 @@ class _InPlaceOf(nn.Module):
     """
 
     layer: tuple[FactorizedConv2d, ...] = ()  # in a tuple, as it is no part of these convolutions
+    kernel: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.layer[0].compose().detach()
+        if self.kernel is not None:
+            return self.kernel
+        (layer,) = self.layer
+        kernel = layer.compose().detach()
+        if type(kernel) is Tensor:  # not one that only stands for values, in an export
+            self.kernel = kernel
+        return kernel
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.layer[0].compose_bias()
+        (layer,) = self.layer
+        bias = layer.compose_bias()
         return None if bias is None else bias.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.kernel = None
         for layer in self.layer:  # to the same device and precision
             layer._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -22,7 +21,7 @@ import yaml
 from decef.results.findings import KINDS, SHARES, Comparison, Finding, Measurements, load_measurements
 from decef.results.published import Published, load_papers, load_published
 from decef.results.selectors import is_setting
-from decef.results.statistics import ALPHA, MOST_SEEDS, holm, p_value, seeds_needed
+from decef.results.statistics import ALPHA, MOST_SEEDS, holm, is_above, p_value, seeds_needed
 from decef.training.record import Record, load_records
 
 HOLDS, FAILS = "holds", "doesn't hold"
@@ -202,7 +201,8 @@ def _decided(comparison: Comparison, corrected: Mapping[Comparison, float]) -> t
     p = corrected[comparison]
     words = f"{comparison.words} (p {f'= {p:.2g}' if p >= 0.001 else '< 0.001'}"
     if p <= ALPHA:
-        return HOLDS if fmean(comparison.values) > comparison.bound else FAILS, f"{words})"
+        above = is_above(comparison.values, comparison.bound, by_sign=comparison.by_sign)
+        return HOLDS if above else FAILS, f"{words})"
     # Holm's bound for the smallest p-value; those for the others are less strict.
     needed = seeds_needed(comparison.values, comparison.bound, ALPHA / len(corrected), by_sign=comparison.by_sign)
     return UNDECIDED, f"{words}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds needed)"

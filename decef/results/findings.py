@@ -67,11 +67,11 @@ def _origin(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one test asks: whether the mean of `values`, one per seed, is above `bound`.
+    """What one test asks: whether the mean of `values`, one per seed, is above `bound`, or `by_sign` most of them.
 
     `words` are for people. `runs` are what the values come from, runs or columns of tables: thus a control that several
-    experiments share gives equal comparisons, and two kinds of rank that happen to have equal values don't. `by_sign`:
-    the values can't be taken for normal, and are tested by their signs.
+    experiments share gives equal comparisons, and two kinds of rank that happen to have equal values don't. `by_sign`
+    is for values that can't be taken for normal.
     """
 
     words: str

@@ -85,6 +85,12 @@ def p_value(values: Sequence[float], bound: float, *, by_sign: bool = False) -> 
     return float(ttest_1samp(values, bound).pvalue)
 
 
+def is_above(values: Sequence[float], bound: float, *, by_sign: bool = False) -> bool:
+    """Whether the mean of the values is above the bound, or more of them are above it than below."""
+    above, below = _sides(values, bound)
+    return above > below if by_sign else fmean(values) > bound
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values corrected for their number by Holm's method.
 
@@ -113,6 +119,8 @@ def seeds_needed(values: Sequence[float], bound: float, alpha: float = ALPHA, *,
 
     if len(values) < 2:
         raise ValueError("one value has no spread to estimate from")
+    if any(map(math.isnan, values)):
+        return None
     n = np.arange(2, MOST_SEEDS + 1)
     if by_sign or max(values) - min(values) <= ROUNDING:
         above, below = _sides(values, bound)

@@ -14,7 +14,8 @@ from decef.conversion import convert, norms_inside_measured
 from decef.copies import copied
 from decef.costs import total_cost
 from decef.data import Data, Dataset
-from decef.inputs import forked_generator
+from decef.inputs import forked_generator, inputs_of
+from decef.layers import Basis2021Conv2d
 from decef.models import create_model, stem_name
 from decef.models.weights import load_weights
 from decef.plans import Plan, plan
@@ -75,10 +76,10 @@ def build(model: ModelConfig, layer: LayerConfig, dataset: Dataset, seen: Data |
         log.info("the kernels of replaced layers are drawn anew; to decompose trained ones, say model.weights=FILE")
     data = None if seen is None else [seen.normalize(images) for images, _ in seen.views(MOMENTS_BATCH)]
     network = convert(dense, the_plan, from_scratch=not model.weights, data=data)
-    if data is not None:
+    if data is not None and any(isinstance(module, Basis2021Conv2d) for module in network.modules()):
         with torch.no_grad(), norms_inside_measured(network.eval()):
             for images in data:
-                network(images)
+                network(inputs_of(images, network))
         network.train()
     return Built(network, the_plan, total_cost(dense, dataset.input_size))
 
