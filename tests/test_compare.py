@@ -12,7 +12,7 @@ from support import ROOT
 from test_claims import record, runs
 
 from decef.results.findings import differences_in_top1
-from decef.results.selectors import read_selector
+from decef.results.selectors import read_selector, selects
 
 DENSE = runs("conv2d", 90.0, 91.0, 92.0)
 
@@ -29,6 +29,14 @@ DENSE = runs("conv2d", 90.0, 91.0, 92.0)
 )
 def test_selectors_are_written_as_overrides(words, selector):
     assert read_selector(words) == selector
+
+
+def test_lists_in_records_are_selected_by_one_of_their_texts():
+    run = record("decef", 0, 90.0, exclude=["layer2.0.conv1", "layer3.0.conv1"])
+    assert selects({"model.exclude": "layer2.*"}, run)
+    assert selects({"model.exclude": ["layer1.*", "layer3.0.conv1"]}, run)
+    for other in ("layer1.*", None, "*conv2"):
+        assert not selects({"model.exclude": other}, run)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from decef.training.record import DATA_PLACES, LAYER_TRAINING, RANK_SETTINGS, RE
 
 
 def selects(selector: Mapping[str, Any], record: Record) -> bool:
-    """Whether a run has the selector's values. A list means any of them; text may have *; null and false mean off."""
+    """Whether a run has the selector's values. A list means any of them, for text in the run too; text may have *;
+    null and false mean off."""
     return all(
         any(_fits(_get(record.settings, key), value) for value in (wanted if isinstance(wanted, list) else [wanted]))
         for key, wanted in selector.items()
@@ -70,7 +71,8 @@ def _value(text: str) -> Any:
 
 def _fits(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, str):
-        return isinstance(value, str) and fnmatchcase(value, wanted)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return any(isinstance(one, str) and fnmatchcase(one, wanted) for one in values)
     return bool((value or None) == (wanted or None))  # off is null, false, 0 or missing
 
 
