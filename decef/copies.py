@@ -46,8 +46,8 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
         twin = copy.deepcopy(model, memo)
         for old, module in new.items():
             vars(module).update({name: copy.deepcopy(vars(old)[name], memo) for name in HOOKS})
-            free = {name for name in _carried(old) if name not in vars(module) and not hasattr(type(module), name)}
-            if carried := {name: vars(old)[name] for name in free}:
+            taken = {*vars(module), *dir(type(module))}
+            if carried := {name: vars(old)[name] for name in _carried(old) if name not in taken}:
                 vars(module).update(copy.deepcopy(carried, memo), _carried=tuple(carried))
             if module._parameters.get("bias") is not None:
                 module.bias = copy.deepcopy(module.bias, memo)

@@ -149,11 +149,11 @@ def test_whole_numbers_and_infinities_are_outputs_too(classes):
 
 def test_norms_are_not_folded_into_a_convolution_whose_forward_was_replaced():
     model, x = trained(Small()).eval(), torch.randn(2, 3, 8, 8)
-    model.conv1.forward = functools.partial(halved_kernel, model.conv1)
+    model.conv1.forward = functools.partial(normalised_kernel, model.conv1)
     assert_close(to_convolutions(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-def halved_kernel(conv, x):
+def normalised_kernel(conv, x):
     return F.conv2d(x, conv.weight / conv.weight.norm(), conv.bias, conv.stride, conv.padding)
 
 

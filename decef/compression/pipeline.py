@@ -138,7 +138,6 @@ class Compression:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
-
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = listed(include), listed(exclude)

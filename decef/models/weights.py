@@ -78,12 +78,12 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def classes_of(path: Path, model: nn.Module, classes: int) -> int:
+def classes_of(model: nn.Module, path: Path, classes: int) -> int:
     """The number of classes of the network that a file's weights are of: `classes`, unless their head says another.
 
     Args:
-        path: the file.
         model: the network that they are of, but for the size of its head.
+        path: the file.
         classes: the number of classes of `model`.
 
     Raises:

@@ -60,7 +60,7 @@ def load_networks(
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
     if weights is None:
         return [(name, model)]
-    if (own := classes_of(weights, model, classes)) != classes:
+    if (own := classes_of(model, weights, classes)) != classes:
         model = create_model(name, num_classes=own, **made_for)
     return [(name, load_weights(model, weights))]
 
