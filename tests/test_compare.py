@@ -13,6 +13,7 @@ from test_claims import record, runs
 
 from decef.results.findings import differences_in_top1
 from decef.results.selectors import read_selector, selects
+from decef.training.record import load_records
 
 DENSE = runs("conv2d", 90.0, 91.0, 92.0)
 
@@ -94,7 +95,11 @@ def test_weights_are_compared_by_what_is_in_them():
     assert list(compared(everything, "layer=decef model.weights=a.th", "model.weights=null").values()) == [[4.0, 5.0]]
 
 
+read_once = cache(load_records)
+
+
 def compare(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("decef.training.record.load_records", read_once)
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     runpy.run_path(str(ROOT / "scripts" / "compare.py"), run_name="__main__")
     return capsys.readouterr().out

@@ -95,7 +95,8 @@ def test_a_network_may_use_more_of_a_convolution_than_its_output(layer):
     for form in FORMS:
         assert_close(to_convolutions(model, form)(x), model(x), rtol=1e-4, atol=1e-4)
     assert activation_bytes(to_convolutions(model), tuple(x.shape)) > 0
-    deployed = decef.deploy(model, x, engines=["onnxruntime"])
+    engine = "onnxruntime" if layer in ("decef", "basisconv2021") else "eager"  # one with an affine part inside
+    deployed = decef.deploy(model, x, engines=[engine])
     assert_close(deployed(x), model(x), rtol=1e-3, atol=1e-4)
 
 

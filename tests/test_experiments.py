@@ -53,13 +53,16 @@ def test_every_experiment_can_start(name, tmp_path):
             overrides.append(f"model.weights={tmp_path / 'weights.pt'}")
         given = RunConfig.from_dict(composed(f"experiment={name}", *overrides)).resolved()
         with torch.device("cpu" if given.model.weights else "meta"):
-            model, made, _ = build(given.model, given.layer, given.dataset.dataset())
+            _, made, _ = build(given.model, given.layer, given.dataset.dataset())
         assert bool(made.ranks) == (given.layer.name != "conv2d")
-        assert sum(p.numel() for p in model.parameters()) > 0
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_record_of_every_experiment_is_done_again_to_the_bit(name, tmp_path, monkeypatch):
+#: They differ from another experiment in numbers, layer types or networks alone.
+ALIKE = ("cifar10", "cpac_mnist_two", "cpac_tile_as_published", "decef_cifar10", "imagenette")
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ALIKE])
+def test_the_record_of_an_experiment_is_done_again_to_the_bit(name, tmp_path, monkeypatch):
     """Two epochs of the last run of its grid, on a few random images of the dataset's shape."""
     sweep = sweep_of(name)
     overrides = [f"{key}={str(values).split(',')[-1]}" for key, values in sweep.items()]
@@ -279,6 +282,7 @@ def test_records_in_the_repository_are_found_again():
             continue  # its ranks are those of weights, or its network one, that is not in the repository
         key = json.dumps([identity(config)[group] for group in ("dataset", "model", "layer")])
         if key not in built:
-            _, made, dense = build(config.model, config.layer, config.dataset.dataset())
+            with torch.device("meta"):
+                _, made, dense = build(config.model, config.layer, config.dataset.dataset())
             built[key] = made.ranks, dense
         assert built[key] == (summary["ranks"], summary["dense"])

@@ -94,9 +94,14 @@ NETWORKS = {
 CUSTOM = {"nfnet": "ScaledStdConv2d", "bit": "StdConv2d", "efficientnet-same": "Conv2dSame"}
 # With random weights the rounding of float32 alone comes near the tolerance: compared in float64.
 DOUBLE = ("inception_v3", "googlenet")
-# With every layer type; the others with one each, in turn. EdgeNeXt asks a 1x1 convolution for its `weight.device`.
-THOROUGH = ("resnext", "mobilenetv2", "edgenext")
+# With every layer type; the others with one each, in turn.
+THOROUGH = ("mobilenetv2",)
 LARGE = ("inception_v3", "vgg", "hrnet", "alexnet")  # minutes together: with the grid
+# Beside others of their kind they show `convert` nothing new, plain convolutions at known places: with the grid, too.
+ALIKE = (
+    *("resnet-tv", "mobilenetv3-tv", "mnasnet", "repghost", "resnetv2", "resnest", "res2net", "hgnet", "vovnet", "dla"),
+    *("rexnet", "starnet"),
+)
 
 
 # Not that which is its turn, but one whose decompositions of these kernels are small.
@@ -106,7 +111,7 @@ OTHERS = {"mobilenetv1": "rank1", "googlenet": "decef"}
 def _cases():
     for i, family in enumerate(NETWORKS):
         layers = FACTORIZED if family in THOROUGH else [OTHERS.get(family, FACTORIZED[i % len(FACTORIZED)])]
-        marks = [pytest.mark.grid] if family in LARGE else []
+        marks = [pytest.mark.grid] if family in LARGE + ALIKE else []
         yield from (pytest.param(family, layer, id=f"{family}-{layer}", marks=marks) for layer in layers)
 
 

@@ -460,7 +460,6 @@ def test_a_network_of_ones_own_that_is_none_for_these_images(tmp_path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError, match=message):
         run(config(tmp_path, model={"name": f"own_for_digits:{function}"}))
-    run(config(tmp_path, model={"name": "own_for_digits:make"}, train__epochs=1))
 
 
 def test_a_network_that_flattens_by_view_is_trained_in_the_usual_memory_layout(tmp_path, monkeypatch, caplog):
