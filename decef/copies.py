@@ -46,15 +46,15 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
         twin = copy.deepcopy(model, memo)
         for old, module in new.items():
             vars(module).update({name: copy.deepcopy(vars(old)[name], memo) for name in HOOKS})
-            taken = {*vars(module), *dir(type(module))}
-            if carried := {name: vars(old)[name] for name in _carried(old) if name not in taken}:
+            taken = set(dir(module))
+            if carried := {name: vars(old)[name] for name in noted(old) if name not in taken}:
                 vars(module).update(copy.deepcopy(carried, memo), _carried=tuple(carried))
             if module._parameters.get("bias") is not None:
                 module.bias = copy.deepcopy(module.bias, memo)
     return twin
 
 
-def _carried(module: nn.Module) -> tuple[str, ...]:
+def noted(module: nn.Module) -> tuple[str, ...]:
     """The attributes that somebody else has put on a convolution or norm, or on the one that a module stands for."""
     plain = next((one for one in _PLAIN if type(one) is type(module)), None)
     if plain is not None and "_carried" not in vars(module):

@@ -151,6 +151,7 @@ def module_flops(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
+    check_plain(model)
     model = copied_to_meta(model)
     for module in model.modules():
         if isinstance(module, FactorizedConv2d):
@@ -174,8 +175,6 @@ def _one(input_size: Sequence[int]) -> tuple[int, ...]:
 
 def _forward(model: nn.Module, shape: Sequence[int]) -> None:
     """Run the network on a batch of this shape, `(B, C, H, W)`, for its hooks and counters."""
-    if isinstance(model, nn.DataParallel):  # which runs on its own devices only
-        raise ValueError("the network is in a DataParallel: give it as model.module")
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     dtype = parameter.dtype if parameter is not None else None
     try:
@@ -187,6 +186,16 @@ def _forward(model: nn.Module, shape: Sequence[int]) -> None:
             f"the network does not run on an input of size {tuple(shape[1:])}: {error} (it was run without values, on "
             "the meta device)"
         ) from error
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ValueError for a network inside something else, which hides its modules or runs in a way of its own."""
+    if isinstance(model, nn.DataParallel):
+        raise ValueError("the network is in a DataParallel: give it as model.module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the network is in TorchScript, which can't be changed: give the one that it was made from")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise ValueError("the network is compiled: give it as model._orig_mod, and compile what comes of it")
 
 
 def shared_weights(model: nn.Module) -> dict[str, list[str]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
@@ -20,6 +23,11 @@ def replace_file(path: Path, data: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table without its index, by `replace_file`."""
+    replace_file(path, frame.round(6).to_csv(index=False).encode())
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from decef.copies import copied
 from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen
-from decef.layers.factorized import pair, without_autocast, zero_pads
+from decef.layers.factorized import padded, pair, without_autocast, zero_pads
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input
@@ -122,10 +122,7 @@ def input_patches(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
     """
     x = x if x.dim() == 4 else x[None]
     kernel, dilation, stride = (pair(v) for v in (conv.kernel_size, conv.dilation, conv.stride))
-    if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, conv.padding_mode)
-    elif any(pads := zero_pads(conv.padding, kernel, dilation)):
-        x = F.pad(x, pads)
+    x = padded(x, zero_pads(conv.padding, kernel, dilation), conv.padding_mode)
     unfolded_size = math.prod(x.shape[1:]) * math.prod(kernel) // math.prod(stride)
     for part in x.split(max(1, PATCHES_AT_ONCE // max(1, unfolded_size))):
         patches = F.unfold(part, kernel, dilation, 0, stride)  # (b, in kh kw, positions)

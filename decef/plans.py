@@ -229,6 +229,7 @@ class RankChoice:
         rule, sites = as_rule(rank), [replace(site) for site in self._sites]
         if isinstance(rule, PerLayer):
             rule = PerLayer(_by_first(rule.ranks, sites))
+        # What is asked of the whole network can fail even where no layer may have ranks.
         of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_type(self._layer), FactorizedConv2d)
         if self._candidates or of_network or getattr(rule, "names_layers", False):
             chosen = _choose(rule, self._candidates, self._totals)
@@ -265,18 +266,13 @@ class TypeChoice:
             ValueError: another rule, or one that cannot be met.
         """
         rule = _weighing(rule)
-        steps: dict[str, list[Step]] = {}
-        for layer, candidate in bar(self._candidates, "energies", self._progress and not self._energies):
-            key = layer, candidate.name, rule.most(candidate)
-            if key not in self._energies:
-                self._energies[key] = measured_energy(candidate, key[-1])
-            of_all = steps.setdefault(candidate.name, [])
-            # Dense, a layer costs the same whatever type it might have, but times are measured for each type: the
-            # first that could is asked.
-            known = any(step.rank is None for step in of_all)
-            of_type = rule.steps(candidate, layer, self._energies[key])
-            of_all += [step for step in of_type if step.rank is not None or not known]
-        chosen = rule.spread(steps, self._totals)
+        keys = [(layer, candidate.name, rule.most(candidate)) for layer, candidate in self._candidates]
+        # Whether it can be met depends on costs alone, and energies take long.
+        rule.spread(self._steps(rule, [dict.fromkeys(range(1, most + 1), 0.0) for *_, most in keys]), self._totals)
+        unknown = {key: one for key, (_, one) in zip(keys, self._candidates, strict=True) if key not in self._energies}
+        for key, candidate in bar(unknown.items(), "energies", self._progress and bool(unknown)):
+            self._energies[key] = measured_energy(candidate, key[-1])
+        chosen = rule.spread(self._steps(rule, [self._energies[key] for key in keys]), self._totals)
         rows = []
         for name, dense in self._sites[AUTO_TYPES[0]].items():
             step = chosen.get(dense.first)
@@ -284,10 +280,23 @@ class TypeChoice:
                 row = _row(replace(dense, rank=None))
                 if step is not None or not row.reason:  # else no type can have it
                     row.reason = f"left dense by {rule!r}"
-                rows.append(row)
-                continue
-            rows.append(replace(_row(replace(self._sites[step.layer][name], rank=step.rank)), layer=step.layer))
+            else:
+                row = _row(replace(self._sites[step.layer][name], rank=step.rank))
+                row.layer = step.layer
+            rows.append(row)
         return Plan(AUTO, rows, dict(self._options))
+
+    def _steps(self, rule: Budget | Latency, energies: Sequence[Mapping[int, float]]) -> dict[str, list[Step]]:
+        """What every convolution may be, by name; `energies` are by rank, for each candidate."""
+        steps: dict[str, list[Step]] = {}
+        for (layer, candidate), energy in zip(self._candidates, energies, strict=True):
+            of_all = steps.setdefault(candidate.name, [])
+            # Dense, a layer costs the same whatever type it might have, but times are measured for each type: the
+            # first that could is asked.
+            known = any(step.rank is None for step in of_all)
+            of_type = rule.steps(candidate, layer, energy)
+            of_all += [step for step in of_type if step.rank is not None or not known]
+        return steps
 
 
 def planner(model: nn.Module, layer: str, *, progress: bool = False, **where: Any) -> Callable[[Rule], Plan]:

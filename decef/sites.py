@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decef.costs import input_shapes, layer_macs, module_flops, shared_weights
+from decef.copies import noted
+from decef.costs import check_plain, input_shapes, layer_macs, module_flops, shared_weights
 from decef.layers import FactorizedConv2d
 from decef.ranks import Candidate, Totals
 
@@ -57,7 +59,9 @@ class Site:
             return 0
         if isinstance(self.module, FactorizedConv2d):
             return count_parameters(self.module)
-        return self.module.weight.numel()
+        # Not `weight.numel()`: to ask for a weight with spectral norm is a step of its power iteration.
+        conv = self.module
+        return conv.out_channels * (conv.in_channels // conv.groups) * math.prod(conv.kernel_size)
 
     @property
     def params_per_rank(self) -> int:
@@ -69,8 +73,9 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> tuple[list
     """All convolutions of a network, in the order of its modules, and what the whole network costs.
 
     Raises:
-        ValueError: the network does not run on an input of this size.
+        ValueError: the network does not run on an input of this size; or see `check_plain`.
     """
+    check_plain(model)
     shapes = None if input_size is None else input_shapes(model, input_size)
     flops = {} if input_size is None else module_flops(model, input_size)
     sharing = shared_weights(model)
@@ -141,7 +146,7 @@ def _reason_to_keep(
         return f"kernel smaller than {min_kernel_size}"
     if reason := reason_against(module, layer_class):
         return reason
-    return "does not run in evaluation mode" if site.inputs is not None and not site.inputs else ""
+    return "is not called in evaluation mode" if site.inputs is not None and not site.inputs else ""
 
 
 def reason_against(module: nn.Module, layer_class: type[FactorizedConv2d]) -> str:
@@ -159,6 +164,12 @@ def reason_against(module: nn.Module, layer_class: type[FactorizedConv2d]) -> st
         layer_class.max_rank_for(*module.weight.shape, groups=module.groups)
     except ValueError as error:
         return str(error)
+    if module.weight.is_complex():
+        return "its weight is not of real numbers"
+    if names := noted(module):
+        own = set(dir(layer_class.like(module, 1, device="meta")))
+        if taken := own.intersection(names):
+            return f"it was given an attribute '{min(taken)}', and {layer_class.__name__} has one of that name"
     return ""
 
 

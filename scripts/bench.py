@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(WHAT)}; default: all")
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>.json, .md")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="for the layers benchmark")
     parser.add_argument("--share", type=float, default=0.5, help="share of the dense FLOPs (default 0.5)")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes for the layers benchmark (default 1 8)")
@@ -42,11 +42,10 @@ def main() -> None:
     from decef.results import bench_inference, bench_layers, bench_operators, bench_training
     from decef.results.pages import collect
     from decef.training.precision import resolve_precision
+    from decef.training.run import find_device
 
     try:
-        device = torch.device(arguments.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("torch sees no GPU: say --device cpu")
+        device = find_device(arguments.device)
         if "operators" in arguments.what:
             check_engine("onnxruntime", torch.empty(0, device=device))
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -54,7 +53,7 @@ def main() -> None:
         fail(str(error))
     machine = environment(device_name(device)) | {"share": arguments.share}
     precisions = {"layers": arguments.dtype, "training": resolve_precision(device, "auto")}
-    suffix = arguments.device + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
+    suffix = str(device) + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
     share, dtype = arguments.share, getattr(torch, arguments.dtype)
     measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "layers": lambda: bench_layers.bench_layers(AUTO_TYPES, share, arguments.batches or [1, 8], device, dtype),

@@ -63,6 +63,7 @@ def main() -> None:
         if arguments.what == "run":
             find_device(arguments.device)
         elsewhere = for_other_hardware(list_jobs(entries, resolved)[0], arguments.results, arguments.device)
+        on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():
@@ -79,7 +80,6 @@ def main() -> None:
     print(status_table(jobs, arguments.results, arguments.processes).to_markdown(index=False))
     if blocked:
         print(f"Not in the table, finished runs neither, as they can't start here: {', '.join(blocked)}.")
-    on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
     hours = gpu_hours(missing(on_gpu, arguments.results))
     print(f"With --device cuda, at schedule paper: about {hours:.0f} hours on one H100 (an estimate, not measured).")
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from cli import fail, weights_file
 
-FORMATS = (".onnx", ".pt2")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,18 +37,18 @@ def main() -> None:
         "--form", default="fastest", help="of layers: fastest, reconstructed, factorized, branches, wide or aligned"
     )
     arguments = parser.parse_args()
-    if arguments.out.suffix not in FORMATS:
-        fail(f"{arguments.out} must end in {' or '.join(FORMATS)}")
-    if arguments.int8 and arguments.out.suffix != ".onnx":
+    if arguments.int8 and arguments.out.suffix == ".pt2":
         fail("--int8 is for .onnx files")
 
     from decef.conversion import convert
-    from decef.inference.export import export
+    from decef.inference.export import check_export, export
     from decef.plans import Plan
     from decef.training.networks import input_size_of, load_networks
 
     try:
         size = tuple(arguments.size or input_size_of(arguments.network))
+        calibration = _images(arguments.int8) if arguments.int8 else None
+        check_export(arguments.out, (arguments.batch, *size), arguments.form, calibration)
         _, model = load_networks(
             arguments.network, weights=arguments.weights, pretrained=arguments.pretrained, input_size=size, trained=True
         )[-1]
@@ -61,7 +59,7 @@ def main() -> None:
             arguments.out,
             (arguments.batch, *size),
             form=arguments.form,
-            calibration=_images(arguments.int8) if arguments.int8 else None,
+            calibration=calibration,
             dynamic_batch=arguments.dynamic_batch,
             progress=True,
         ):
@@ -74,7 +72,7 @@ def _images(path: Path) -> Any:
     import torch
 
     try:
-        images = torch.load(path, weights_only=True)
+        images = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is no file of torch.save, or not of a tensor") from error
     if not isinstance(images, torch.Tensor):

@@ -27,7 +27,7 @@ def main() -> None:
 
     import pandas as pd
 
-    from decef.files import replace_file, write_json
+    from decef.files import write_csv, write_json
     from decef.machine import environment
     from decef.models.weights import describe_file
     from decef.results.effective_ranks import rank_table
@@ -56,8 +56,7 @@ def main() -> None:
         made = {"network": network, "weights": source, "threshold": arguments.threshold}
         made |= environment("cpu")
         write_json(Path(f"{arguments.out}.json"), made)
-        rows = pd.concat(whole).round(6).to_csv(index=False)
-        replace_file(Path(f"{arguments.out}.csv"), rows.encode())  # last: where it is, all is
+        write_csv(Path(f"{arguments.out}.csv"), pd.concat(whole))  # last: where it is, all is
         print(f"wrote {arguments.out}.csv, .json (what it was made from), .png and .svg")
 
 

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
     arguments = parser.parse_args()
 
-    from decef.files import replace_file, write_json
+    from decef.files import write_csv, write_json
     from decef.machine import environment
     from decef.results.significance import removal_table
     from decef.training.networks import check_finished, load_networks
@@ -35,8 +35,7 @@ def main() -> None:
         print(f"{run.name}:")
         print(table.round(3).to_string(index=False))
         write_json(arguments.out / f"{run.name}.json", {"run": run.name, **environment("cpu")})
-        rows = table.round(6).to_csv(index=False)
-        replace_file(arguments.out / f"{run.name}.csv", rows.encode())  # last: where it is, all is
+        write_csv(arguments.out / f"{run.name}.csv", table)  # last: where it is, all is
 
 
 if __name__ == "__main__":

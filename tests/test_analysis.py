@@ -121,6 +121,18 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
             load_weights(CifarResNet(8), tmp_path / "w.th")
 
 
+def test_weights_in_safetensors(tmp_path):
+    from safetensors.torch import save_file
+
+    model, other = (create_model("resnet20", num_classes=10) for _ in range(2))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    load_weights(other, tmp_path / "model.safetensors")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged or no file of weights"):
+        load_weights(other, tmp_path / "broken.safetensors")
+
+
 def test_weights_say_how_many_classes_a_network_has(tmp_path):
     torch.save(create_model("resnet20", num_classes=7).state_dict(), tmp_path / "w.th")
     ((_, model),) = load_networks("resnet20", weights=tmp_path / "w.th")

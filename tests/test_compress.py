@@ -116,17 +116,27 @@ def test_what_is_done_is_not_done_again(trained, made, monkeypatch):
 
 @pytest.mark.usefixtures("unexported")
 def test_an_edited_plan_is_followed_until_the_network_is_converted_by_it(trained, options, tmp_path):
-    given = {**options, "out": tmp_path, "finetune": 0}
+    given = {**options, "out": tmp_path, "finetune": 0, "test": loader(1, count=100)}
     plan = Compression(trained, loader(), **given).plan()
     row = max((row for row in plan.rows if row.action == "convert"), key=lambda row: row.rank)
     row.rank -= 1
     plan.save(tmp_path / "plan.yaml")
     (tmp_path / "forms.json").write_text('{"engine": "eager", "precision": "fp32", "forms": {"gone": "factorized"}}')
-    assert compress(trained, loader(), **given).plan.ranks[row.name] == row.rank
-    row.rank -= 1
+    done = compress(trained, loader(), **given)
+    assert done.plan.ranks[row.name] == row.rank
+    macs = {one["name"]: one["macs_after"] for one in done.numbers["layers"]}
+    assert macs[row.name] == row.macs_after * row.rank // (row.rank + 1)
+    assert "; then its ranks were changed by hand" in (tmp_path / "report.md").read_text()
+    row.rank = 1
     plan.save(tmp_path / "plan.yaml")
     with pytest.raises(ValueError, match=r"plan\.yaml was changed after the network was converted by it: put back"):
         compress(trained, loader(), **given)
+    (tmp_path / "checkpoint.pt").unlink()  # as that says; what was measured of the first network goes with it
+    again = compress(trained, loader(), **given).numbers["top1"]
+    assert (again["dense"], again["converted"] == done.numbers["top1"]["converted"]) == (
+        done.numbers["top1"]["dense"],
+        False,
+    )
 
 
 def test_without_a_folder_nothing_is_written(trained, options, monkeypatch):
@@ -158,8 +168,8 @@ def test_another_compression_begun_in_the_folder_is_not_taken_for_this_one(train
 def test_a_plan_outlives_another_way_of_fine_tuning(trained, options, tmp_path, monkeypatch):
     made = Compression(trained, loader(), **options, out=tmp_path, finetune=3).plan()
     monkeypatch.setattr("decef.compression.reach.planner", None)
-    again = Compression(trained, loader(), **options, out=tmp_path, finetune=1, lr=0.001).plan()
-    assert again.ranks == made.ranks
+    given = {**options, "images": 100, "seed": 1, "finetune": 1, "lr": 0.001}  # none of which it depends on
+    assert Compression(trained, loader(), **given, out=tmp_path).plan().ranks == made.ranks
 
 
 @pytest.mark.usefixtures("unexported")
@@ -172,6 +182,7 @@ def test_what_is_only_planned_may_be_planned_anew(trained, options, tmp_path):
     assert not (tmp_path / "forms.json").exists()
     again = Compression(trained, loader(), **{**given, "budget": Budget(flops=0.6)})
     assert again.plan().ranks != first.ranks
+    assert Plan.load(tmp_path / "plan-before.yaml").ranks == first.ranks  # it may have been edited
     assert again.run().plan.ranks == again.plan().ranks
 
 
@@ -512,6 +523,7 @@ def colour_images():
         (lambda: iter(loader()), {}, "can be iterated once only: give a list or a DataLoader"),
         (loader, {"layer": "auto", "budget": Budget(params=0.5, uniform=True)}, "which uniform=True doesn't"),
         (loader, {"seed": "a"}, "seed='a' must be a whole number, at least 0"),
+        (loader, {"seed": 2**31}, "seed=2147483648 must be at most 2147483647"),
         (loader, {"engine": "tensorrt"}, "there is no engine 'tensorrt'"),
         (loader, {"budget": Budget(flops=0.01)}, r"0\.01 of the dense network's FLOPs can't be met"),
         (loader, {"budget": Size(10**9)}, "no less than what the dense network takes"),
@@ -521,6 +533,13 @@ def colour_images():
 def test_bad_input_is_said_in_a_sentence(trained, options, data, changes, message):
     with pytest.raises(ValueError, match=message):
         Compression(trained, data(), **{**options, **changes}).plan()
+
+
+@pytest.mark.parametrize("budget", [Latency(1.0), Milliseconds(1e6)])
+def test_a_budget_of_time_that_is_none_is_refused_before_layers_are_timed(trained, options, monkeypatch, budget):
+    monkeypatch.setattr("decef.compression.reach.measure_times", None)
+    with pytest.raises(ValueError, match="no less than what the dense network takes"):
+        Compression(trained, loader(), **{**options, "budget": budget}).plan()
 
 
 def test_labels_that_only_later_don_t_fit_stop_the_fine_tuning(trained, options, tmp_path):

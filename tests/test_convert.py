@@ -18,12 +18,14 @@ from torch.testing import assert_close
 
 import decef
 from decef.conversion import convert, fold, norms_inside_measured, recalibrate
+from decef.costs import cost
 from decef.inference.forms import to_convolutions
 from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.moments import _collect as collect
 from decef.plans import Plan, plan, planner
 from decef.ranks import Budget, EffectiveRank, Energy, Fixed, Latency, PerLayer, Share
+from decef.results.effective_ranks import rank_table
 
 FACTORIZED = [name for name in LAYERS if name != "conv2d"]
 #: Every network but the deeper CIFAR ResNets, in every form that changes its convolutions.
@@ -533,6 +535,48 @@ def test_a_computed_weight_is_kept(wrap):
     assert "computed" in made.rows[0].reason or "not a plain Conv2d" in made.rows[0].reason
     x = torch.randn(2, 4, 8, 8)
     assert_close(convert(model, made)[0](x), model[0](x))
+
+
+def test_a_plan_leaves_a_weight_with_spectral_norm_as_it_was():
+    """To ask for it in training mode is a step of its power iteration."""
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 8, 3))).train()
+    before = copy.deepcopy(model.state_dict())
+    made = plan(model, "decef", rank=2, input_size=(4, 8, 8))
+    rank_table(model)
+    assert (made.rows[0].action, made.rows[0].params_before) == ("keep", 4 * 8 * 9)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("layer", "name"), [("cpac", "channels"), ("rank1", "vertical"), ("decef", "rank")])
+def test_a_convolution_with_an_attribute_of_the_layer_s_name_stays_dense(layer, name):
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3))
+    setattr(model[0], name, 3)
+    model[1].index = 4
+    made = plan(model, layer, rank=1)
+    assert (
+        reasons(made)["0"] == f"it was given an attribute '{name}', and {LAYERS[layer].__name__} has one of that name"
+    )
+    small = convert(model, made)
+    assert (getattr(small[0], name), small[1].index, type(small[1])) == (3, 4, LAYERS[layer])
+
+
+def test_complex_weights_stay_dense():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False, dtype=torch.complex64))
+    assert reasons(plan(model, "decef", rank=1))["0"] == "its weight is not of real numbers"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_network_inside_something_else_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    for given, message in (
+        (torch.jit.script(model), "is in TorchScript, which can't be changed: give the one that it was made from"),
+        (torch.compile(model), r"is compiled: give it as model\._orig_mod"),
+        (nn.DataParallel(model), r"is in a DataParallel: give it as model\.module"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(given, "decef", rank=2)
+        with pytest.raises(ValueError, match=message):
+            cost(given, (4, 8, 8))
 
 
 def test_a_pruned_factor_has_to_be_made_permanent_before_folding():

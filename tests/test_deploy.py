@@ -17,6 +17,7 @@ from decef.inference import engines
 from decef.inference.deploy import _fastest
 from decef.inference.engines import ENGINES, available, to_onnx
 from decef.inference.export import export as write
+from decef.inference.folding import _Folded
 from decef.inference.forms import FORMS, arranged, forms_of, to_convolutions
 from decef.inference.memory import activation_bytes
 from decef.layers import LAYERS, DeCEFConv2d, FactorizedConv2d
@@ -61,7 +62,7 @@ def test_arguments_that_nobody_gives_are_as_by_default():
     small = to_convolutions(model)
     assert_close(small(x), model(x), rtol=1e-4, atol=1e-4)
     assert [type(small.get_submodule(name)) for name in ("bn1", "bn2", "bn3")] == [
-        nn.Identity, nn.BatchNorm2d, nn.Identity
+        _Folded, nn.BatchNorm2d, _Folded
     ]  # fmt: skip
 
 
@@ -100,6 +101,22 @@ def test_a_network_may_use_more_of_a_convolution_than_its_output(layer):
     assert_close(deployed(x), model(x), rtol=1e-3, atol=1e-4)
 
 
+class AsksNorms(Small):
+    """Asks its batch norms for their numbers."""
+
+    def forward(self, x):
+        return super().forward(x * self.bn1.num_features / self.bn3.num_features) + self.bn1.eps
+
+
+def test_a_network_may_ask_a_batch_norm_that_is_folded_for_its_numbers():
+    model, x = decef.convert(trained(AsksNorms()), "decef", rank=2).eval(), torch.randn(2, 3, 8, 8)
+    folded = to_convolutions(model)
+    assert isinstance(folded.bn1, nn.Identity)
+    assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = folded.bn1.no_such
+
+
 class Indexed(nn.Module):
     """Runs its parts by what was noted on them, as YOLO's networks do."""
 
@@ -125,7 +142,7 @@ def test_what_was_noted_on_a_convolution_goes_with_it():
     assert small.parts[3].before is not model.parts[3].before
     for form in FORMS:
         assert_close(to_convolutions(small, form)(x), small(x), rtol=1e-4, atol=1e-4)
-    assert type(to_convolutions(small).parts[1]) is nn.Identity
+    assert isinstance(to_convolutions(small).parts[1], nn.Identity)
     assert decef.fold(decef.convert(decef.fold(small), "cpac", rank=2)).parts[3].before == [2]
 
 
@@ -527,7 +544,7 @@ def test_of_two_batch_norms_in_a_row_the_first_is_folded():
     model = trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8))).eval()
     x, plain = torch.randn(2, 3, 9, 9), to_convolutions(model)
     assert_close(plain(x), model(x))
-    assert [type(module) for module in plain] == [nn.Conv2d, nn.Identity, nn.BatchNorm2d]
+    assert [type(module) for module in plain] == [nn.Conv2d, _Folded, nn.BatchNorm2d]
 
 
 class InPlace(nn.Module):
@@ -697,6 +714,7 @@ def test_what_torch_cannot_export_is_said_in_one_line(tmp_path):
         ),
         (["resnet21", "--out", "network.onnx", "--pretrained"], "'resnet21' is no run's folder"),
         (["resnet20", "--out", "network.onnx", "--size", "3", "4"], "expected 3 arguments"),
+        (["resnet20", "--out", "network.onnx", "--batch", "0"], "an input of (0, 3, 32, 32) is empty"),
     ],
 )
 def test_export_refuses(export, arguments, message):

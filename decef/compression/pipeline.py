@@ -33,7 +33,7 @@ from decef.compression.report import FILES, write_report
 from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
-from decef.costs import input_shapes, total_cost
+from decef.costs import input_shapes, module_flops, total_cost
 from decef.inference.deploy import Deployed, Deployer, deploy
 from decef.inference.engines import available, check_engine
 from decef.inference.export import export
@@ -45,7 +45,7 @@ from decef.plans import AUTO, Plan, layer_type
 from decef.ranks import Budget, Latency
 from decef.sites import check_patterns, find_sites, listed
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
-from decef.training.config import TrainConfig
+from decef.training.config import MAX_SEED, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class Compressed:
         network: the small network, fine-tuned, in evaluation mode; its factors can be trained on.
         plan: which layers it has.
         deployed: the same network as it runs fastest here.
-        numbers: what was measured, as in `report.json`; without a folder there are no "files" in it.
+        numbers: what was measured, as in `report.json`; without a folder its "files" are empty.
         folder: what was written, or None.
     """
 
@@ -136,6 +136,8 @@ class Compression:
         for key, value, least in whole:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
+        if seed > MAX_SEED:
+            raise ValueError(f"seed={seed} must be at most {MAX_SEED}")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
         self._model, self._data, self._test = copied(model).eval(), data, test
@@ -217,12 +219,13 @@ class Compression:
                 if deployed is not None:
                     deployed.save(self._folder / FORMS)
                 reached.plan.save(path)
-                self._state["reached"] = {"asked": reached.asked, "value": reached.value}
+                ranks = reached.plan.ranks
+                self._state["reached"] = {"asked": reached.asked, "value": reached.value, "ranks": ranks}
             return Plan.load(path)
 
     def _planner(self) -> Planner:
         where: dict[str, Any] = {"include": self._include, "exclude": self._exclude, "progress": self._progress}
-        return Planner(self._model, self._x, self._layer, self._engine, **where)
+        return Planner(self._model, self._x, self._layer, self._dense, **where)
 
     def estimate(self) -> float:
         """Seconds that fine-tuning would take here, from three of its steps on a copy."""
@@ -306,6 +309,8 @@ class Compression:
                     f"{self._folder / CHECKPOINT} to convert anew"
                 ) from error
             return network, saved["training"]
+        # What was measured of a network that was converted before doesn't hold for this one.
+        self._state["top1"] = {step: top1 for step, top1 in self._accuracies().items() if step == "dense"}
         network = convert(self._model, made, data=self._some_images(), progress=self._progress)
         made.save(self._folder / PLAN)  # with the errors of the layers
         if self._test is not None:
@@ -397,16 +402,25 @@ class Compression:
 
     def _numbers(self, network: nn.Module, made: Plan, deployed: Deployed) -> dict[str, Any]:
         seconds = seconds_beside(self._dense, deployed, self._x)
-        sides = {"dense": self._model, "small": network}
+        sides, flops = {"dense": self._model, "small": network}, module_flops(network, self._input_size)
+        reached = dict(self._state["reached"])
         return {
-            "asked": {**self._state.asked, "reached": self._state["reached"]},
+            "edited": reached.pop("ranks", made.ranks) != made.ranks,
+            "asked": {**self._state.asked, "reached": reached},
+            "timed": isinstance(self._budget, (Latency, Milliseconds)),
+            "even": isinstance(self._budget, Budget) and self._budget.uniform,
             "top1": self._accuracies(),
             "seconds": seconds,
             "costs": {side: total_cost(model, self._input_size) for side, model in sides.items()},
             "bytes": {side: stored_bytes(model) for side, model in sides.items()},
             "memory": {side: memory_bytes(model, self._x) for side, model in sides.items()},
             "layers": [
-                {**row, "layer": row.get("layer") or made.layer, "form": deployed.forms.get(row["name"], "")}
+                {
+                    **row,
+                    "layer": row.get("layer") or made.layer,
+                    "macs_after": flops[row["name"]] // 2,  # the plan may have been edited
+                    "form": deployed.forms.get(row["name"], ""),
+                }
                 for row in made.to_dict()["rows"]
             ],
             "input": list(self._x.shape),

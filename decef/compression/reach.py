@@ -27,7 +27,7 @@ class Planner:
         model: the dense network, in evaluation mode.
         x: an input `(B, C, H, W)`, of the batch size to be fast at.
         layer: a layer type, or "auto".
-        engine: that it should be fast in.
+        dense: the same, as it runs fastest in the engine that it should be fast in.
         include, exclude: names of convolutions, see `decef.plan`.
         progress: show progress bars.
     """
@@ -37,13 +37,13 @@ class Planner:
         model: nn.Module,
         x: Tensor,
         layer: str,
-        engine: str,
+        dense: Deployed,
         *,
         include: Sequence[str] | None,
         exclude: Sequence[str] | None,
         progress: bool,
     ) -> None:
-        self._model, self._x, self._layer, self._engine, self._progress = model, x, layer, engine, progress
+        self._model, self._x, self._layer, self._dense, self._progress = model, x, layer, dense, progress
         self._where: dict[str, Any] = {"include": include, "exclude": exclude}
         self._input_size = tuple(x.shape[1:])
 
@@ -80,20 +80,19 @@ class Planner:
         )
 
     def _by_time(self, budget: Latency | Milliseconds) -> tuple[Reached, Deployed]:
-        dense = deploy(self._model, self._x, engines=[self._engine])
-        types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
-        given = {**self._where, "engine": self._engine, "progress": self._progress}
-        times = {name: measure_times(self._model, name, self._x, **given) for name in types}
-        (seconds,) = interleaved_times({"dense": inference_call(dense, self._x)}).values()
+        (seconds,) = interleaved_times({"dense": inference_call(self._dense, self._x)}).values()
         asked = budget.share if isinstance(budget, Latency) else budget.limit / 1e3 / seconds
         _check_smaller(asked, f"{seconds * 1e3:.3g} ms")
+        types = AUTO_TYPES if self._layer == AUTO else (self._layer,)
+        given = {**self._where, "engine": self._dense.engine, "progress": self._progress}
+        times = {name: measure_times(self._model, name, self._x, **given) for name in types}
         known = times if self._layer == AUTO else times[self._layer]
         tried: list[tuple[Plan, Deployed]] = []
 
         def measure(made: Plan) -> float:
-            small = deploy(self._small(made), self._x, engines=[self._engine], progress=self._progress)
+            small = deploy(self._small(made), self._x, engines=[self._dense.engine], progress=self._progress)
             tried.append((made, small))
-            return time_share(dense, small, self._x)
+            return time_share(self._dense, small, self._x)
 
         reached = search(lambda share: self._plan(Latency(share, known)), measure, asked)
         return reached, next(small for made, small in tried if made is reached.plan)

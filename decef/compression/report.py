@@ -44,7 +44,8 @@ def write_report(path: Path, numbers: Mapping[str, Any], *, own: bool) -> None:
         table=_table(numbers),
         steps=", ".join(steps),
         budget=asked["budget"],
-        reached=_reached(asked, numbers["seconds"]),
+        even=numbers["even"],
+        reached=_reached(numbers),
         images=asked["images"],
         layers=_layers(numbers["layers"]),
         files=[(name, FILES[name], f"{size / 1e6:.2f} MB") for name, size in numbers["files"].items()],
@@ -75,27 +76,28 @@ def summary(numbers: Mapping[str, Any]) -> str:
 
 
 def _table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    costs, seconds = numbers["costs"], numbers["seconds"]
+    costs: Mapping[str, Mapping[str, float]] = numbers["costs"]
     batch, *size = numbers["input"]
     rows = [
-        ("parameters", *(costs[side]["params"] for side in ("dense", "small")), ",.0f"),
-        ("FLOPs", *(costs[side]["flops"] for side in ("dense", "small")), ",.0f"),
-        (f"ms, {batch} x {' x '.join(map(str, size))}", *(1e3 * seconds[side] for side in ("dense", "small")), ".3g"),
-        ("weights, as low-rank chains, MB", *(numbers["bytes"][side] / 1e6 for side in ("dense", "small")), ".3g"),
-        (
-            "weights and intermediate results at their peak, as low-rank chains, MB",
-            *(numbers["memory"][s] / 1e6 for s in ("dense", "small")),
-            ".3g",
-        ),
+        ("parameters", {side: cost["params"] for side, cost in costs.items()}, 1, ",.0f"),
+        ("FLOPs", {side: cost["flops"] for side, cost in costs.items()}, 1, ",.0f"),
+        (f"ms, {batch} x {' x '.join(map(str, size))}", numbers["seconds"], 1e-3, ".3g"),
+        ("weights, as low-rank chains, MB", numbers["bytes"], 1e6, ".3g"),
+        ("weights and intermediate results at their peak, as low-rank chains, MB", numbers["memory"], 1e6, ".3g"),
     ]
-    return [(name, f"{dense:{how}}", f"{small:{how}}", f"{small / dense:.2f}") for name, dense, small, how in rows]
+    return [
+        (name, f"{of['dense'] / unit:{how}}", f"{of['small'] / unit:{how}}", f"{of['small'] / of['dense']:.2f}")
+        for name, of, unit, how in rows
+    ]
 
 
-def _reached(asked: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
-    reached = asked["reached"]
+def _reached(numbers: Mapping[str, Any]) -> str:
+    reached, seconds = numbers["asked"]["reached"], numbers["seconds"]
     said = f"a share of {reached['asked']:.3g}, and the plan came to {reached['value']:.3g}"
-    if asked["budget"].endswith(("time", "ms a call")):
+    if numbers["timed"]:
         said += f" when it was made, and to {seconds['small'] / seconds['dense']:.3g} when the network was ready"
+    if numbers["edited"]:
+        said += "; then its ranks were changed by hand"
     return said
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from decef.files import write_json
 from decef.training.checkpoint import load_checkpoint
 
+log = logging.getLogger(__name__)
+
 PLAN, FORMS, STATE, CHECKPOINT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt"
 TUNING = {"finetune", "lr"}  # what is asked of fine-tuning alone
+AFTER_PLANNING = TUNING | {"images", "seed"}  # what a plan doesn't depend on
+BEFORE = "plan-before.yaml"
 
 
 class State:
     """What is done, in a JSON file that is written after every step.
 
-    What is only planned may be planned anew, and what is not fine-tuned yet may be fine-tuned in another way.
+    What is only planned may be planned anew, and what is not fine-tuned yet may be fine-tuned in another way. A plan
+    that is made anew is kept as plan-before.yaml, as it may have been edited.
 
     Args:
         folder: of the compression.
@@ -38,9 +44,11 @@ class State:
             ValueError: as above.
         """
         changed = self._changed()
-        if changed and not TUNING.issuperset(changed):
-            for planned in (PLAN, FORMS):
-                (self._folder / planned).unlink(missing_ok=True)
+        if changed and not AFTER_PLANNING.issuperset(changed):
+            if (self._folder / PLAN).is_file():
+                (self._folder / PLAN).replace(self._folder / BEFORE)
+                log.info("a new plan, the last one is now %s: %s", BEFORE, "; ".join(changed.values()))
+            (self._folder / FORMS).unlink(missing_ok=True)
             self._known = {}
         if changed:
             self["asked"] = self.asked

@@ -159,6 +159,10 @@ def deploy(
             They run in batches of the example's size, without what is left over. None is the example alone.
         progress: show progress bars.
 
+    Returns:
+        What is called like the original. Its outputs are of `torch.inference_mode`: to train on them, as with a
+        teacher's, clone them first.
+
     Raises:
         ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
             the original's output up to rounding.

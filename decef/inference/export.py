@@ -49,20 +49,11 @@ def export(
             another kind of file, or doesn't fit.
         ImportError: an ONNX file needs onnx and onnxscript, 8 bits ONNX Runtime too, and one of them is not installed.
     """
-    kinds: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}
     path = Path(path)
-    if path.suffix not in kinds:
-        raise ValueError(f"{path} must end in {' or '.join(kinds)}")
-    if isinstance(form, str) and form not in ("fastest", *FORMS):
-        raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
-    if path.suffix == ".onnx":
-        need("deploy", "onnx", "onnxscript")
+    check_export(path, input_shape, form, calibration)
     model = model.eval()
     x, inputs = torch.randn(*input_shape), None
     if calibration is not None:
-        need("deploy", "onnxruntime")
-        if path.suffix != ".onnx":
-            raise ValueError(f"8 bits are for .onnx files, not {path}: leave calibration out")
         inputs = calibration_inputs(calibration, x)
         x = inputs[0]  # the range of other inputs is not known
     try:
@@ -77,7 +68,7 @@ def export(
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        runners = kinds[path.suffix](network, x, partial, dynamic_batch, inputs)
+        runners = KINDS[path.suffix](network, x, partial, dynamic_batch, inputs)
         for runner in runners.values() if inputs is None else ():
             check_equal(runner(x.clone()), expected)
         os.replace(partial, path)
@@ -99,6 +90,24 @@ def export(
         f"{name}: {value * 1e3:.3g} ms a batch of {len(x)}, {value / torch_seconds:.2f} of torch"
         for name, value in seconds.items()
     ]
+
+
+def check_export(path: Path, input_shape: Sequence[int], form: str | Mapping[str, str], calibration: object) -> None:
+    """Refuse what `export` would, of what can be said without the network; for the arguments see there.
+
+    Raises:
+        ValueError, ImportError: as `export` does.
+    """
+    if path.suffix not in KINDS:
+        raise ValueError(f"{path} must end in {' or '.join(KINDS)}")
+    if min(input_shape) < 1:
+        raise ValueError(f"an input of {tuple(input_shape)} is empty: every number must be at least 1")
+    if isinstance(form, str) and form not in ("fastest", *FORMS):
+        raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")
+    if calibration is not None and path.suffix != ".onnx":
+        raise ValueError(f"8 bits are for .onnx files, not {path}: leave calibration out")
+    if path.suffix == ".onnx":
+        need("deploy", "onnx", "onnxscript", *(["onnxruntime"] if calibration is not None else []))
 
 
 def _fastest(
@@ -129,3 +138,6 @@ def _program(
         raise ValueError(f"the network cannot be exported by torch.export: {str(error).splitlines()[0]}") from error
     torch.export.save(program, path)
     return {"torch.export": torch.export.load(path).module()}
+
+
+KINDS: dict[str, Callable[..., dict[str, Callable[[Tensor], Tensor]]]] = {".onnx": _onnx, ".pt2": _program}

@@ -241,9 +241,7 @@ class FactorizedConv2d(nn.Module):
 
     def _padded(self, x: Tensor) -> Tensor:
         """`x`, padded where the convolutions can't do it."""
-        if not self._pad_first:
-            return x
-        return F.pad(x, self._pads, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return padded(x, self._pads, self.padding_mode) if self._pad_first else x
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -553,3 +551,8 @@ def zero_pads(padding: Size | str | tuple[int, ...], kernel: Size, dilation: Siz
         return left, right, top, bottom
     vertical, horizontal = (0, 0) if isinstance(padding, str) else pair(padding)
     return horizontal, horizontal, vertical, vertical
+
+
+def padded(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tensor:
+    """`x` with so much more on the left, right, top and bottom, in a convolution's `padding_mode`."""
+    return F.pad(x, pads, "constant" if mode == "zeros" else mode) if any(pads) else x

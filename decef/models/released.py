@@ -77,13 +77,15 @@ def load(name: str | Path, *, folder: Path = RELEASED, model: nn.Module | None =
     card, state = read(name, folder=folder)
     if model is None and (not card.model or ":" in card.model):  # a function's name is not to be called for a file
         raise ValueError(f"{name} was made from a network of your own: give that as model= of decef.load")
-    dense = model or create_model(
-        card.model,
-        num_classes=card.num_classes,
-        in_channels=card.input_size[0],
-        image_size=card.input_size[1],
-        **card.options,
-    )
+    dense = model
+    if dense is None:
+        dense = create_model(
+            card.model,
+            num_classes=card.num_classes,
+            in_channels=card.input_size[0],
+            image_size=card.input_size[1],
+            **card.options,
+        )
     network = convert(dense, Plan.from_dict(card.plan), from_scratch=True)
     try:
         network.load_state_dict(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decef.data.search import search_path
+from decef.extras import need
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, which may be under the key `state_dict` or `model` or the whole file.
+
+    A file that ends in .safetensors is of that format, any other of torch.save.
 
     Prefixes that `torch.nn.DataParallel` and `torch.compile` leave in the names are removed. Nothing in the file is
     executed.
@@ -22,14 +27,15 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or holds no state dict.
+        ImportError: safetensors is needed, but not installed.
     """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = _read(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, no file of weights, or a network saved whole: save its state_dict() instead"
         ) from error
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # whatever torch's reader stumbles over in what is no file of its own
         raise ValueError(f"{path} is damaged or no file of weights: {error}") from error
@@ -43,6 +49,15 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in data):
             data = {name.removeprefix(prefix): value for name, value in data.items()}
     return dict(data)
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    need("train", "safetensors")
+    from safetensors.torch import load_file
+
+    return load_file(path)
 
 
 def find_weights(name: str) -> Path:
@@ -106,6 +121,12 @@ def describe_file(path: Path) -> str:
     return f"{path.name} (MD5 {md5_of(path)})"
 
 
+def md5_in(described: str | None) -> str:
+    """The MD5 in what `describe_file` said; "" of anything else."""
+    found = re.search(r"\(MD5 (\w+)\)$", described or "")
+    return found[1] if found else ""
+
+
 def md5_of(path: Path) -> str:
     """MD5 of a file's content.
 
@@ -114,4 +135,4 @@ def md5_of(path: Path) -> str:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}")
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -17,9 +19,6 @@ from decef.layers import FactorizedConv2d
 from decef.plans import layer_type, plan
 from decef.ranks import Budget
 from decef.results.pages import write_bench
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,6 @@ def auto_score(frame: pd.DataFrame) -> pd.DataFrame:
         A row each for `auto`, `factorized` and `reconstructed`. `right`: share of the cases in which it is the fastest
         or within 5 % of it (less is noise). `time`: geometric mean of its time over the fastest one's.
     """
-    import numpy as np
-    import pandas as pd
-
     frame = frame.astype({"reconstructed": float})  # NaN where there is none
     best = frame[["factorized", "reconstructed"]].min(axis=1)
     chosen = frame.factorized.where(frame.auto == "factorized", frame.reconstructed)
@@ -186,8 +182,6 @@ def write_layers(rows: Sequence[dict[str, Any]], out: Path, made: Mapping[str, A
         out: path without ending.
         made: where, when and with which code.
     """
-    import pandas as pd
-
     frame = pd.DataFrame(rows).astype({"reconstructed": float})
     ratios = frame.assign(
         FLOPs=frame.flops_ratio,

@@ -44,6 +44,11 @@ class Claim:
     holds_if: str = "all"
     note: str = ""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What its kind is asked."""
+        return {key: value for key, value in self.asks.items() if key != "kind"}
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -139,9 +144,8 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     """Judge a claim by what was run.
 
     Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound, or a sign test,
-    see `Comparison`. The p-values of
-    a claim are corrected together by Holm's method. So the chance of even one wrong decision among them is at most
-    `ALPHA`, as long as the number of seeds was fixed before their results were seen.
+    see `Comparison`. The p-values of a claim are corrected together by Holm's method. So the chance of even one wrong
+    decision among them is at most `ALPHA`, as long as the number of seeds was fixed before their results were seen.
 
     Args:
         claim: one of `load_claims()`.
@@ -152,10 +156,10 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     Raises:
         ValueError: a run has several experiments as its control, or two runs of one experiment have the same seed.
     """
-    asks = {key: value for key, value in claim.asks.items() if key != "kind"}
     records = [record for record in records if not _is_trial(record)]
+    find = KINDS[claim.asks["kind"]]
     try:
-        findings = list(KINDS[claim.asks["kind"]](claim.published, records, measured or Measurements(), **asks))
+        findings = list(find(claim.published, records, measured or Measurements(), **claim.arguments))
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
     # Several experiments may share a control: its comparison counts once.
@@ -215,7 +219,7 @@ def _read() -> dict[str, Any]:
 
 def _check_asks(claim: Claim) -> None:
     """Raise ValueError if the claim's kind lacks an argument, or a selector names a setting that doesn't exist."""
-    asks = {key: value for key, value in claim.asks.items() if key != "kind"}
+    asks = claim.arguments
     arguments = inspect.signature(KINDS[claim.asks["kind"]])
     try:
         arguments.bind((), (), None, **asks)
@@ -226,9 +230,9 @@ def _check_asks(claim: Claim) -> None:
     if ("control" in asks) != ("control_at_most" in asks) and "control_at_most" in arguments.parameters:
         raise ValueError(f"claims.yaml: claim {claim.id} has only one of control and control_at_most")
     _known("over", asks.get("over", "depth"), ("depth", "training"), claim.id)
-    for selector in (asks.get("runs"), asks.get("control")):
-        for key in selector or ():
-            if not is_setting(key) and ":" not in str((selector or {}).get("model.name")):  # own networks, own options
+    for selector in (asks.get("runs") or {}, asks.get("control") or {}):
+        for key in selector:
+            if not is_setting(key) and ":" not in str(selector.get("model.name")):  # own networks, own options
                 raise ValueError(f"claims.yaml: claim {claim.id} selects by '{key}', which is no setting of a run")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from decef.costs import total_cost
 from decef.data import Dataset
-from decef.files import replace_file
+from decef.files import replace_file, write_csv
 from decef.results.pages import render
 from decef.training.build import build
 from decef.training.config import LayerConfig, ModelConfig
@@ -74,6 +74,6 @@ def write_costs(rows: Sequence[dict[str, object]], out: Path, flops: float) -> s
         for note, group in frame[frame.note != ""].groupby("note", sort=False)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_name(f"{out.name}.csv"), frame.round(6).to_csv(index=False).encode())
+    write_csv(out.with_name(f"{out.name}.csv"), frame)
     replace_file(out.with_name(f"{out.name}.md"), render("costs", table=table, notes=notes, flops=flops).encode())
     return table

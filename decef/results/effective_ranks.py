@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from decef.copies import copied
 from decef.layers import FactorizedConv2d
-from decef.layers.factorized import evaluating
 from decef.ranks import DEFINITIONS, effective_rank
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def kernels(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
     """Name, dense kernel and groups of every convolution wider than 1x1, in the network's order."""
-    for name, module in model.named_modules():
+    # A copy in evaluation mode: to ask for a weight with spectral norm is else a step of its power iteration.
+    for name, module in copied(model).eval().named_modules():
         if isinstance(module, (nn.Conv2d, FactorizedConv2d)) and max(module.kernel_size) > 1:
-            with evaluating(module):
-                weight = module.weight.detach()
-            yield name, weight, module.groups
+            yield name, module.weight.detach(), module.groups
 
 
 def rank_table(
@@ -45,8 +41,6 @@ def rank_table(
     Raises:
         ValueError: there is no such convolution.
     """
-    import pandas as pd
-
     generator = torch.Generator().manual_seed(0)
     rows = []
     for name, weight, groups in kernels(model):

@@ -26,6 +26,7 @@ from decef.results.findings import dense_ranks, load_measurements
 from decef.results.pages import render
 from decef.results.tables import summarize
 from decef.training.build import dense_network
+from decef.training.networks import epoch_of
 from decef.training.record import METRICS, Record, load_records
 
 log = logging.getLogger(__name__)
@@ -296,7 +297,7 @@ def _rank_tables(results: Path) -> dict[str, pd.DataFrame]:
         if threshold is None:
             log.warning("left out: ranks/%s.csv, as its .json does not say from which threshold ranks count", name)
             continue
-        epoch = frame.network.astype(str).str.extract(r"^epoch (\d+)$", expand=False).astype(float)
+        epoch = frame.network.map(epoch_of).astype(float)
         tables[name] = frame.assign(epoch=epoch, counted_from=threshold)
     return tables
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from decef.models.weights import md5_in
 from decef.ranks import DEFINITIONS
 from decef.results.comparisons import experiments, precision_words
 from decef.results.published import Published, load_known_weights
 from decef.results.selectors import selector_words, selects, with_controls
 from decef.results.statistics import PERCENT, differences, estimate, rank_correlation
+from decef.training.networks import epoch_of
 from decef.training.record import Record, short_hash
 
 if TYPE_CHECKING:
@@ -260,25 +261,25 @@ def dense_ranks(records: Sequence[Record], measured: Measurements) -> dict[str, 
     seen: dict[str, str] = {}
     for name, table in measured.ranks.items():
         made = measured.origins.get(name, {})
-        md5 = next(iter(re.findall(r"\(MD5 (\w+)\)$", str(made.get("weights")))), "")  # see describe_file
-        if name not in runs and load_known_weights().get(md5, "") != made.get("network"):
+        run, md5 = runs.get(name), md5_in(made.get("weights"))
+        if run is None and load_known_weights().get(md5, "") != made.get("network"):
             log.warning(
                 "left out: ranks/%s.csv is of unknown origin: it has no finished run's id for a name, and its .json "
                 "names no weights that published.yaml knows",
                 name,
             )
             continue
-        first = seen.setdefault(name if name in runs else md5, name)
+        first = seen.setdefault(name if run else md5, name)
         if first != name:
             log.warning("left out: ranks/%s.csv is of the same network as ranks/%s.csv", name, first)
-        elif name not in runs or runs[name].layer == "conv2d":  # the claims are about dense kernels
+        elif run is None or run.layer == "conv2d":  # the claims are about dense kernels
             last = table[table.network == table.network.iloc[-1]]
-            if name in runs:
-                network, trained = runs[name].model, f"schedule {runs[name].config.train.name}"
+            if run:
+                network, trained = run.model, f"schedule {run.config.train.name}"
             else:
                 network, trained = made["network"], "trained by others"
             label = f"{network}, {len(last)} convolutions, {trained}"
-            about = [runs[name].experiment if name in runs else None, made.get("threshold")]
+            about = [run.experiment if run else None, made.get("threshold")]
             experiment = json.dumps(about, sort_keys=True)
             if experiments_of.setdefault(label, experiment) != experiment:  # other data, training or threshold
                 label += f", {short_hash(experiment)}"
@@ -299,11 +300,11 @@ def _rank_trends(table: pd.DataFrame, over: str, definition: str) -> dict[str, f
             "depth with rank": rank_correlation(depth, list(last[definition])),
             "depth with rank / random": rank_correlation(depth, list(last[definition] / last[f"{definition}_init"])),
         }
-    epochs = [int(word) for network in networks if (word := str(network).removeprefix("epoch ")).isdigit()]
+    epochs = [epoch for network in networks if (epoch := epoch_of(network)) is not None]
     if len(epochs) < len(networks) or len(epochs) < 4:
         return {}
-    steps = list(zip(epochs, epochs[1:], by_network, by_network[1:], strict=False))
-    changes = [float((b[definition] - a[definition]).abs().mean()) / (end - start) for start, end, a, b in steps]
+    steps = pairwise(zip(epochs, by_network, strict=True))
+    changes = [float((b[definition] - a[definition]).abs().mean()) / (end - start) for (start, a), (end, b) in steps]
     return {"epoch with change of rank": rank_correlation(epochs[1:], changes)}
 
 

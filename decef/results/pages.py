@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from decef.files import replace_file, write_json
+from decef.files import replace_file, write_csv, write_json
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
@@ -105,7 +105,7 @@ def write_measured(
         made: where, when and with which code, see `environment`.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out.with_name(f"{out.name}.csv"), frame.round(6).to_csv(index=False).encode())
+    write_csv(out.with_name(f"{out.name}.csv"), frame)
     text = render(template, table=shown.to_markdown(index=False), about=about, provenance=provenance(made))
     replace_file(out.with_name(f"{out.name}.md"), text.encode())
     _partial(out).unlink(missing_ok=True)

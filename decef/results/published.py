@@ -31,6 +31,11 @@ class Published:
     status: str
     training: str = ""
 
+    @property
+    def source(self) -> str:
+        """Where the value is from, and how that network was trained."""
+        return "; ".join(filter(None, [self.where, self.training]))
+
     def fits(self, record: Record) -> bool:
         """Whether a run has this value's task, network, layer and rank setting; other options may differ."""
         ours = (record.task, record.model, record.layer, record.rank_setting)
@@ -87,9 +92,8 @@ def published_lines(published: Iterable[Published]) -> list[str]:
     """The values in words, a line per fact and metric."""
     lines: dict[str, list[str]] = {}
     for one in published:
-        source = "; ".join(filter(None, [one.where, one.training]))
         value = f"{one.value:,.0f}" if one.value >= 1e4 else f"{one.value:g}"
-        about = f"{one.id}, {one.network} on {one.dataset}, {one.metric} ({source})"
+        about = f"{one.id}, {one.network} on {one.dataset}, {one.metric} ({one.source})"
         lines.setdefault(about, []).append(f"{one.setting}: {value}")
     return [f"{about}: {'; '.join(values)}" for about, values in lines.items()]
 

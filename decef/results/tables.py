@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from decef.files import replace_file
+from decef.files import replace_file, write_csv
 from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups, experiments, precision_words
 from decef.results.pages import made_on, render
@@ -49,8 +49,7 @@ class Row:
     @property
     def source(self) -> str | None:
         """Where the published value is from, and how it was trained; None without such a value."""
-        known = self.published
-        return f"{known.where}{f'; {known.training}' if known.training else ''}" if known else None
+        return self.published.source if self.published else None
 
     @property
     def difference_words(self) -> str:
@@ -170,7 +169,7 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
     written = []
     for name, group in groups.items():
         path, rows = folder / f"{name}.md", table_rows(group)
-        replace_file(path.with_suffix(".csv"), _frame(rows).round(6).to_csv(index=False).encode())
+        write_csv(path.with_suffix(".csv"), _frame(rows))
         replace_file(path, markdown(rows, group).encode())
         written.append(path)
     return sorted(written)

@@ -282,7 +282,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. `configs/train/*.yaml` explains the settings
+    """How to train. `configs/train/*.yaml` explains the settings.
 
     Raises:
         ValueError: a setting has a wrong value; the message says what it must be.
@@ -466,6 +466,7 @@ def group(name: str, cls: type[_Group], settings: object) -> _Group:
     needed = [f.name for f in own.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [key for key in needed if key not in given]:
         raise ValueError(f"{', '.join(f'{name}.{key}' for key in missing)} must be given")
+    # null turns off what is off by default: what is false, 0 or empty then, which no setting without a default is.
     off = {key: own[key].default for key, value in given.items() if value is None and not own[key].default}
     return cls(**{**given, **off}, **({"options": others} if others else {}))
 

@@ -119,6 +119,17 @@ def _is_released(name: str) -> bool:
     return name.endswith(".safetensors") or file_of(name).is_file()
 
 
+def label_of(epoch: int) -> str:
+    """What a run's network after an epoch is called, in tables of ranks too."""
+    return f"epoch {epoch}"
+
+
+def epoch_of(label: object) -> int | None:
+    """The epoch in what `label_of` said; None of anything else."""
+    word = str(label).removeprefix("epoch ")
+    return int(word) if word.isdigit() else None
+
+
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
     paths = [path for path in (*sorted(folder.glob("checkpoint-*.pt")), folder / CHECKPOINT) if path.is_file()]
     if not paths:
@@ -133,4 +144,4 @@ def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
         last = checkpoint["epoch"]
         model = convert(dense, Plan.from_dict(checkpoint["plan"]), from_scratch=True)
         model.load_state_dict(checkpoint["model"])
-        yield f"epoch {checkpoint['epoch']}", model
+        yield label_of(checkpoint["epoch"]), model

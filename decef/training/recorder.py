@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from statistics import harmonic_mean
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from decef.files import replace_file
 from decef.machine import environment
@@ -80,17 +80,15 @@ class Recorder:
         Raises:
             ValueError: the folder cannot be written, it holds another config, or another process has locked it.
         """
-        config = self.path / CONFIG
+        config, lock = self.path / CONFIG, FileLock(self.path / LOCK, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
+            held = lock.acquire()
+        except Timeout:
+            raise BusyError(f"another process is at this run: {self.path}") from None
         except OSError as error:
             raise self._cannot_write(error) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BusyError(f"another process is at this run: {self.path}") from None
+        with held:
             # A config without summary and checkpoint is of a run that never began: it must not hinder this one.
             if not (config.is_file() and ((self.path / SUMMARY).is_file() or self.checkpoint.is_file())):
                 try:

@@ -89,6 +89,7 @@ def build(records: Sequence[Record], verdicts: Sequence[tuple[Claim, Verdict]]) 
         claims=[told(*one) for one in verdicts],
         tally={verdict: found[verdict] for verdict in VERDICTS if found[verdict]},
     )
+    # Indentation goes, but not that of scripts and what they read, which are the second part.
     tags, data_and_scripts = page.split('<script type="application/json"', 1)
     return "".join([re.sub(r"\n\s+(?=<)", "\n", tags), '<script type="application/json"', data_and_scripts])
 
