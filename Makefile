@@ -39,7 +39,7 @@ test: setup ## Run the tests, on WORKERS=2 cores (a few minutes)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-grid: setup ## Train every dataset x architecture x layer type for two steps (4 minutes on 2 cores)
-	$(RUN) -m pytest -m grid tests/test_grid.py tests/test_families.py tests/test_cli.py tests/test_training.py
+	$(RUN) -m pytest -m grid tests/test_grid.py tests/test_families.py tests/test_experiments.py tests/test_cli.py tests/test_training.py
 
 lint: setup ## Check style and types
 	$(RUN) -m ruff check .

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from decef.copies import copied, copied_with
-from decef.costs import shared_weights
+from decef.costs import check_plain, shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import moments_on
@@ -64,6 +64,7 @@ def convert(
         TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
             raises.
     """
+    check_plain(model)
     if from_scratch and data is not None:
         raise ValueError("data would do nothing with from_scratch: new factors are drawn, not fitted")
     if not isinstance(how, (Plan, str)):

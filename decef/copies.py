@@ -57,7 +57,7 @@ def copied_with(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modu
 def noted(module: nn.Module) -> tuple[str, ...]:
     """The attributes that somebody else has put on a convolution or norm, or on the one that a module stands for."""
     plain = next((one for one in _PLAIN if type(one) is type(module)), None)
-    if plain is not None and "_carried" not in vars(module):
+    if plain is not None:
         return tuple(name for name in vars(module).keys() - vars(plain).keys() if not name.startswith("_"))
     return vars(module).get("_carried", ())
 

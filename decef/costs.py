@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from decef.copies import copied_to_meta
@@ -190,8 +191,8 @@ def _forward(model: nn.Module, shape: Sequence[int]) -> None:
 
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError for a network inside something else, which hides its modules or runs in a way of its own."""
-    if isinstance(model, nn.DataParallel):
-        raise ValueError("the network is in a DataParallel: give it as model.module")
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+        raise ValueError(f"the network is in a {type(model).__name__}: give it as model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("the network is in TorchScript, which can't be changed: give the one that it was made from")
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):

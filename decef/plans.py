@@ -267,9 +267,9 @@ class TypeChoice:
         """
         rule = _weighing(rule)
         keys = [(layer, candidate.name, rule.most(candidate)) for layer, candidate in self._candidates]
-        # Whether it can be met depends on costs alone, and energies take long.
-        rule.spread(self._steps(rule, [dict.fromkeys(range(1, most + 1), 0.0) for *_, most in keys]), self._totals)
         unknown = {key: one for key, (_, one) in zip(keys, self._candidates, strict=True) if key not in self._energies}
+        if unknown:  # whether the rule can be met depends on costs alone, and energies take long
+            rule.spread(self._steps(rule, [dict.fromkeys(range(1, most + 1), 0.0) for *_, most in keys]), self._totals)
         for key, candidate in bar(unknown.items(), "energies", self._progress and bool(unknown)):
             self._energies[key] = measured_energy(candidate, key[-1])
         chosen = rule.spread(self._steps(rule, [self._energies[key] for key in keys]), self._totals)

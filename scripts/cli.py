@@ -87,7 +87,14 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
     first, others = [], []
     for position, override in enumerate(overrides):
         key, text = override.get_key_element(), str(override.input_line)
-        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [text.partition("=")[2]]
+        try:
+            values = [*override.sweep_string_iterator()] if override.is_sweep_override() else [text.partition("=")[2]]
+        except HydraException as error:
+            fail(f"{text} can't be swept here: {error}")
+        if not values:
+            fail(f"{text} gives no value")
+        if len(values) > 1 and key == "results":
+            fail(f"{text} gives several folders: say one")
         if len(values) > 1 and not {"-m", "--multirun"} & set(arguments):
             fail(f"{text} gives several values: add -m to run them all")
         if key in groups:
@@ -102,7 +109,7 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
 
 def given_value(key: str, arguments: Sequence[str]) -> str | None:
     """The value that Hydra reads in the last `key=value`, quoted or not; None if there is none."""
-    given = [argument for argument in arguments if argument.startswith(f"{key}=")]
+    given = [argument for argument in arguments if argument.lstrip("+").startswith(f"{key}=")]
     return str(OverridesParser.create().parse_override(given[-1]).value()) if given else None
 
 

@@ -63,7 +63,7 @@ def main() -> None:
         if arguments.what == "run":
             find_device(arguments.device)
         elsewhere = for_other_hardware(list_jobs(entries, resolved)[0], arguments.results, arguments.device)
-        on_gpu, _ = list_jobs(for_gpu(chosen), resolved)
+        on_gpu = [] if arguments.what == "run" else list_jobs(for_gpu(chosen), resolved)[0]
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
     for name, reason in blocked.items():

@@ -89,7 +89,7 @@ def train_again(arguments: list[str]) -> None:
             dataset=replace(config.dataset, root=places["dataset.root"], workers=workers),
             model=replace(config.model, weights=places["model.weights"] or config.model.weights),
             results=results,
-            device=places["device"] or "auto",
+            device=places["device"] or ("cpu" if read_summary(source).get("device") == "cpu" else "auto"),
             progress=True,
         )
         before, here = read_summary(source).get("images_md5"), config.resolved().dataset.part_md5()

@@ -226,6 +226,11 @@ def test_runs_of_another_precision_are_not_paired():
     assert "1 not paired with conv2d, whose precision differs (fp32 here, bf16 there)" in evidence.result
     assert "+0.05 [" in evidence.result
     assert "over 2 of the seeds" in evidence.result
+    for run in ours[1:]:
+        run.summary["precision"] = "bf16"
+    ours[2].summary["processes"] = 8  # batch norm sees the images of one
+    (evidence,) = judge(NON_INFERIOR, [*DENSE, *ours]).evidence
+    assert "; 1 not paired with conv2d, whose number of processes differs" in evidence.result
 
 
 def test_a_row_that_mixes_precisions_says_so():

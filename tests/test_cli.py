@@ -161,6 +161,9 @@ def test_a_sweep_leaves_a_run_to_the_process_that_is_at_it(call, tmp_path):
         (["dataset=cifar10", "dataset.root=cifar"], "data_batch_1 is missing"),
         (["results=file"], "cannot be written"),
         (["layer", "decef"], "layer is no setting: those are given as key=value"),
+        (["-m", "results=a,b"], "results=a,b gives several folders: say one"),
+        (["-m", "train.lr=interval(0.01,0.1)"], "can't be swept here"),
+        (["-m", "seed=range(3,3)"], "seed=range(3,3) gives no value"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, message):
@@ -187,7 +190,7 @@ def test_a_value_is_what_hydra_reads(monkeypatch, given):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from cli import given_value
 
-    assert given_value("results", ["results=x", f"results={given}", "seed=1"]) == "a b"
+    assert given_value("results", ["results=x", f"++results={given}", "seed=1"]) == "a b"
     assert given_value("device", ["results=x"]) is None
 
 

@@ -409,6 +409,13 @@ def test_a_run_that_has_no_good_image_to_test_on_fails(folder):
     assert json.loads(summary.read_text())["status"] == "failed"
 
 
+def test_other_images_than_were_asked_for_are_not_taken(folder, monkeypatch):
+    monkeypatch.setenv("DECEF_DATA", str(folder))
+    assert DatasetConfig("imagefolder", size=56).resolved().num_classes == 3
+    with pytest.raises(FileNotFoundError, match=r"no folder with train/ and val/ was found, looking at [^,]*/typo"):
+        DatasetConfig("imagefolder", root=str(folder / "typo"), size=56).resolved()
+
+
 def test_runs_on_two_folders_of_images_are_two_runs(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     write_images(other / "train", 9)

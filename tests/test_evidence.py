@@ -67,6 +67,7 @@ def test_a_queue_runs_each_run_once_most_valuable_first_and_names_what_fails(cal
     done = call("evidence.py", "run", *there, "--processes", 1, FEWER, "wandb.mode=disabled", env=environment)
     assert done.returncode == 1
     assert re.findall(r"(\S+) can't start here: .* magnetic-tile", done.stdout) == ["tiles"]
+    assert call("evidence.py", "run", *there, "--only", "tiles", FEWER, env=environment).returncode == 0
     assert re.findall(r"begins: (\S+)", done.stdout) == [ids["first"], ids["second"]]  # dense: one at both budgets
     assert "1 run waits for hardware that trains in fp16" in done.stdout
     assert "the training failed: the loss is not finite any more" in done.stderr

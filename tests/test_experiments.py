@@ -32,6 +32,7 @@ from decef.training.record import (
     replay,
     run_id,
 )
+from decef.training.recorder import Recorder
 from decef.training.run import run
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
@@ -57,11 +58,13 @@ def test_every_experiment_can_start(name, tmp_path):
         assert bool(made.ranks) == (given.layer.name != "conv2d")
 
 
-#: They differ from another experiment in numbers, layer types or networks alone.
+#: They differ from another experiment in numbers, layer types or networks alone: with the grid.
 ALIKE = ("cifar10", "cpac_mnist_two", "cpac_tile_as_published", "decef_cifar10", "imagenette")
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ALIKE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.grid] if name in ALIKE else []) for name in EXPERIMENTS]
+)
 def test_the_record_of_an_experiment_is_done_again_to_the_bit(name, tmp_path, monkeypatch):
     """Two epochs of the last run of its grid, on a few random images of the dataset's shape."""
     sweep = sweep_of(name)
@@ -143,6 +146,8 @@ def test_trained_weights_are_decomposed_and_trained_on(weights, tmp_path):
     again = run(config(tmp_path / "b", model__weights=str(elsewhere), **options))
     assert again["id"] == summary["id"]  # what is in the file counts, not where it is
     assert again["test_loss"] == summary["test_loss"]
+    with Recorder(config(tmp_path / "a", model__weights=str(elsewhere), **options).resolved()).open():
+        pass  # nor what it is called
     record = yaml.safe_load((tmp_path / "a" / "runs" / summary["id"] / "config.yaml").read_text())
     assert record["model"]["weights"] == "checkpoint.pt"  # its name, not its place
     assert len(record["model"]["weights_md5"]) == 32

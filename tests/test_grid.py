@@ -73,9 +73,7 @@ def tiny(settings):
 
 DATA = (*DATASETS, *FOLDERS)
 #: Their images have the shape of another's, so here one architecture is enough; test_every_cell has all.
-SAME_IMAGES = (
-    "cifar100", "svhn", "fashion_mnist", "magnetic_tile", "magnetic_tile_masks", "imagefolder", "imagenet"
-)  # fmt: skip
+SAME_IMAGES = ("cifar100", "svhn", "fashion_mnist", "magnetic_tile_masks", "imagefolder", "imagenet")
 
 
 def run_cells(cells, tmp_path, monkeypatch, caplog):

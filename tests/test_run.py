@@ -23,7 +23,7 @@ from decef.training.loop import evaluate
 from decef.training.networks import load_networks
 from decef.training.record import first_difference, read_metrics, recorded, replay, run_id
 from decef.training.recorder import Recorder
-from decef.training.run import run
+from decef.training.run import find_device, run
 from decef.training.tracking import resolve_mode
 
 
@@ -314,6 +314,20 @@ def test_images_per_second_are_of_training_alone(finished):
     assert summary["images_per_second"] == pytest.approx(len(rows) * images / seconds, rel=1e-3, abs=0.06)  # rounded
 
 
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert find_device("cuda") == torch.device("cuda", rank)
+    with pytest.raises(ValueError, match="device=cuda:1 would have all processes on one GPU: say device=cuda"):
+        find_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 3 has no GPU, of which there are 2: start as many processes"):
+        find_device("cuda")
+
+
 def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "some.th").write_bytes(b"")
@@ -341,6 +355,9 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
         ({"dataset__flip": "no"}, "dataset.flip='no' must be true or false"),
         ({"dataset__mean": 0.5}, "dataset.mean=0.5 must be a list"),
         ({"model__dense_stem": "off"}, "model.dense_stem='off' must be true or false"),
+        ({"model": {"name": "mobilenetv2", "dense_pairs": "no"}}, "model.dense_pairs='no' must be true or false"),
+        ({"model": {"name": "mobilenetv2", "width": "half"}}, "model.width='half' must be a number"),
+        ({"wandb": {"mode": "disabled", "artifacts": "no"}}, "wandb.artifacts='no' must be true or false"),
         ({"model__min_kernel_size": "3x3"}, "model.min_kernel_size='3x3' must be a whole number"),
         ({"model__name": None}, "model.name=None must be the name of a network"),
         ({"model__exclude": 5}, "model.exclude=5 must be a name of layers, or a list of names"),
@@ -490,6 +507,10 @@ def test_wandb_offline_without_a_key(tmp_path, monkeypatch):
     assert resolve_mode("auto") == "offline"
     with pytest.raises(ValueError, match="needs an API key"):
         resolve_mode("online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")  # an older name of offline
+    assert resolve_mode("auto") == "offline"
 
 
 def test_disabled_needs_no_wandb(monkeypatch):

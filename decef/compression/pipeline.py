@@ -30,7 +30,7 @@ from decef.compression.finetune import (
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
 from decef.compression.report import FILES, write_report
-from decef.compression.state import CHECKPOINT, FORMS, PLAN, State
+from decef.compression.state import CHECKPOINT, FORMS, PLAN, State, digest
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import input_shapes, module_flops, total_cost
@@ -219,8 +219,8 @@ class Compression:
                 if deployed is not None:
                     deployed.save(self._folder / FORMS)
                 reached.plan.save(path)
-                ranks = reached.plan.ranks
-                self._state["reached"] = {"asked": reached.asked, "value": reached.value, "ranks": ranks}
+                self._state["planned"] = digest(reached.plan)
+                self._state["reached"] = {"asked": reached.asked, "value": reached.value}
             return Plan.load(path)
 
     def _planner(self) -> Planner:
@@ -402,11 +402,10 @@ class Compression:
 
     def _numbers(self, network: nn.Module, made: Plan, deployed: Deployed) -> dict[str, Any]:
         seconds = seconds_beside(self._dense, deployed, self._x)
-        sides, flops = {"dense": self._model, "small": network}, module_flops(network, self._input_size)
-        reached = dict(self._state["reached"])
+        sides = {"dense": self._model, "small": network}
         return {
-            "edited": reached.pop("ranks", made.ranks) != made.ranks,
-            "asked": {**self._state.asked, "reached": reached},
+            "asked": {**self._state.asked, "reached": self._state["reached"]},
+            "edited": self._state.edited(made),
             "timed": isinstance(self._budget, (Latency, Milliseconds)),
             "even": isinstance(self._budget, Budget) and self._budget.uniform,
             "top1": self._accuracies(),
@@ -415,13 +414,8 @@ class Compression:
             "bytes": {side: stored_bytes(model) for side, model in sides.items()},
             "memory": {side: memory_bytes(model, self._x) for side, model in sides.items()},
             "layers": [
-                {
-                    **row,
-                    "layer": row.get("layer") or made.layer,
-                    "macs_after": flops[row["name"]] // 2,  # the plan may have been edited
-                    "form": deployed.forms.get(row["name"], ""),
-                }
-                for row in made.to_dict()["rows"]
+                {**row, "layer": row.get("layer") or made.layer, "form": deployed.forms.get(row["name"], "")}
+                for row in self._rows(network, made)
             ],
             "input": list(self._x.shape),
             "files": {
@@ -429,6 +423,17 @@ class Compression:
             },
             "made": environment(device_name(self._x.device)),
         }
+
+    def _rows(self, network: nn.Module, made: Plan) -> Iterator[dict[str, Any]]:
+        """The rows of the plan with what the layers cost, which is another thing than planned if it was edited."""
+        flops = module_flops(network, self._input_size)
+        counted: set[int] = set()
+        for row in made.to_dict()["rows"]:
+            layer = network.get_submodule(row["name"])
+            new = {id(p): p.numel() for name, p in layer.named_parameters() if name != "bias" and id(p) not in counted}
+            counted.update(new)
+            macs = None if row["macs_before"] is None else flops[row["name"]] // 2
+            yield {**row, "params_after": sum(new.values()), "macs_after": macs}
 
 
 def _check_budget_and_layer(budget: object, layer: str) -> None:

@@ -93,11 +93,11 @@ def _table(numbers: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def _reached(numbers: Mapping[str, Any]) -> str:
     reached, seconds = numbers["asked"]["reached"], numbers["seconds"]
-    said = f"a share of {reached['asked']:.3g}, and the plan came to {reached['value']:.3g}"
-    if numbers["timed"]:
-        said += f" when it was made, and to {seconds['small'] / seconds['dense']:.3g} when the network was ready"
+    said = f"a share of {reached['asked']:.3g}, and the plan came to {reached['value']:.3g} when it was made"
     if numbers["edited"]:
-        said += "; then its ranks were changed by hand"
+        said += "; then it was edited by hand"
+    if numbers["timed"]:
+        said += f"; when the network was ready, it came to {seconds['small'] / seconds['dense']:.3g}"
     return said
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from decef.files import write_json
+from decef.plans import Plan
 from decef.training.checkpoint import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -18,11 +20,18 @@ AFTER_PLANNING = TUNING | {"images", "seed"}  # what a plan doesn't depend on
 BEFORE = "plan-before.yaml"
 
 
+def digest(plan: Plan) -> str:
+    """What a plan says to do, in brief."""
+    rows = [(row.name, row.action, row.layer, row.rank) for row in plan.rows]
+    said = json.dumps([plan.layer, rows, plan.options], sort_keys=True, default=str)
+    return hashlib.md5(said.encode(), usedforsecurity=False).hexdigest()
+
+
 class State:
     """What is done, in a JSON file that is written after every step.
 
     What is only planned may be planned anew, and what is not fine-tuned yet may be fine-tuned in another way. A plan
-    that is made anew is kept as plan-before.yaml, as it may have been edited.
+    that was edited is kept as plan-before.yaml when another is made.
 
     Args:
         folder: of the compression.
@@ -45,10 +54,11 @@ class State:
         """
         changed = self._changed()
         if changed and not AFTER_PLANNING.issuperset(changed):
-            if (self._folder / PLAN).is_file():
+            if (self._folder / PLAN).is_file() and self.edited(Plan.load(self._folder / PLAN)):
                 (self._folder / PLAN).replace(self._folder / BEFORE)
-                log.info("a new plan, the last one is now %s: %s", BEFORE, "; ".join(changed.values()))
-            (self._folder / FORMS).unlink(missing_ok=True)
+                log.info("%s was edited: it is now %s, and another is made", PLAN, BEFORE)
+            for planned in (PLAN, FORMS):
+                (self._folder / planned).unlink(missing_ok=True)
             self._known = {}
         if changed:
             self["asked"] = self.asked
@@ -67,6 +77,10 @@ class State:
             words = "; ".join(changed.values())
             raise ValueError(f"{self._folder} holds another compression ({words}): give another folder")
         return changed
+
+    def edited(self, plan: Plan) -> bool:
+        """Whether the folder's plan says something else than when it was made."""
+        return self._known.get("planned", digest(plan)) != digest(plan)
 
     def __contains__(self, key: str) -> bool:
         return key in self._known

@@ -260,10 +260,16 @@ def names_md5(root: Path) -> str:
 def find_folder(root: Path | None, *names: str) -> Path:
     """The first folder with a `train` folder in it, among the search path and folders of these names in it.
 
+    If `root` is given, it is in there: other images than were asked for would not be noticed.
+
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    candidates = [place for folder in search_path(root) for place in (folder, *(folder / name for name in names))]
+    candidates = [
+        place
+        for folder in ([root] if root else search_path(None))
+        for place in (folder, *(folder / name for name in names))
+    ]
     for folder in candidates:
         if (folder / "train").is_dir():
             return folder

@@ -100,7 +100,7 @@ def check_export(path: Path, input_shape: Sequence[int], form: str | Mapping[str
     """
     if path.suffix not in KINDS:
         raise ValueError(f"{path} must end in {' or '.join(KINDS)}")
-    if min(input_shape) < 1:
+    if any(length < 1 for length in input_shape):
         raise ValueError(f"an input of {tuple(input_shape)} is empty: every number must be at least 1")
     if isinstance(form, str) and form not in ("fastest", *FORMS):
         raise ValueError(f"there is no form '{form}'; there are fastest, {', '.join(FORMS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from inspect import Parameter, signature
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -45,25 +45,32 @@ def fold_batch_norms(model: nn.Module) -> tuple[nn.Module, dict[str, FactorizedC
         assert isinstance(conv, (nn.Conv2d, FactorizedConv2d))
         assert isinstance(norm, nn.BatchNorm2d)
         _fold_into(conv, norm)
-        rest[norm] = _Folded(norm) if type(norm) is nn.BatchNorm2d else nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]
+        rest[norm] = _Folded(norm)
     model = copied_with(model, rest)
     return model, {name: module for name, module in model.named_modules() if isinstance(module, FactorizedConv2d)}
 
 
-class _Folded(nn.Identity):
-    """In place of a batch norm that was folded, for networks that ask it for its numbers, from `eps` on."""
+class _Folded(nn.Sequential):
+    """In place of a batch norm that was folded: what timm's does after it, if anything.
+
+    It has all that the norm has, such as `eps`, for networks that ask for that.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.norm = (norm,)  # in a tuple, as it is no part of the network any more
+        super().__init__(*(() if type(norm) is nn.BatchNorm2d else (norm.drop, norm.act)))
+        self._norm = (norm,)  # in a tuple, as it is no part of the network any more
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._norm[0]._apply(fn, recurse)  # to the same device and precision
+        return super()._apply(fn, recurse)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "norm" not in vars(self):
+            if name.startswith("_"):
                 raise
-            return getattr(self.norm[0], name)
+            return getattr(self._norm[0], name)
 
 
 class _Tracer(fx.Tracer):

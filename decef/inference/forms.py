@@ -52,7 +52,7 @@ def _summed(layer: FactorizedConv2d, chains: Sequence[nn.Sequential]) -> nn.Modu
     if len(chains) == len(chains[0]) == 1:
         return chains[0][0].eval().requires_grad_(False)
     found = _Sum(chains) if len(chains) > 1 else _Chain(*chains[0])
-    found.layer = (layer,)
+    found._layer = (layer,)
     return found.eval().requires_grad_(False)
 
 
@@ -62,28 +62,28 @@ class _InPlaceOf(nn.Module):
     They have all that the layer has, from `kernel_size` on; `weight` is the composed kernel.
     """
 
-    layer: tuple[FactorizedConv2d, ...] = ()  # in a tuple, as it is no part of these convolutions
-    kernel: Tensor | None = None
+    _layer: tuple[FactorizedConv2d, ...] = ()  # in a tuple, as it is no part of these convolutions
+    _kernel: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        if self.kernel is not None:
-            return self.kernel
-        (layer,) = self.layer
+        if self._kernel is not None:
+            return self._kernel
+        (layer,) = self._layer
         kernel = layer.compose().detach()
         if type(kernel) is Tensor:  # not one that only stands for values, in an export
-            self.kernel = kernel
+            self._kernel = kernel
         return kernel
 
     @property
     def bias(self) -> Tensor | None:
-        (layer,) = self.layer
+        (layer,) = self._layer
         bias = layer.compose_bias()
         return None if bias is None else bias.detach()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.kernel = None
-        for layer in self.layer:  # to the same device and precision
+        self._kernel = None
+        for layer in self._layer:  # to the same device and precision
             layer._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -91,9 +91,9 @@ class _InPlaceOf(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or not self.layer:
+            if name.startswith("_") or not self._layer:
                 raise
-            return getattr(self.layer[0], name)
+            return getattr(self._layer[0], name)
 
 
 class _Chain(_InPlaceOf, nn.Sequential):

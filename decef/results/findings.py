@@ -131,8 +131,9 @@ def _non_inferior(
     control = control or {"layer.name": "conv2d"}
     by_seed_alone = "train.precision" in control
 
-    def pair(record: Record) -> tuple[int, str | None]:
-        return (record.config.seed, None) if by_seed_alone else record.pair
+    def pair(record: Record) -> tuple[int, str | None, int]:
+        seed, precision, processes = record.pair
+        return seed, None if by_seed_alone else precision, processes
 
     for group, others in with_controls(records, runs, control, shares):
         against = {pair(record): record for record in others}
@@ -369,16 +370,19 @@ def _mixed(records: Iterable[Record]) -> str:
 
 
 def _other_precision(
-    group: Iterable[Record], against: Mapping[tuple[int, str | None], Record], control: Mapping[str, Any]
+    group: Iterable[Record], against: Mapping[tuple[int, str | None, int], Record], control: Mapping[str, Any]
 ) -> str:
-    """How many runs are not paired although the control has their seeds, because it ran in another precision."""
-    seeds = {seed for seed, _ in against}
+    """How many runs are not paired although the control has their seeds, because it ran in another way."""
+    seeds = {seed for seed, *_ in against}
     ours = {record.pair[0]: record for record in group if record.pair not in against and record.pair[0] in seeds}
     if not ours:
         return ""
-    theirs = [record for (seed, _), record in against.items() if seed in ours]
-    words = f"{len(ours)} not paired with {selector_words(control)}, whose precision differs"
-    return f"; {words} ({precision_words(ours.values())} here, {precision_words(theirs)} there)"
+    theirs = [record for (seed, *_), record in against.items() if seed in ours]
+    words = f"; {len(ours)} not paired with {selector_words(control)}, whose"
+    here, there = precision_words(ours.values()), precision_words(theirs)
+    if here == there:
+        return f"{words} number of processes differs"
+    return f"{words} precision differs ({here} here, {there} there)"
 
 
 def _finding(group: Sequence[Record], result: str, *comparisons: Comparison, others: Sequence[Record] = ()) -> Finding:

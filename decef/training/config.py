@@ -186,7 +186,14 @@ class ModelConfig:
             if value is not None and not all(isinstance(name, str) for name in names):
                 raise ValueError(f"model.{key}={value!r} must be a name of layers, or a list of names")
         # In the architecture's order, wherever they come from: W&B returns them sorted by name.
-        known = [*inspect.signature(MODELS[self.name]).parameters] if self.name in MODELS else []
+        usual = inspect.signature(MODELS[self.name]).parameters if self.name in MODELS else {}
+        for key, value in self.options.items():
+            kind = str(usual[key].annotation) if key in usual and value is not None else ""
+            if kind == "bool":
+                _check_flag(f"model.{key}", value)
+            elif kind.startswith("float") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"model.{key}={value!r} must be a number")
+        known = [*usual]
         order = sorted(self.options, key=lambda key: (known.index(key) if key in known else len(known), key))
         object.__setattr__(self, "options", {key: self.options[key] for key in order})
 
@@ -409,6 +416,8 @@ class RunConfig:
             raise ValueError("seed must be given: a whole number, 0 or more")
         if self.seed > MAX_SEED:
             raise ValueError(f"seed={self.seed} must be at most {MAX_SEED}")
+        for key, value in (("progress", self.progress), ("wandb.artifacts", self.wandb.artifacts)):
+            _check_flag(key, value)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> RunConfig:
@@ -466,7 +475,7 @@ def group(name: str, cls: type[_Group], settings: object) -> _Group:
     needed = [f.name for f in own.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [key for key in needed if key not in given]:
         raise ValueError(f"{', '.join(f'{name}.{key}' for key in missing)} must be given")
-    # null turns off what is off by default: what is false, 0 or empty then, which no setting without a default is.
+    # null turns off what is off by default: false, 0 or empty. What has no default, MISSING, counts as true here.
     off = {key: own[key].default for key, value in given.items() if value is None and not own[key].default}
     return cls(**{**given, **off}, **({"options": others} if others else {}))
 

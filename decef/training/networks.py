@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,8 +127,8 @@ def label_of(epoch: int) -> str:
 
 def epoch_of(label: object) -> int | None:
     """The epoch in what `label_of` said; None of anything else."""
-    word = str(label).removeprefix("epoch ")
-    return int(word) if word.isdigit() else None
+    found = re.fullmatch(r"epoch ([0-9]+)", str(label))
+    return int(found[1]) if found else None
 
 
 def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:

@@ -135,9 +135,12 @@ class Record:
         return found
 
     @property
-    def pair(self) -> tuple[int, str | None]:
-        """Seed and numeric precision. Runs that are compared one to one must share both."""
-        return self.config.seed, self.summary.get("precision")
+    def pair(self) -> tuple[int, str | None, int]:
+        """Seed, numeric precision and number of processes. Runs that are compared one to one must share all three.
+
+        Batch norm in training sees the images of one process.
+        """
+        return self.config.seed, self.summary.get("precision"), self.summary.get("processes", 1)
 
     @property
     def task(self) -> str:

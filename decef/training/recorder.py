@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ from statistics import harmonic_mean
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from decef.files import replace_file
 from decef.machine import environment
@@ -80,15 +80,21 @@ class Recorder:
         Raises:
             ValueError: the folder cannot be written, it holds another config, or another process has locked it.
         """
-        config, lock = self.path / CONFIG, FileLock(self.path / LOCK, timeout=0)
+        config = self.path / CONFIG
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            held = lock.acquire()
-        except Timeout:
-            raise BusyError(f"another process is at this run: {self.path}") from None
+            lock = (self.path / LOCK).open("w")
         except OSError as error:
             raise self._cannot_write(error) from error
-        with held:
+        with lock:
+            # Not filelock: where a file system has no locks, that makes do with a file, which a killed run would leave
+            # there, and a sweep would take that run for one that another process is at.
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(f"another process is at this run: {self.path}") from None
+            except OSError as error:
+                raise self._cannot_write(error) from error
             # A config without summary and checkpoint is of a run that never began: it must not hinder this one.
             if not (config.is_file() and ((self.path / SUMMARY).is_file() or self.checkpoint.is_file())):
                 try:
@@ -281,6 +287,6 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str =
         a, b = one.get(key), other.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found += _differences(a, b, f"{prefix}{key}.")
-        elif without_off({key: a}) != without_off({key: b}):
+        elif without_off({key: a}) != without_off({key: b}) and f"{prefix}{key}" != "model.weights":  # the MD5 counts
             found.append(f"{prefix}{key}")
     return found

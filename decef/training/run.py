@@ -268,6 +268,11 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device={name} was asked for, but torch sees no GPU: say device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"device={name} would have all processes on one GPU: say device=cuda")
+        if device.index is None and rank >= count:
+            raise ValueError(f"process {rank + 1} has no GPU, of which there are {count}: start as many processes")
+        return device if device.index is not None else torch.device("cuda", rank)
     return device

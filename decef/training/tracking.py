@@ -165,8 +165,9 @@ def resolve_mode(mode: str) -> str:
     """
     if mode not in MODES:
         raise ValueError(f"wandb.mode={mode!r} is not one of {', '.join(MODES)}")
-    if mode == "auto" and os.environ.get("WANDB_MODE") in MODES[1:]:
-        mode = os.environ["WANDB_MODE"]
+    if mode == "auto":
+        here = os.environ.get("WANDB_MODE", "").replace("dryrun", "offline")  # as it was called before
+        mode = here if here in MODES else mode
     if mode == "disabled":
         return mode
     try:
