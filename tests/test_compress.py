@@ -81,6 +81,7 @@ def test_the_folder_has_the_network_for_python_and_for_others(trained, made):
     page = (out / "report.md").read_text()
     told = ("0.4 of the dense network's FLOPs", "fine-tuned", "`layer3.0.conv2`", "excluded by 'conv1'", "model=")
     assert all(words in page for words in told)
+    assert "edited by hand" not in page
     assert json.loads((out / "report.json").read_text())["top1"] == done.numbers["top1"]
 
 
