@@ -93,8 +93,8 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
             fail(f"{text} can't be swept here: {error}")
         if not values:
             fail(f"{text} gives no value")
-        if len(values) > 1 and key == "results":
-            fail(f"{text} gives several folders: say one")
+        if override.key_or_group == "results" and override.is_sweep_override():
+            fail(f"{text} may give several folders: say one")
         if len(values) > 1 and not {"-m", "--multirun"} & set(arguments):
             fail(f"{text} gives several values: add -m to run them all")
         if key in groups:

@@ -161,7 +161,7 @@ def test_a_sweep_leaves_a_run_to_the_process_that_is_at_it(call, tmp_path):
         (["dataset=cifar10", "dataset.root=cifar"], "data_batch_1 is missing"),
         (["results=file"], "cannot be written"),
         (["layer", "decef"], "layer is no setting: those are given as key=value"),
-        (["-m", "results=a,b"], "results=a,b gives several folders: say one"),
+        (["-m", "++results=a,b"], "results=a,b may give several folders: say one"),
         (["-m", "train.lr=interval(0.01,0.1)"], "can't be swept here"),
         (["-m", "seed=range(3,3)"], "seed=range(3,3) gives no value"),
     ],

@@ -573,8 +573,9 @@ def test_a_network_inside_something_else_is_refused():
         (torch.compile(model), r"is compiled: give it as model\._orig_mod"),
         (nn.DataParallel(model), r"is in a DataParallel: give it as model\.module"),
     ):
-        with pytest.raises(ValueError, match=message):
-            convert(given, "decef", rank=2)
+        for how in ({"how": "decef", "rank": 2}, {"how": plan(model, "decef", rank=2)}):
+            with pytest.raises(ValueError, match=message):
+                convert(given, **how)
         with pytest.raises(ValueError, match=message):
             cost(given, (4, 8, 8))
 

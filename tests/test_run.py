@@ -326,6 +326,8 @@ def test_every_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 3 has no GPU, of which there are 2: start as many processes"):
         find_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as where each process sees its own alone
+    assert find_device("cuda") == torch.device("cuda", 0)
 
 
 def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):

@@ -425,15 +425,18 @@ class Compression:
         }
 
     def _rows(self, network: nn.Module, made: Plan) -> Iterator[dict[str, Any]]:
-        """The rows of the plan with what the layers cost, which is another thing than planned if it was edited."""
+        """The rows of the plan with what the layers cost: another thing than planned, if it was edited."""
         flops = module_flops(network, self._input_size)
         counted: set[int] = set()
         for row in made.to_dict()["rows"]:
             layer = network.get_submodule(row["name"])
             new = {id(p): p.numel() for name, p in layer.named_parameters() if name != "bias" and id(p) not in counted}
             counted.update(new)
-            macs = None if row["macs_before"] is None else flops[row["name"]] // 2
-            yield {**row, "params_after": sum(new.values()), "macs_after": macs}
+            if row["action"] == "keep":
+                yield {**row, "params_after": row["params_before"], "macs_after": row["macs_before"]}
+            else:
+                macs = None if row["macs_before"] is None else flops[row["name"]] // 2
+                yield {**row, "params_after": sum(new.values()), "macs_after": macs}
 
 
 def _check_budget_and_layer(budget: object, layer: str) -> None:

@@ -54,7 +54,7 @@ class State:
         """
         changed = self._changed()
         if changed and not AFTER_PLANNING.issuperset(changed):
-            if (self._folder / PLAN).is_file() and self.edited(Plan.load(self._folder / PLAN)):
+            if (self._folder / PLAN).is_file() and self._may_be_edited():
                 (self._folder / PLAN).replace(self._folder / BEFORE)
                 log.info("%s was edited: it is now %s, and another is made", PLAN, BEFORE)
             for planned in (PLAN, FORMS):
@@ -81,6 +81,12 @@ class State:
     def edited(self, plan: Plan) -> bool:
         """Whether the folder's plan says something else than when it was made."""
         return self._known.get("planned", digest(plan)) != digest(plan)
+
+    def _may_be_edited(self) -> bool:
+        try:
+            return "planned" not in self._known or self.edited(Plan.load(self._folder / PLAN))
+        except ValueError:  # it can't be read any more
+            return True
 
     def __contains__(self, key: str) -> bool:
         return key in self._known

@@ -275,7 +275,7 @@ def find_folder(root: Path | None, *names: str) -> Path:
             return folder
     raise FileNotFoundError(
         f"no folder with train/ and val/ was found, looking at {', '.join(map(str, candidates))}: say where it is with "
-        "dataset.root=FOLDER or the environment variable DECEF_DATA"
+        f"dataset.root=FOLDER{'' if root else ' or the environment variable DECEF_DATA'}"
     )
 
 

@@ -60,6 +60,9 @@ class _Folded(nn.Sequential):
         super().__init__(*(() if type(norm) is nn.BatchNorm2d else (norm.drop, norm.act)))
         self._norm = (norm,)  # in a tuple, as it is no part of the network any more
 
+    def __bool__(self) -> bool:
+        return True  # as every module but an empty Sequential
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._norm[0]._apply(fn, recurse)  # to the same device and precision
         return super()._apply(fn, recurse)

@@ -139,7 +139,7 @@ def _non_inferior(
         against = {pair(record): record for record in others}
         found = differences(((pair(r), r.top1) for r in group), {key: other.top1 for key, other in against.items()})
         result = f"{_percent(_top1s(group))}, {_costs(group[0])}"
-        result += "" if by_seed_alone else _other_precision(group, against, control)
+        result += _not_paired([r for r in group if pair(r) not in against], others, control)
         if not found:
             yield _finding(group, f"{result}; no run of {selector_words(control)} to compare with")
             continue
@@ -369,19 +369,16 @@ def _mixed(records: Iterable[Record]) -> str:
     return f", precision {words}" if words.startswith("mixed") else ""
 
 
-def _other_precision(
-    group: Iterable[Record], against: Mapping[tuple[int, str | None, int], Record], control: Mapping[str, Any]
-) -> str:
+def _not_paired(alone: Iterable[Record], others: Iterable[Record], control: Mapping[str, Any]) -> str:
     """How many runs are not paired although the control has their seeds, because it ran in another way."""
-    seeds = {seed for seed, *_ in against}
-    ours = {record.pair[0]: record for record in group if record.pair not in against and record.pair[0] in seeds}
-    if not ours:
+    by_seed = {record.config.seed: record for record in others}
+    found = [(record, by_seed[record.config.seed]) for record in alone if record.config.seed in by_seed]
+    if not found:
         return ""
-    theirs = [record for (seed, *_), record in against.items() if seed in ours]
-    words = f"; {len(ours)} not paired with {selector_words(control)}, whose"
-    here, there = precision_words(ours.values()), precision_words(theirs)
-    if here == there:
+    words = f"; {len(found)} not paired with {selector_words(control)}, whose"
+    if all(ours.pair[1] == theirs.pair[1] for ours, theirs in found):
         return f"{words} number of processes differs"
+    here, there = (precision_words(pair[side] for pair in found) for side in (0, 1))
     return f"{words} precision differs ({here} here, {there} there)"
 
 

@@ -432,6 +432,7 @@ class RunConfig:
                 raise ValueError(f"there is no setting {', '.join(sorted(unknown))}")
             for name, kind in GROUPS.items():
                 settings[name] = group(name, kind, settings.get(name, {}))
+            settings["progress"] = settings.get("progress") or False
             settings["results"] = Path(str(settings.get("results") or "results"))
             return cls(**settings)
 

@@ -91,10 +91,12 @@ class Recorder:
             # there, and a sweep would take that run for one that another process is at.
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except (BlockingIOError, PermissionError):  # the latter on some network file systems
                 raise BusyError(f"another process is at this run: {self.path}") from None
             except OSError as error:
-                raise self._cannot_write(error) from error
+                raise ValueError(
+                    f"{self.path} can't be locked ({error.strerror}): put the results elsewhere"
+                ) from error
             # A config without summary and checkpoint is of a run that never began: it must not hinder this one.
             if not (config.is_file() and ((self.path / SUMMARY).is_file() or self.checkpoint.is_file())):
                 try:

@@ -270,6 +270,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         rank, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if count == 1:  # some launchers show every process its own GPU alone
+            return torch.device("cuda", 0)
         if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
             raise ValueError(f"device={name} would have all processes on one GPU: say device=cuda")
         if device.index is None and rank >= count:
