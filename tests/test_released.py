@@ -94,11 +94,11 @@ def test_the_released_networks_are_what_their_records_say(monkeypatch):
         test = first_images(card.dataset, card.mean, card.std)
         if test is not None:
             _, top1 = evaluate(network, test)
-            assert top1 == pytest.approx(card.top1, abs=12)  # of 64 images; other weights have 10 %
+            assert top1 == pytest.approx(card.top1, abs=18)  # of 32 images; other weights have 10 %
 
 
 @functools.cache
-def first_images(name, mean, std, count=64):
+def first_images(name, mean, std, count=32):
     """The first test images of a dataset, or None where it isn't."""
     try:
         _, test = dataset(name, mean=mean, std=std).load()
