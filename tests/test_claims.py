@@ -213,6 +213,14 @@ def test_training_of_another_name_is_no_control():
     assert judge(asked["fair-fight"], [*found, *mine]) == judge(asked["fair-fight"], found)
 
 
+def test_every_look_has_its_share_of_the_chance_to_be_wrong():
+    ours = runs("decef", 88.0, 89.7, 90.0, rank=4)
+    once, twice = (judge(replace(NON_INFERIOR, looks=looks), [*DENSE, *ours]) for looks in (1, 2))
+    assert [one.verdict for one in (once, twice)] == [FAILS, UNDECIDED]
+    (p,) = {re.search(r"\(p = ([\d.]+)", one.evidence[0].result)[1] for one in (once, twice)}
+    assert 0.025 < float(p) < 0.05
+
+
 def test_runs_of_another_precision_are_not_paired():
     ours = runs("decef", 90.0, 91.1, 91.9, rank=4, precision="fp32")
     got = judge(NON_INFERIOR, [*DENSE, *ours])

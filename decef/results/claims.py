@@ -42,12 +42,18 @@ class Claim:
     experiment: str
     published: tuple[Published, ...] = ()
     holds_if: str = "all"
+    looks: int = 1
     note: str = ""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What its kind is asked."""
         return {key: value for key, value in self.asks.items() if key != "kind"}
+
+    @property
+    def alpha(self) -> float:
+        """The chance of a wrong decision at one look, so that it is at most `ALPHA` over all (Bonferroni)."""
+        return ALPHA / self.looks
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def load_claims() -> tuple[Claim, ...]:
         _known("kind", claim.asks.get("kind"), KINDS, claim.id)
         _check_asks(claim)
         _known("holds_if", claim.holds_if, HOLDS_IF, claim.id)
+        _known("looks", claim.looks, range(1, 10), claim.id)
         if claim.id in claims:
             raise ValueError(f"claims.yaml: claim {claim.id} stands there twice")
         claims[claim.id] = claim
@@ -145,7 +152,8 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
 
     Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound, or a sign test,
     see `Comparison`. The p-values of a claim are corrected together by Holm's method. So the chance of even one wrong
-    decision among them is at most `ALPHA`, as long as the number of seeds was fixed before their results were seen.
+    decision among them is at most `ALPHA`, as long as the numbers of seeds at which it is looked at, `claim.looks` of
+    them, were fixed before.
 
     Args:
         claim: one of `load_claims()`.
@@ -165,7 +173,7 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     # Several experiments may share a control: its comparison counts once.
     tests = list(dict.fromkeys(c for finding in findings for c in finding.comparisons if len(c.values) > 1))
     corrected = dict(zip(tests, holm([p_value(c.values, c.bound, by_sign=c.by_sign) for c in tests]), strict=True))
-    evidence = tuple(_evidence(finding, corrected) for finding in findings)
+    evidence = tuple(_evidence(finding, corrected, claim.alpha) for finding in findings)
     return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
 
 
@@ -189,26 +197,26 @@ def _overall(verdicts: Iterable[str], holds_if: str) -> str:
     return UNDECIDED
 
 
-def _evidence(finding: Finding, corrected: Mapping[Comparison, float]) -> Evidence:
+def _evidence(finding: Finding, corrected: Mapping[Comparison, float], alpha: float) -> Evidence:
     """A finding with its verdict: it holds if all its comparisons hold, and fails if one of them fails."""
-    parts = [_decided(comparison, corrected) for comparison in finding.comparisons]
+    parts = [_decided(comparison, corrected, alpha) for comparison in finding.comparisons]
     found = {verdict for verdict, _ in parts} or {NOT_TESTED}
     verdict = next(v for v in (FAILS, ONE_SEED, UNDECIDED, HOLDS, NOT_TESTED) if v in found)
     result = "; ".join(filter(None, [finding.result, *(words for _, words in parts)]))
     return Evidence(finding.what, finding.n, result, verdict, finding.runs)
 
 
-def _decided(comparison: Comparison, corrected: Mapping[Comparison, float]) -> tuple[str, str]:
+def _decided(comparison: Comparison, corrected: Mapping[Comparison, float], alpha: float) -> tuple[str, str]:
     """The verdict on one comparison, and its words with the p-value and, if undecided, the number of seeds needed."""
     if comparison not in corrected:
         return ONE_SEED, comparison.words
     p = corrected[comparison]
     words = f"{comparison.words} (p {f'= {p:.2g}' if p >= 0.001 else '< 0.001'}"
-    if p <= ALPHA:
+    if p <= alpha:
         above = is_above(comparison.values, comparison.bound, by_sign=comparison.by_sign)
         return HOLDS if above else FAILS, f"{words})"
     # Holm's bound for the smallest p-value; those for the others are less strict.
-    needed = seeds_needed(comparison.values, comparison.bound, ALPHA / len(corrected), by_sign=comparison.by_sign)
+    needed = seeds_needed(comparison.values, comparison.bound, alpha / len(corrected), by_sign=comparison.by_sign)
     return UNDECIDED, f"{words}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds needed)"
 
 
