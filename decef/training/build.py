@@ -147,6 +147,6 @@ def _excluded(model: ModelConfig, dense: nn.Module) -> list[str]:
     exclude = listed(model.exclude) or []
     if model.dense_stem:
         exclude.insert(0, stem_name(dense))
-    if model.options.get("shortcut") == "B":  # the papers have these 1x1 projections dense, as option A has none
+    if model.options.get("shortcut") == "B":  # so that both options replace the same 3x3 convolutions
         exclude.append("*.shortcut.0")
     return exclude
