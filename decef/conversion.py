@@ -16,13 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from decef.copies import copied, copied_with
-from decef.costs import check_plain, shared_weights
+from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen, without_leftover
 from decef.layers import Basis2021Conv2d, FactorizedConv2d
 from decef.moments import moments_on
 from decef.plans import Plan, layer_type, planned
 from decef.progress import bar
-from decef.sites import count_parameters, reason_against
+from decef.sites import check_convertible, count_parameters, reason_against
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def convert(
         TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
             raises.
     """
-    check_plain(model)
+    check_convertible(model)
     if from_scratch and data is not None:
         raise ValueError("data would do nothing with from_scratch: new factors are drawn, not fitted")
     if not isinstance(how, (Plan, str)):

@@ -73,9 +73,9 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> tuple[list
     """All convolutions of a network, in the order of its modules, and what the whole network costs.
 
     Raises:
-        ValueError: the network does not run on an input of this size; or see `check_plain`.
+        ValueError: the network does not run on an input of this size; or see `check_convertible`.
     """
-    check_plain(model)
+    check_convertible(model)
     shapes = None if input_size is None else input_shapes(model, input_size)
     flops = {} if input_size is None else module_flops(model, input_size)
     sharing = shared_weights(model)
@@ -86,6 +86,16 @@ def find_sites(model: nn.Module, input_size: Sequence[int] | None) -> tuple[list
             macs = flops[name] // 2 if inputs else None
             sites.append(Site(name, module, sharing.get(name, [name]), inputs, macs))
     return sites, Totals(sum(p.numel() for p in model.parameters()), sum(flops.values()) // 2)
+
+
+def check_convertible(model: nn.Module) -> None:
+    """Raise ValueError for a network whose convolutions can't be decomposed where they are; see also `check_plain`."""
+    check_plain(model)
+    if any(tensor.device.type == "mps" for tensor in model.parameters()):
+        raise ValueError(
+            "the network is on MPS, which has no float64, and kernels are decomposed in that: move it to the CPU "
+            "(model.cpu()), and what comes of it back"
+        )
 
 
 def note_kept(

@@ -580,6 +580,27 @@ def test_a_network_inside_something_else_is_refused():
             cost(given, (4, 8, 8))
 
 
+class OnMPS(torch.Tensor):
+    """A tensor on a device that needn't be here; it has no values."""
+
+    @staticmethod
+    def __new__(cls, *size):
+        return torch.Tensor._make_wrapper_subclass(cls, size, device=torch.device("mps"))
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return cls(*args[0].shape)
+
+
+def test_networks_without_float64_are_sent_to_the_cpu():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3))
+    made = plan(model, "decef", rank=2)
+    model[0].weight = nn.Parameter(OnMPS(8, 4, 3, 3))
+    for call in (lambda: plan(model, "decef", rank=2), lambda: convert(model, made)):
+        with pytest.raises(ValueError, match=r"is on MPS, which has no float64.*\(model\.cpu\(\)\)"):
+            call()
+
+
 def test_a_pruned_factor_has_to_be_made_permanent_before_folding():
     model = nn.Sequential(DeCEFConv2d(4, 8, 3, rank=2))
     prune.l1_unstructured(model[0], "coefficients", 0.5)

@@ -208,6 +208,8 @@ def test_damaged_and_missing_tiles(tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(ValueError, match=f"{broken} is damaged"):
         loaded("magnetic_tile")
+    with pytest.raises(FileNotFoundError, match=r"in typo/magnetic-tile, typo\. Get .*dataset\.root=FOLDER$"):
+        dataset("magnetic_tile").load(Path("typo"))  # not those of the search path
 
 
 @pytest.mark.skipif(not (REAL / "magnetic-tile").is_dir(), reason="no magnetic-tile under $DECEF_DATA or data/")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -72,6 +74,8 @@ def test_a_separable_pair_is_a_decef_of_rank_1(name):
         ("torchvision/resnet18", {"shortcut": "A"}, "torchvision/resnet18 has no option shortcut"),
         ("vgg16_bn", {"conv_classifier": True}, "model 'vgg16_bn' has no option conv_classifier"),
         ("plain", {"width": 0.001}, "leaves a layer without channels"),
+        ("plain", {"width": math.nan}, r"model\.width=nan must be a number above 0"),
+        ("mobilenetv2", {"width": -1}, r"model\.width=-1 must be a number above 0"),
         ("resnet20", {"pretrained": True}, "no trained weights of 'resnet20'"),
         ("mynets:make", {"pretrained": True}, "no trained weights of 'mynets:make' to download"),
     ],

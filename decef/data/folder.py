@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from decef.data.images import Batch, Part, normalize, parts
-from decef.data.search import search_path
+from decef.data.search import root_or_search_path
 from decef.data.torchvision_cpu import import_torchvision
 
 log = logging.getLogger(__name__)
@@ -260,15 +260,13 @@ def names_md5(root: Path) -> str:
 def find_folder(root: Path | None, *names: str) -> Path:
     """The first folder with a `train` folder in it, among the search path and folders of these names in it.
 
-    If `root` is given, it is in there: other images than were asked for would not be noticed.
+    If `root` is given, it is in there, see `root_or_search_path`.
 
     Raises:
         FileNotFoundError: there is no such folder.
     """
     candidates = [
-        place
-        for folder in ([root] if root else search_path(None))
-        for place in (folder, *(folder / name for name in names))
+        place for folder in root_or_search_path(root) for place in (folder, *(folder / name for name in names))
     ]
     for folder in candidates:
         if (folder / "train").is_dir():

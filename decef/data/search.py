@@ -15,6 +15,11 @@ def search_path(root: Path | None) -> list[Path]:
     return given or [Path("data")]
 
 
+def root_or_search_path(root: Path | None) -> list[Path]:
+    """`root` alone if it is given, for data of which others than were asked for would not be noticed."""
+    return search_path(None) if root is None else [root]
+
+
 def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], None], hint: str = "") -> Path:
     """Download a dataset into the first folder of the search path, and return that folder.
 

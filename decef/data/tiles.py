@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import random_split
 
 from decef.data.images import Images
-from decef.data.search import search_path
+from decef.data.search import root_or_search_path
 from decef.data.subsets import stratified_split
 from decef.extras import need
 
@@ -30,7 +30,7 @@ def load_magnetic_tile(root: Path | None = None, as_published: bool = False) -> 
     are enlarged: "crack" by its mirror images, "fray" by its mirror images and rotations by 90 degrees.
 
     Args:
-        root: folder to look in first for `magnetic-tile/MT_<class>/*.jpg`.
+        root: folder to look in for `magnetic-tile/MT_<class>/*.jpg`; None: in those of the search path.
         as_published: enlarge before the split, as the authors' code does. Copies of a photograph can then be in both
             parts. By default the split comes first, and only the training part is enlarged.
 
@@ -57,7 +57,8 @@ def load_magnetic_tile_masks(root: Path | None = None) -> tuple[Images, Images]:
     48; copies of a mask are on both sides.
 
     Args:
-        root: folder to look in first for `Magnetic-tile-defect-datasets_torch/MT_<class>/*.png`.
+        root: folder to look in for `Magnetic-tile-defect-datasets_torch/MT_<class>/*.png`; None: in those of the
+            search path.
 
     Raises:
         FileNotFoundError: it is not found; there is no download.
@@ -74,13 +75,14 @@ def load_magnetic_tile_masks(root: Path | None = None) -> tuple[Images, Images]:
 
 
 def _find(root: Path | None, name: str, what: str, source: str) -> Path:
-    candidates = [f for folder in search_path(root) for f in (folder / name, folder)]
+    candidates = [f for folder in root_or_search_path(root) for f in (folder / name, folder)]
     for folder in candidates:
         if _place(folder, "crack").is_dir():
             return folder
+    anywhere = "" if root else " or the environment variable DECEF_DATA"
     raise FileNotFoundError(
         f"the magnetic-tile {what} were not found: no MT_<class> folders in {', '.join(map(str, candidates))}. "
-        f"Get them from {source} and say where they are with dataset.root=FOLDER or the environment variable DECEF_DATA"
+        f"Get them from {source} and say where they are with dataset.root=FOLDER{anywhere}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -79,6 +80,9 @@ def create_model(
     unknown = [key for key in options if key not in known]
     if unknown:
         raise ValueError(f"model '{name}' has no option {', '.join(unknown)}")
+    width = options.get("width")
+    if width is not None and not 0 < width < math.inf:
+        raise ValueError(f"model.width={width} must be a number above 0")
     if image_size is not None and "image_size" in known:
         options["image_size"] = image_size
     return MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)
