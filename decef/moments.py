@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from decef.copies import copied
 from decef.costs import shared_weights
 from decef.inputs import NO_BATCH, check_batches, inputs_of, inputs_seen
-from decef.layers.factorized import padded, pair, without_autocast, zero_pads
+from decef.layers.factorized import without_autocast
+from decef.layers.padding import padded, pair, zero_pads
 from decef.progress import bar
 
 PATCHES_AT_ONCE = 2**24  # numbers in an unfolded input

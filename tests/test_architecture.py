@@ -13,7 +13,8 @@ from torch.nn import functional as F
 import decef
 from decef.inference.export import export
 from decef.layers import LAYERS
-from decef.layers.factorized import FactorizedConv2d, conv2d_of
+from decef.layers.factorized import FactorizedConv2d
+from decef.layers.parts import conv2d_of
 from decef.models import CifarResNet
 from decef.results.tables import summarize
 from decef.training.record import load_records

@@ -79,7 +79,7 @@ SAME_IMAGES = ("cifar100", "svhn", "fashion_mnist", "magnetic_tile_masks", "imag
 def run_cells(cells, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.ERROR)
     monkeypatch.setattr(DatasetConfig, "dataset", tiny)
-    monkeypatch.setattr("decef.training.config.folder_identity", lambda root, name="": (10, "of no folder"))
+    monkeypatch.setattr("decef.training.config.dataset.folder_identity", lambda root, name="": (10, "of no folder"))
     monkeypatch.setattr("decef.training.recorder.environment", lambda device: {"started": "now"})
     done = 0
     for data, model, layer in cells:

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import BLOCK, FactorizedConv2d, PaddingMode, Size
+from decef.layers.factorized import FactorizedConv2d
 from decef.layers.metric import conditioned
+from decef.layers.padding import PaddingMode, Size
+from decef.layers.parts import BLOCK
 
 
 class BasisConv2d(FactorizedConv2d):

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.basis import BasisConv2d
 from decef.layers.choice import factorized_has_fewer_macs
-from decef.layers.factorized import PaddingMode, Size, evaluating
+from decef.layers.factorized import evaluating
+from decef.layers.padding import PaddingMode, Size
 
 
 class Basis2021Conv2d(BasisConv2d):

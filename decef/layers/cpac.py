@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import PENALTY, cp_als, group_scales, most_kept, whitened
-from decef.layers.factorized import BLOCK, FactorizedConv2d, conv2d_of, more_components
+from decef.layers.factorized import FactorizedConv2d
 from decef.layers.metric import conditioned, fit
+from decef.layers.parts import BLOCK, conv2d_of, more_components
 
 
 class CPACConv2d(FactorizedConv2d):

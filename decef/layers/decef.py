@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decef.layers.factorized import Copies, FactorizedConv2d, conv2d_of
+from decef.layers.factorized import FactorizedConv2d
 from decef.layers.metric import conditioned, fit
+from decef.layers.parts import Copies, conv2d_of
 
 
 class DeCEFConv2d(FactorizedConv2d):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from decef.layers.choice import factorized_is_faster
 from decef.layers.metric import conditioned, squared_norm_on
+from decef.layers.padding import PaddingMode, Size, padded, pair, zero_pads
+from decef.layers.parts import conv2d_of, more_components
 
 IMPLEMENTATIONS = ("auto", "factorized", "reconstructed")
-#: Channels that engines compute at once: 16 floats in AVX-512, 16 outputs of 8-bit products. Fewer cost as much.
-BLOCK = 16
-Size = int | tuple[int, int]
-PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class FactorizedConv2d(nn.Module):
@@ -465,59 +463,6 @@ class FactorizedConv2d(nn.Module):
         return ", ".join([*parts, f"rank={self.rank}", f"implementation={self.implementation!r}"])
 
 
-@torch.no_grad()
-def conv2d_of(weight: Tensor, bias: Tensor | None = None, groups: int = 1, **spatial: Any) -> nn.Conv2d:
-    """A `torch.nn.Conv2d` with a copy of `weight`.
-
-    Args:
-        weight: `(out, in // groups, kh, kw)`, or `(out, in // groups)` for a 1x1 convolution.
-        bias: `(out,)`.
-        groups: number of groups.
-        **spatial: stride, padding, dilation and padding mode.
-    """
-    weight = weight if weight.dim() == 4 else weight[:, :, None, None]
-    out, per_group, *size = weight.shape
-    # On "meta" no weights are drawn, which would move torch's generator on.
-    conv = nn.Conv2d(
-        per_group * groups, out, (size[0], size[1]), groups=groups, bias=bias is not None, device="meta", **spatial
-    )  # fmt: skip
-    conv.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.to(weight, copy=True))
-    return conv
-
-
-def more_components(factor: Tensor, groups: int, more: int) -> Tensor:
-    """A factor `(groups * rank, ...)` with zeros for `more` components of every group."""
-    by_group = factor.reshape(groups, -1, *factor.shape[1:])
-    return F.pad(by_group, (0, 0) * (factor.dim() - 1) + (0, more)).flatten(0, 1)
-
-
-class Copies(nn.Module):
-    """Copies of the input, one after the other in the channels."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x] * self.count, -3)
-
-
-class BlockSum(nn.Module):
-    """The sum of so many equal blocks of channels."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *others = x.chunk(self.count, -3)
-        for other in others:
-            first = first + other
-        return first
-
-
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which kernels and factors are computed in their own precision, also where autocast is on."""
     return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
@@ -536,23 +481,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def is_rank(rank: object, most: int) -> bool:
     """Whether `rank` is a whole number from 1 to `most`, numpy's included."""
     return isinstance(rank, Integral) and not isinstance(rank, bool) and 1 <= int(rank) <= most
-
-
-def pair(value: Size | tuple[int, ...]) -> tuple[int, int]:
-    """One number for both directions, or two, as two."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def zero_pads(padding: Size | str | tuple[int, ...], kernel: Size, dilation: Size) -> tuple[int, int, int, int]:
-    """What a convolution with this `padding` adds on the left, right, top and bottom."""
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(pair(dilation), pair(kernel), strict=True)]
-        (top, bottom), (left, right) = ((t // 2, t - t // 2) for t in total)
-        return left, right, top, bottom
-    vertical, horizontal = (0, 0) if isinstance(padding, str) else pair(padding)
-    return horizontal, horizontal, vertical, vertical
-
-
-def padded(x: Tensor, pads: tuple[int, int, int, int], mode: str) -> Tensor:
-    """`x` with so much more on the left, right, top and bottom, in a convolution's `padding_mode`."""
-    return F.pad(x, pads, "constant" if mode == "zeros" else mode) if any(pads) else x

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decef.layers.cp import PENALTY, cp_als, group_scales, most_kept, whitened
-from decef.layers.factorized import BlockSum, FactorizedConv2d, PaddingMode, Size, conv2d_of
+from decef.layers.factorized import FactorizedConv2d
 from decef.layers.metric import conditioned
+from decef.layers.padding import PaddingMode, Size
+from decef.layers.parts import BlockSum, conv2d_of
 
 MOST_UNKNOWN = 1024  # largest number of unknowns in the least-squares problem of one filter
 

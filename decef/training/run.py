@@ -17,7 +17,7 @@ from decef.data import Data, Dataset, UnreadableError
 from decef.data.subsets import stratified_subset
 from decef.inputs import takes_channels_last
 from decef.layers import FactorizedConv2d
-from decef.layers.factorized import pair
+from decef.layers.padding import pair
 from decef.machine import device_name, keep_freed_memory
 from decef.plans import Plan
 from decef.training.build import Built, build, rebuild
