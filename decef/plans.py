@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from decef.extras import need
 from decef.files import replace_file
 from decef.layers import LAYERS, FactorizedConv2d
+from decef.layers.factorized import is_rank
 from decef.moments import moments_on
 from decef.progress import bar
 from decef.ranks import Budget, Candidate, EffectiveRank, Fixed, Latency, PerLayer, Rule, Share, Totals, as_rule
 from decef.ranks.budget import NO_INPUT_SIZE
 from decef.ranks.latency import NO_TIMES
-from decef.ranks.rules import checked_rank
 from decef.ranks.steps import Step, measured_energy
 from decef.sites import Site, add_units, candidates_of, find_sites, listed, note_kept
 
@@ -176,8 +176,18 @@ def plan(
     """
     if data is not None and not isinstance(data, Mapping) and layer != AUTO and _is_blind(as_rule(rank)):
         raise ValueError("data would do nothing: these ranks don't depend on what a kernel keeps; give them to convert")
-    where: dict[str, Any] = {"include": include, "exclude": exclude, "min_kernel_size": min_kernel_size}
-    return planned(model, layer, rank=rank, input_size=input_size, data=data, **where, **options)[0]
+    made, _ = planned(
+        model,
+        layer,
+        rank=rank,
+        include=include,
+        exclude=exclude,
+        min_kernel_size=min_kernel_size,
+        input_size=input_size,
+        data=data,
+        **options,
+    )
+    return made
 
 
 def planned(
@@ -202,7 +212,7 @@ def planned(
     return choice.plan(rank), choice.moments
 
 
-class RankChoice:
+class _RankChoice:
     """What the convolutions of a network may become as layers of one type, to plan their ranks.
 
     What a rule wants to know of the kernels is computed once: plans by several rules then cost little. For the
@@ -231,7 +241,7 @@ class RankChoice:
             rule = PerLayer(_by_first(rule.ranks, sites))
         # What is asked of the whole network can fail even where no layer may have ranks.
         of_network = isinstance(rule, (Budget, Latency)) and issubclass(layer_type(self._layer), FactorizedConv2d)
-        if self._candidates or of_network or getattr(rule, "names_layers", False):
+        if self._candidates or of_network or isinstance(rule, PerLayer):
             chosen = _choose(rule, self._candidates, self._totals)
             for site in sites:
                 if not site.reason:
@@ -239,14 +249,14 @@ class RankChoice:
         return Plan(self._layer, [_row(site) for site in sites], dict(self._options))
 
 
-class TypeChoice:
+class _TypeChoice:
     """What every convolution of a network keeps of its energy as every layer type, to plan with layer "auto".
 
     The energies are measured once, by decomposing the kernels at a few ranks, which takes most of the time. Plans for
     several budgets then cost little. For the arguments see `plan`.
 
     Attributes:
-        moments: see `RankChoice`.
+        moments: see `_RankChoice`.
 
     Raises:
         ValueError, TypeError: see `plan`.
@@ -314,8 +324,8 @@ def planner(model: nn.Module, layer: str, *, progress: bool = False, **where: An
     return _choice(model, layer, progress=progress, **where).plan
 
 
-def _choice(model: nn.Module, layer: str, **where: Any) -> RankChoice | TypeChoice:
-    return TypeChoice(model, **where) if layer == AUTO else RankChoice(model, layer, **where)
+def _choice(model: nn.Module, layer: str, **where: Any) -> _RankChoice | _TypeChoice:
+    return _TypeChoice(model, **where) if layer == AUTO else _RankChoice(model, layer, **where)
 
 
 class _Survey(NamedTuple):
@@ -417,7 +427,7 @@ def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict
     chosen: dict[str, tuple[int | None, str]] = {}
     for candidate in candidates:
         rank = ranks.get(candidate.name)
-        at = 1 if rank is None else checked_rank(candidate, rank)
+        at = 1 if rank is None else _checked_rank(candidate, rank)
         if not candidate.saves(at) and (rank is None or not final):
             chosen[candidate.name] = None, f"rank {at} would cost no less than dense"
         elif rank is None:
@@ -425,6 +435,16 @@ def _choose(rule: Rule, candidates: Sequence[Candidate], totals: Totals) -> dict
         else:
             chosen[candidate.name] = at, ""
     return chosen
+
+
+def _checked_rank(candidate: Candidate, rank: int) -> int:
+    """`rank` as an int; raises ValueError if it is not possible for the candidate."""
+    if not is_rank(rank, candidate.max_rank):
+        raise ValueError(
+            f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
+            f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"
+        )
+    return int(rank)
 
 
 def _by_first(ranks: Mapping[str, int], sites: Sequence[Site]) -> dict[str, int]:

@@ -352,7 +352,7 @@ def test_the_search_does_not_take_a_network_that_does_not_run_for_one_that_is_to
         search(as_plan, broken, 0.6)
 
 
-@pytest.mark.parametrize("name", ["plan.yaml", "forms.json", "checkpoint.pt"])
+@pytest.mark.parametrize("name", ["plan.yaml", "forms.json", "checkpoint.pt", "report.md", "network.onnx"])
 def test_a_folder_with_files_of_something_else_is_refused(trained, options, tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"has a {name} that is not of a compression: give another folder"):

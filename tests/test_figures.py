@@ -292,13 +292,17 @@ def test_of_auto_alone_there_are_no_cost_bars(records):
 
 
 def test_what_has_no_data_is_skipped_with_the_command_that_makes_it(call, tmp_path):
+    mine = [tmp_path / "figures" / name for name in ("mine.png", "README.md")]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
     done = call("figures.py", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said == [
         f"skipped: there is no data for {what}; make it with {command}" for what, command, _ in figures.KINDS
     ]
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["README.md"]
+    assert [path.read_text() for path in (tmp_path / "figures").iterdir()] == ["mine", "mine"]
 
 
 def test_of_other_low_rank_networks_there_is_no_significance(tmp_path):

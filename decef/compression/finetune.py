@@ -15,7 +15,6 @@ from decef.copies import copied
 from decef.inputs import forked_generator, without_leftover
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
-from decef.training.optim import lr_at
 
 Loader = Iterable[Any]
 
@@ -152,13 +151,9 @@ def finetune(
     ):
         for epoch in range(first, config.epochs):
             torch.manual_seed(seed * 1_000_003 + epoch)
-            training.start_epoch()
             there = without_leftover(islice(batches(data, classes), steps))
-            for step, (images, labels) in enumerate(there, start=epoch * steps):
-                lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-                training.step(_on(images, device, config), labels.to(device), lr, step)
-                bar.update()
-            loss, accuracy = training.finish_epoch()
+            on_device = ((_on(images, device, config), labels.to(device)) for images, labels in there)
+            _, loss, accuracy = training.epoch(on_device, epoch, steps, bar.update)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", top1=f"{accuracy:.2f}")
             save({"epoch": epoch + 1, "training": training.state_dict()})
 

@@ -30,7 +30,7 @@ from decef.compression.finetune import (
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
 from decef.compression.report import FILES, write_report
-from decef.compression.state import CHECKPOINT, FORMS, PLAN, State, digest
+from decef.compression.state import CHECKPOINT, FORMS, PLAN, REPORT, State, digest
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import input_shapes, module_flops, total_cost
@@ -48,8 +48,6 @@ from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import MAX_SEED, TrainConfig
 
 log = logging.getLogger(__name__)
-
-REPORT = "report.md"
 
 
 @dataclass
@@ -354,7 +352,7 @@ class Compression:
         Where the budget is one of memory or bytes, in chains: the fastest form may be dense, as large as before.
         """
         if isinstance(self._budget, (Memory, Size)):
-            return Deployer(network, self._x).all_in("factorized", self._engine)
+            return Deployer(network, self._x).as_chains(self._engine)
         anew = deploy(network, self._x, engines=[self._engine], progress=self._progress)
         try:
             before = Deployed.load(self._folder / FORMS, network, self._x)

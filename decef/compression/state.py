@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from decef.files import write_json
+from decef.models.released import NETWORK
 from decef.plans import Plan
 from decef.training.checkpoint import load_checkpoint
 
 log = logging.getLogger(__name__)
 
-PLAN, FORMS, STATE, CHECKPOINT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt"
+ENDINGS = ("safetensors", "onnx", "pt2")  # of the network
+PLAN, FORMS, STATE, CHECKPOINT, REPORT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt", "report.md"
+#: What a compression writes beside its state.
+WRITTEN = (PLAN, FORMS, CHECKPOINT, REPORT, "report.json", *(f"{NETWORK}.{ending}" for ending in ENDINGS))
 TUNING = {"finetune", "lr"}  # what is asked of fine-tuning alone
 AFTER_PLANNING = TUNING | {"images", "seed"}  # what a plan doesn't depend on
 BEFORE = "plan-before.yaml"
@@ -65,7 +69,7 @@ class State:
 
     def _changed(self) -> dict[str, str]:
         """Read the file; what it was asked that is asked otherwise now, in words by argument."""
-        others = [name for name in (PLAN, FORMS, CHECKPOINT) if (self._folder / name).exists()]
+        others = [name for name in WRITTEN if (self._folder / name).exists()]
         if others and not self._path.is_file():
             raise ValueError(f"{self._folder} has a {others[0]} that is not of a compression: give another folder")
         self._known = json.loads(self._path.read_text()) if self._path.is_file() else {}

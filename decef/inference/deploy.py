@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -52,7 +53,7 @@ class Deployed(nn.Module):
         precision: in which it computes.
         error: of its output for the example, over the norm of the original's.
         bytes: its size in a file of the engine.
-        quantized: in ONNX Runtime, how many operators of each kind run in 8 bits, and how many there are.
+
         times: a dict for each candidate with `engine`, `arrangement` and `seconds`, the time of a call.
     """
 
@@ -70,7 +71,7 @@ class Deployed(nn.Module):
         self.network = network
         self.engine, self.arrangement, self.forms, self.times = engine, arrangement, dict(forms), times
         self.precision, self.error = precision, error
-        self.bytes, self.quantized = network.bytes, network.quantized
+        self.bytes = network.bytes
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -192,8 +193,6 @@ class Deployer:
             got = type(self._expected).__name__
             raise ValueError(f"the network must give one tensor to be deployed, not a {got}")
         self._model, self._layers = fold_batch_norms(self._model)
-        inputs = layer_inputs(self._model, self._x, self._layers)
-        self._timer = _FormTimer(self._layers, {name: max(xs, key=Tensor.numel) for name, xs in inputs.items()})
         self._networks: dict[tuple[tuple[str, str], ...], Loadable] = {}
 
     @torch.no_grad()
@@ -204,7 +203,7 @@ class Deployer:
         calibration: Tensor | Iterable[object] | None = None,
     ) -> Deployed:
         """See `deploy`."""
-        x = self._x
+        x, timer = self._x, self._timer
         engines, inputs = _checked(x, engines, precision, calibration)
         alone: dict[str, _FormTimes] = {}
         errors: dict[tuple[str, str], float] = {}
@@ -213,11 +212,11 @@ class Deployer:
         for engine in engines:
             by = "eager" if engine == "compile" else engine  # compiling every layer in every form would take minutes
             try:
-                alone[by] = alone.get(by) or self._timer.time(by, precision, self._progress)
+                alone[by] = alone.get(by) or timer.time(by, precision, self._progress)
             except Exception as error:  # an engine may fail in any way
                 _left_out(engine, error)
                 continue
-            candidates = self._timer.candidates(alone[by], uniform=engine != "compile")
+            candidates = timer.candidates(alone[by], uniform=engine != "compile")
             for name, forms in bar(list(candidates.items()), f"{engine}: networks", self._progress):
                 try:
                     network = load(engine, self._arranged(forms), precision, inputs)
@@ -257,16 +256,21 @@ class Deployer:
         error = relative_error(inference_call(network, self._x.clone())(), self._expected)
         return Deployed(network, **choice, error=error)
 
-    def all_in(self, form: str, engine: str) -> Deployed:
-        """Deploy in fp32, without measuring, with every low-rank layer in one of `FORMS`.
+    def as_chains(self, engine: str) -> Deployed:
+        """Deploy in fp32, without measuring, with every low-rank layer as its chain.
 
         Raises:
-            ValueError: there is no such form, or the engine is not available.
+            ValueError: the engine is not available.
         """
-        if form not in FORMS:
-            raise ValueError(f"there is no form '{form}'; there are {', '.join(FORMS)}")
+        form = "factorized"
         forms = dict.fromkeys(self._layers, form)
         return self.apply({"engine": engine, "arrangement": form, "forms": forms, "times": [], "precision": "fp32"})
+
+    @cached_property
+    def _timer(self) -> _FormTimer:
+        """Made when it is needed: what was chosen before is deployed without."""
+        inputs = layer_inputs(self._model, self._x, self._layers)
+        return _FormTimer(self._layers, {name: max(xs, key=Tensor.numel) for name, xs in inputs.items()})
 
     def _arranged(self, forms: Mapping[str, str]) -> Loadable:
         key = tuple(forms.items())

@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from decef.copies import copied
 from decef.inference.memory import stored_bytes
-from decef.inference.quantize import quantize, quantized_share
+from decef.inference.quantize import quantize
 from decef.inputs import takes_channels_last
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def load(
         (proto,) = protos([network])
         if precision == "int8":
             proto = quantize(proto, [x] if calibration is None else calibration)
-        runner = OnnxRuntime(proto, x)
-        runner.quantized = quantized_share(proto)
-        return runner
+        return OnnxRuntime(proto, x)
     module, dtype = copied(network.module), torch.bfloat16 if precision == "bf16" else None
     layout = torch.channels_last if takes_channels_last(module, x) else torch.contiguous_format
     return (_Compiled if engine == "compile" else _Eager)(module, layout, dtype)
@@ -184,15 +182,9 @@ class Runner(nn.Module):
 
     Attributes:
         bytes: its size in a file of the engine.
-        quantized: see `quantized_share`; empty in torch.
     """
 
-    bytes: int
-    quantized: Mapping[str, tuple[int, int]]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes, self.quantized = 0, {}
+    bytes: int = 0
 
 
 class _Eager(Runner):

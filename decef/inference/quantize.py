@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,6 @@ from decef.machine import int8_saturates
 
 if TYPE_CHECKING:
     import onnx
-
-COUNTED = ("Conv", "Gemm", "MatMul", "Add", "Concat")  # operators that 8 bits can make faster
 
 
 def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelProto:
@@ -82,22 +79,6 @@ def calibration_inputs(calibration: Tensor | Iterable[object], example: Tensor) 
             f"calibration has no {len(example)} inputs, which is the example's batch size: give more of them"
         )
     return inputs
-
-
-def quantized_share(proto: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    """For each kind of operator in a QDQ network: how many run in 8 bits, and how many there are.
-
-    Args:
-        proto: from `quantize`. In any other network none do.
-    """
-    dequantized = {out for node in proto.graph.node if node.op_type == "DequantizeLinear" for out in node.output}
-    total: Counter[str] = Counter()
-    eight: Counter[str] = Counter()
-    for node in proto.graph.node:
-        if node.op_type in COUNTED:
-            total[node.op_type] += 1
-            eight[node.op_type] += all(name in dequantized for name in node.input if name)
-    return {kind: (eight[kind], total[kind]) for kind in COUNTED if total[kind]}
 
 
 class _Calibration:

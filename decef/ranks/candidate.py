@@ -78,12 +78,8 @@ class Totals:
 class Rule(Protocol):
     """Chooses ranks for candidates: any callable with this signature, such as a function.
 
-    A rule may have two attributes. If one is missing, `plan` takes it to be False:
-
-    - `ranks_are_final`: whether its ranks are used as they are. If not, a layer stays dense if its rank saves nothing
-      (`Candidate.saves`).
-    - `names_layers`: whether it refers to layers by name. If so, it is called even if there are no candidates, so that
-      it can refuse unknown names.
+    It may have an attribute `ranks_are_final`: whether its ranks are used as they are. If not, or if it is missing, a
+    layer stays dense if its rank saves nothing (`Candidate.saves`).
     """
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:

@@ -9,25 +9,20 @@ from numbers import Integral
 from typing import ClassVar
 
 from decef.layers import DeCEFConv2d
-from decef.layers.factorized import is_rank
 from decef.ranks.candidate import Candidate, Rule, Totals
 from decef.ranks.effective import ROUNDING, check_share, effective_rank
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank in every layer.
-
-    Raises:
-        ValueError: when called, if this rank is not possible in a layer.
-    """
+    """The same rank in every layer."""
 
     rank: int
 
     ranks_are_final: ClassVar[bool] = True
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
-        return {c.name: checked_rank(c, self.rank) for c in candidates}
+        return {c.name: self.rank for c in candidates}
 
 
 @dataclass(frozen=True)
@@ -35,14 +30,12 @@ class PerLayer:
     """Ranks by layer name, one for every candidate.
 
     Raises:
-        ValueError: when called, if a candidate has no rank, a name is not that of a candidate, or a rank is not
-            possible in its layer.
+        ValueError: when called, if a candidate has no rank, or a name is not that of a candidate.
     """
 
     ranks: Mapping[str, int]
 
     ranks_are_final: ClassVar[bool] = True
-    names_layers: ClassVar[bool] = True
 
     def __call__(self, candidates: Sequence[Candidate], totals: Totals) -> dict[str, int]:
         names = {c.name for c in candidates}
@@ -51,7 +44,7 @@ class PerLayer:
             parts = [f"no rank for {', '.join(missing)}"] if missing else []
             parts += [f"no such layer: {', '.join(unknown)}"] if unknown else []
             raise ValueError(f"ranks by layer name don't fit the network: {'; '.join(parts)}")
-        return {c.name: checked_rank(c, self.ranks[c.name]) for c in candidates}
+        return {c.name: self.ranks[c.name] for c in candidates}
 
 
 @dataclass(frozen=True)
@@ -135,13 +128,3 @@ def as_rule(rank: int | Mapping[str, int] | Rule) -> Rule:
     if callable(rank):
         return rank
     raise TypeError(f"rank={rank!r} is neither a whole number, nor ranks by layer name, nor a rule of decef.ranks")
-
-
-def checked_rank(candidate: Candidate, rank: int) -> int:
-    """`rank` as an int; raises ValueError if it is not possible for the candidate."""
-    if not is_rank(rank, candidate.max_rank):
-        raise ValueError(
-            f"rank {rank!r} is not possible in layer '{candidate.name}': {candidate.layer.__name__} takes ranks from 1 "
-            f"to {candidate.max_rank} there ({candidate.layer.rank_meaning})"
-        )
-    return int(rank)

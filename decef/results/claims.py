@@ -238,6 +238,7 @@ def _check_asks(claim: Claim) -> None:
     if ("control" in asks) != ("control_at_most" in asks) and "control_at_most" in arguments.parameters:
         raise ValueError(f"claims.yaml: claim {claim.id} has only one of control and control_at_most")
     _known("over", asks.get("over", "depth"), ("depth", "training"), claim.id)
+    _known("measure", asks.get("measure", "product"), ("product", "channels"), claim.id)
     for selector in (asks.get("runs") or {}, asks.get("control") or {}):
         for key in selector:
             if not is_setting(key) and ":" not in str(selector.get("model.name")):  # own networks, own options

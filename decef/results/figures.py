@@ -51,19 +51,21 @@ def draw(results: Path) -> list[Path]:
     """Draw all figures of a results folder into its `figures`, with a README.md of captions; return the PNG files.
 
     A kind of figure without data is skipped; the log then has the command that makes the data. Old figures whose data
-    are gone are removed.
+    are gone are removed. Where there is no data at all, nothing is changed: it may be a folder of something else.
     """
     records = load_records(results)
-    folder = results / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     drawings: list[Drawing] = []
     for kind, command, drawn in KINDS:
         found = list(drawn(results, records))
         if not found:
             log.info("skipped: there is no data for %s; make it with %s", kind, command)
-        for drawing in found:
-            plots.save(drawing.figure, folder / drawing.name)
         drawings += found
+    if not drawings:
+        return []
+    folder = results / "figures"
+    folder.mkdir(exist_ok=True)
+    for drawing in drawings:
+        plots.save(drawing.figure, folder / drawing.name)
     names = {drawing.name for drawing in drawings}
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         if old.stem not in names:

@@ -134,12 +134,9 @@ def train_one_epoch(
     steps = len(train) // batch_size
     generator = seed_epoch(seed, epoch, processes.rank)
     scale = _scale_at(config, epoch)
-    training.start_epoch()
-    for step, (images, labels) in enumerate(train.batches(batch_size, generator, part), start=epoch * steps):
-        lr = lr_at(config, (step + 0.5) / (steps * config.epochs))
-        training.step(training.network_input(train, images, scale), labels, lr, step)
-        on_step()
-    loss, top1 = training.finish_epoch()
+    batches = train.batches(batch_size, generator, part)
+    inputs = ((training.network_input(train, images, scale), labels) for images, labels in batches)
+    lr, loss, top1 = training.epoch(inputs, epoch, steps, on_step)
     seconds = time.perf_counter() - started
     if training.moved:
         again = train.batches(batch_size, generator, part)
@@ -201,6 +198,30 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
         }
+
+    def epoch(
+        self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int, steps: int, on_step: Callable[[], object]
+    ) -> tuple[float, float, float]:
+        """Train on the batches of an epoch.
+
+        Args:
+            batches: inputs and labels, see `step`.
+            epoch: its number, from 0.
+            steps: how many batches every epoch has.
+            on_step: called after every step.
+
+        Returns:
+            The last step's learning rate, and what `finish_epoch` returns.
+
+        Raises:
+            FloatingPointError: see `fit`.
+        """
+        self.start_epoch()
+        for step, (x, labels) in enumerate(batches, start=epoch * steps):
+            lr = lr_at(self.config, (step + 0.5) / (steps * self.config.epochs))
+            self.step(x, labels, lr, step)
+            on_step()
+        return lr, *self.finish_epoch()
 
     def start_epoch(self) -> None:
         """Switch to training mode and reset the epoch's sums."""

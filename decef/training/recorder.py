@@ -137,13 +137,13 @@ class Recorder:
             save_checkpoint(self.path / f"checkpoint-{state['epoch']:04d}.pt", weights)
         save_checkpoint(self.checkpoint, state)
 
-    def start(self, known: Summary, epochs: int, wandb_mode: str) -> None:
+    def start(self, known: Summary, epochs: int) -> None:
         """Begin the record, or resume it after `epochs` epochs.
 
         Args:
             known: what is known about the run before it is trained.
             epochs: how many are done. Metrics of later ones, written after the last checkpoint, are dropped.
-            wandb_mode: see `Tracker`.
+
 
         Raises:
             InputError: the run was begun on other data, or the disk is full or cannot be written.
@@ -196,7 +196,7 @@ class Recorder:
         wandb, experiment = self._config.wandb, self._config.experiment
         names = [self._config.dataset.name, self._config.model.name, self._config.layer.name, self._config.train.name]
         self._tracker = Tracker(
-            wandb_mode,
+            wandb.mode,
             run_id=self.id,
             folder=self.path,
             config=self._recorded,

@@ -40,7 +40,7 @@ class _Job:
     train: TrainConfig
     dataset: Dataset
     device: torch.device
-    wandb_mode: str
+
     recorder: Recorder
 
 
@@ -125,16 +125,17 @@ def _prepare(config: RunConfig, precision: str | None) -> _Job:
     device = find_device(config.device)
     train = replace(config.train, precision=precision or resolve_precision(device, config.train.precision))
     check_possible(train, device, launched())
+    resolve_mode(config.wandb.mode)  # raises, if W&B is asked for and can't be had
     if device.type == "cpu":
         keep_freed_memory()
-    return _Job(config, train, dataset, device, resolve_mode(config.wandb.mode), Recorder(config))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return _Job(config, train, dataset, device, Recorder(config))
 
 
 def _build(job: _Job, checkpoint: dict[str, Any] | None = None, train: Data | None = None) -> Built:
     """The network: as its checkpoint's plan says, or new; decomposed on training images where that is asked for."""
     config, seen = job.config, None
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     with input_errors():
         if checkpoint is not None:
@@ -206,7 +207,7 @@ def _train_and_record(
     )
     if md5 := job.config.dataset.part_md5():
         known["images_md5"] = md5
-    recorder.start(known, checkpoint["epoch"] if checkpoint else 0, job.wandb_mode)
+    recorder.start(known, checkpoint["epoch"] if checkpoint else 0)
 
     def save(state: dict[str, Any]) -> None:
         recorder.save_checkpoint({**state, "plan": built.plan.to_dict(), "precision": precision})
