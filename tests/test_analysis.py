@@ -135,7 +135,7 @@ def test_weights_in_safetensors(tmp_path):
 
 def test_weights_say_how_many_classes_a_network_has(tmp_path):
     torch.save(create_model("resnet20", num_classes=7).state_dict(), tmp_path / "w.th")
-    ((_, model),) = load_networks("resnet20", weights=tmp_path / "w.th")
+    ((_, model),) = load_networks("resnet20", weights=str(tmp_path / "w.th"))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
     torch.save(create_model("resnet32", num_classes=7).state_dict(), tmp_path / "w.th")
     with pytest.raises(ValueError, match="does not fit CifarResNet"):

@@ -16,7 +16,7 @@ from decef.data.search import search_path
 from decef.extras import need
 
 
-def load_state_dict(path: Path) -> dict[str, Tensor]:
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, which may be under the key `state_dict` or `model` or the whole file.
 
     A file that ends in .safetensors is of that format, any other of torch.save.
@@ -29,6 +29,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged or holds no state dict.
         ImportError: safetensors is needed, but not installed.
     """
+    path = Path(path)
     try:
         data = _read(path)
     except pickle.UnpicklingError as error:
@@ -73,7 +74,7 @@ def find_weights(name: str) -> Path:
     return found
 
 
-def load_weights(model: nn.Module, path: Path) -> nn.Module:
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load the weights of a file into `model`, and return it.
 
     The weight of a linear layer also fits a 1x1 convolution in its place, as `conv_classifier` makes it.
@@ -93,7 +94,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def classes_of(model: nn.Module, path: Path, classes: int) -> int:
+def classes_of(model: nn.Module, path: str | Path, classes: int) -> int:
     """The number of classes of the network that a file's weights are of: `classes`, unless their head says another.
 
     Args:

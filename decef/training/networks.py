@@ -25,7 +25,7 @@ from decef.training.record import CHECKPOINT, Summary, load_config, read_summary
 def load_networks(
     name: str,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     pretrained: bool = False,
     input_size: Sequence[int] | None = None,
     trained: bool = False,
