@@ -77,6 +77,7 @@ def convert(
     elif arguments:
         raise TypeError(f"a plan already says all that {', '.join(arguments)} could")
     modules = dict(model.named_modules())
+    _warn_of_what_stays(how, modules)
     types = _checked_types(how, modules)
     if not from_scratch:
         copied(model)  # raises, if it can't be copied, before decomposing takes its time
@@ -217,14 +218,8 @@ def fold(model: nn.Module) -> nn.Module:
     return copied_with(model, replaced)
 
 
-def _checked_types(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, type[FactorizedConv2d]]:
-    """The layer types of the convolutions that a plan converts, by name.
-
-    Raises:
-        ValueError: a row of the plan is not possible in a network of these modules.
-    """
-    converted = [row for row in plan.rows if row.action == "convert"]
-    if not converted and plan.layer != "conv2d":
+def _warn_of_what_stays(plan: Plan, modules: Mapping[str, nn.Module]) -> None:
+    if plan.layer != "conv2d" and all(row.action != "convert" for row in plan.rows):
         reasons = Counter(row.reason for row in plan.rows)
         why = "; ".join(f"{n} x {reason}" for reason, n in reasons.items()) or "the network has no convolution"
         log.warning("nothing is converted: %s", why)
@@ -234,8 +229,16 @@ def _checked_types(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, ty
             "the plan was made for another network: of %d convolutions here, such as '%s', it says nothing, and they "
             "stay dense", len(unplanned), unplanned[0],
         )  # fmt: skip
+
+
+def _checked_types(plan: Plan, modules: Mapping[str, nn.Module]) -> dict[str, type[FactorizedConv2d]]:
+    """The layer types of the convolutions that a plan converts, by name.
+
+    Raises:
+        ValueError: a row of the plan is not possible in a network of these modules.
+    """
     types: dict[str, type[FactorizedConv2d]] = {}
-    for row in converted:
+    for row in (row for row in plan.rows if row.action == "convert"):
         layer_class = layer_type(row.layer or plan.layer)
         if row.rank is None:
             raise ValueError(f"the plan converts '{row.name}', but has no rank for it")

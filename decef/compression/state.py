@@ -47,7 +47,7 @@ class State:
 
     def __init__(self, folder: Path, asked: dict[str, Any]) -> None:
         self._folder, self._path, self.asked = folder, folder / STATE, asked
-        self._known: dict[str, Any] = {}
+        self._known = self._read()
         self._changed()
 
     def begin(self) -> None:
@@ -56,6 +56,7 @@ class State:
         Raises:
             ValueError: as above.
         """
+        self._known = self._read()
         changed = self._changed()
         if changed and not AFTER_PLANNING.issuperset(changed):
             if (self._folder / PLAN).is_file() and self._may_be_edited():
@@ -67,12 +68,14 @@ class State:
         if changed:
             self["asked"] = self.asked
 
-    def _changed(self) -> dict[str, str]:
-        """Read the file; what it was asked that is asked otherwise now, in words by argument."""
+    def _read(self) -> dict[str, Any]:
         others = [name for name in WRITTEN if (self._folder / name).exists()]
         if others and not self._path.is_file():
             raise ValueError(f"{self._folder} has a {others[0]} that is not of a compression: give another folder")
-        self._known = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        return json.loads(self._path.read_text()) if self._path.is_file() else {}
+
+    def _changed(self) -> dict[str, str]:
+        """What was asked before that is asked otherwise now, in words by argument."""
         before = self._known.get("asked", {})
         changed = {k: f"{k} {before.get(k)!r}, not {v!r}" for k, v in self.asked.items() if before.get(k) != v}
         path = self._folder / CHECKPOINT

@@ -21,16 +21,15 @@ from decef.inference.engines import Loadable, available
 from decef.inference.forms import to_convolutions
 from decef.inference.profiling import time_by_operator
 from decef.inference.timing import Roofline, inference_call, interleaved_times, peak_memory
-from decef.layers import LAYERS
 from decef.models import create_model, stem_name
-from decef.plans import Plan, plan
+from decef.plans import AUTO_TYPES, Plan, plan
 from decef.ranks import Budget
 from decef.results.pages import write_bench
 
 log = logging.getLogger(__name__)
 
-#: basisconv2021 is left out: with its batch norm folded it runs as basisconv does.
-INFERENCE_LAYERS = tuple(layer for layer in LAYERS if layer != "basisconv2021")
+#: Not basisconv2021: with its batch norm folded it runs as basisconv does.
+INFERENCE_LAYERS = ("conv2d", *AUTO_TYPES)
 
 
 @dataclass(frozen=True)
