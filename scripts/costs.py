@@ -25,7 +25,7 @@ def main() -> None:
     from decef.data import dataset
     from decef.layers import LAYERS
     from decef.results.costs import cost_table, write_costs
-    from decef.results.overview import replace_between
+    from decef.results.pages import replace_between
 
     if not 0 < arguments.flops <= 1:
         fail(f"--flops {arguments.flops:g} is not a share: it must be above 0 and at most 1")

@@ -7,6 +7,7 @@ python scripts/evidence.py status                 # what is done, what is missin
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if not arguments.hours > 0 or arguments.processes < 1:
         fail("--hours must be above 0 and --processes at least 1")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
+        fail(f"--device {arguments.device} must be cpu or cuda: which it is decides on the schedule too")
 
     from decef.training.evidence import (
         for_gpu,

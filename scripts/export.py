@@ -43,15 +43,15 @@ def main() -> None:
     from decef.conversion import convert
     from decef.inference.export import check_export, export
     from decef.plans import Plan
-    from decef.training.networks import input_size_of, load_networks
+    from decef.training.networks import input_size_of, load_network
 
     try:
         size = tuple(arguments.size or input_size_of(arguments.network))
         calibration = _images(arguments.int8) if arguments.int8 else None
         check_export(arguments.out, (arguments.batch, *size), arguments.form, calibration)
-        _, model = load_networks(
+        model = load_network(
             arguments.network, weights=arguments.weights, pretrained=arguments.pretrained, input_size=size, trained=True
-        )[-1]
+        )
         if arguments.plan:
             model = convert(model, Plan.load(arguments.plan))
         for line in export(

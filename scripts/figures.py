@@ -28,11 +28,11 @@ def main() -> None:
     from decef.models.weights import describe_file
     from decef.results.eigenfilters import write_filters
     from decef.results.figures import draw
-    from decef.training.networks import input_size_of, load_networks
+    from decef.training.networks import input_size_of, load_network
 
     try:
         if arguments.network:
-            (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights, trained=True)
+            model = load_network(arguments.network, weights=arguments.weights, trained=True)
             given = Path(arguments.network)
             name = given.resolve().name if given.exists() else arguments.network
             write_filters(

@@ -42,7 +42,7 @@ def main() -> None:
     from decef.plans import AUTO, AUTO_TYPES
     from decef.results.frontier import decomposed, finetuned, measure, write_frontier
     from decef.results.pages import collect
-    from decef.training.networks import load_networks
+    from decef.training.networks import load_network
 
     layers = arguments.layers or [*AUTO_TYPES, AUTO]
     made = environment("cpu")  # now, as the code on disk may change during the run
@@ -54,7 +54,7 @@ def main() -> None:
     try:
         for precision in arguments.precisions:
             check_precision(precision)
-        ((_, model),) = load_networks(arguments.network, weights=arguments.weights)
+        model = load_network(arguments.network, weights=arguments.weights)
         mean, std = arguments.mean or IMAGENET_MEAN, arguments.std or IMAGENET_STD
         train, test = dataset("cifar10", mean=mean, std=std).load(arguments.data, crop_padding=4, flip=True)
         seen = stratified_subset(train, arguments.images)

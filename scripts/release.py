@@ -25,12 +25,12 @@ def main() -> None:
 
     from decef.models.released import halved, save
     from decef.training.loop import evaluate
-    from decef.training.networks import card_of, load_networks
+    from decef.training.networks import card_of, load_network
     from decef.training.precision import autocast_for
     from decef.training.record import read_summary
 
     try:
-        _, network = load_networks(str(arguments.run))[-1]
+        network = load_network(str(arguments.run))
         card, data = card_of(arguments.run, arguments.name)
         _, test = data.load(arguments.root)
     except (ValueError, FileNotFoundError, ImportError) as error:

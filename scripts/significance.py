@@ -19,15 +19,14 @@ def main() -> None:
     from decef.files import write_csv, write_json
     from decef.machine import environment
     from decef.results.significance import removal_table
-    from decef.training.networks import check_finished, load_networks
+    from decef.training.networks import load_network
     from decef.training.record import load_config
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     for run in arguments.runs:
         try:
             data = load_config(run).dataset.dataset()
-            check_finished(run)
-            _, model = load_networks(str(run))[-1]
+            model = load_network(str(run))
             _, test = data.load(arguments.root)
             table = removal_table(model, test)
         except (ValueError, FileNotFoundError) as error:

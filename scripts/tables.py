@@ -25,7 +25,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    from decef.results.overview import overview_table, replace_between
+    from decef.results.overview import overview_table
+    from decef.results.pages import replace_between
     from decef.results.tables import load_wandb_records, write_tables
     from decef.training.record import load_records
 

@@ -38,7 +38,7 @@ def main() -> None:
     from decef.results.pages import collect
     from decef.results.without_finetuning import without_finetuning, write_rows
     from decef.training.config import DatasetConfig
-    from decef.training.networks import load_networks
+    from decef.training.networks import load_network
     from decef.training.record import load_config
 
     made = environment("cpu")  # now, as the code on disk may change during the run
@@ -51,13 +51,11 @@ def main() -> None:
 
     try:
         if run.is_dir():
-            if arguments.weights is not None:
-                raise ValueError(f"the run {run} has weights of its own: leave out --weights")
             config = load_config(run)
             name, trained_on = config.model.name, config.dataset
         elif arguments.weights is None:
             raise ValueError(f"{name} is no run's folder: say --weights FILE, as a random network has nothing to keep")
-        (*_, (_, model)) = load_networks(arguments.network, weights=arguments.weights)
+        model = load_network(arguments.network, weights=arguments.weights)
         if arguments.mean is not None:
             trained_on = replace(trained_on, mean=tuple(arguments.mean))
         if arguments.std is not None:

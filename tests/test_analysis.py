@@ -2,6 +2,7 @@ import dataclasses
 import os
 import runpy
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ from decef.results.effective_ranks import kernels, rank_table
 from decef.results.significance import removal_table
 from decef.results.without_finetuning import without_finetuning, write_rows
 from decef.training.loop import evaluate
-from decef.training.networks import load_networks
+from decef.training.networks import load_network, load_networks
 from decef.training.run import run
 
 weights = Path(os.environ.get("DECEF_DATA", "data")) / "weights" / "resnet20-12fca82f.th"
@@ -69,21 +70,27 @@ def test_ranks_of_a_run_over_its_epochs(call, tmp_path, caplog):
     assert len(table) == 2 * 19
     for ending in (".png", ".svg"):
         assert out.with_suffix(ending).stat().st_size > 1000
-    (_, last) = load_networks(str(folder))
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(value, state[name]) for name, value in last[1].state_dict().items())
+    (*_, (_, last)) = load_networks(str(folder))
+    for one in (last, load_network(str(folder))):
+        assert all(torch.equal(value, state[name]) for name, value in one.state_dict().items())
     (folder / "checkpoint-0004.pt").unlink()  # as of a run that went on without the option
     assert [label for label, _ in load_networks(str(folder))] == ["epoch 2", "epoch 4"]
-    for given in ({"weights": tmp_path / "w.th"}, {"pretrained": True}):
+    for load, given in product((load_network, load_networks), ({"weights": tmp_path / "w.th"}, {"pretrained": True})):
         with pytest.raises(ValueError, match="has weights of its own: give no others"):
-            load_networks(str(folder), **given)
+            load(str(folder), **given)
     for path in folder.glob("checkpoint-*.pt"):
         path.unlink()
     with caplog.at_level("WARNING"):
         run(config(tmp_path, keep_checkpoints=2, train__epochs=4, layer={"name": "conv2d"}))
     assert "it kept no checkpoints: to have some, train it again" in caplog.text
     (folder / "summary.json").write_text('{"status": "interrupted"}')
-    for refused in (call("ranks.py", folder, "--out", out), call("significance.py", folder, "--out", tmp_path)):
+    for refused in (
+        call("ranks.py", folder, "--out", out),
+        call("significance.py", folder, "--out", tmp_path),
+        call("without_finetuning.py", folder, "--out", out),
+        call("figures.py", "--network", folder, "--results", tmp_path),
+    ):
         assert refused.returncode == 2
         assert "is interrupted, not finished" in refused.stderr
 
@@ -191,7 +198,7 @@ def measured(monkeypatch, tmp_path):
         asked.append({"mean": list(test.mean), "std": list(test.std)})
         return []
 
-    monkeypatch.setattr("decef.training.networks.load_networks", lambda name, weights: [(name, CifarResNet(8))])
+    monkeypatch.setattr("decef.training.networks.load_network", lambda name, weights: CifarResNet(8))
     monkeypatch.setattr("decef.results.without_finetuning.without_finetuning", measure)
     monkeypatch.setattr("decef.results.pages.collect", lambda rows, *_: rows)
     monkeypatch.setattr("decef.results.without_finetuning.write_rows", lambda *_: None)
@@ -209,7 +216,7 @@ def measured(monkeypatch, tmp_path):
     return call
 
 
-def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path, capsys):
+def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path):
     imagenet = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     (tmp_path / "w.th").touch()
     named = ["resnet20", "--weights", str(tmp_path / "w.th")]
@@ -232,9 +239,6 @@ def test_images_are_normalised_as_the_network_was_trained(measured, tmp_path, ca
     assert measured(write(name="cifar10"), *options) == given
     digits = DATASETS["digits"]
     assert measured(write(name="digits")) == {"mean": list(digits.mean), "std": list(digits.std)}
-    with pytest.raises(SystemExit, match="2"):
-        measured(write(name="cifar10"), "--weights", str(tmp_path / "w.th"))
-    assert "has weights of its own: leave out --weights" in capsys.readouterr().err
 
 
 def test_removing_insignificant_feature_maps_hurts_less_than_random_ones():

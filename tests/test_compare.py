@@ -42,7 +42,17 @@ def test_lists_in_records_are_selected_by_one_of_their_texts():
 
 @pytest.mark.parametrize(
     "word",
-    ["decef", "laye=decef", "layer.flop=0.5", "train.scales=[[0.5", "dataset.root=x", "threads=1", "wandb.mode=x"],
+    [
+        "decef",
+        "laye=decef",
+        "layer.flop=0.5",
+        "layer.bias=false",
+        "model.num_classes=10",
+        "train.scales=[[0.5",
+        "dataset.root=x",
+        "threads=1",
+        "wandb.mode=x",
+    ],
 )
 def test_what_selects_nothing_is_refused(word):
     with pytest.raises(ValueError, match=re.escape(word)):

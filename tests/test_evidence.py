@@ -136,8 +136,8 @@ def test_what_cannot_start_is_said(call, tmp_path):
     assert "bad can't start here: there is no file of weights none.th" in status.stdout
     assert "Not in the table, finished runs neither, as they can't start here: bad." in status.stdout
     assert "| good " in status.stdout
-    device = call("evidence.py", "run", *there, "--device", "gpu")
-    assert (device.returncode, "device='gpu' is no device" in device.stderr) == (2, True)
+    device = call("evidence.py", "status", *there, "--device", "auto")
+    assert (device.returncode, "--device auto must be cpu or cuda" in device.stderr) == (2, True)
     unknown = call("evidence.py", "run", *there, "--only", "goood")
     assert (unknown.returncode, "no entry goood; there are bad, good" in unknown.stderr) == (2, True)
 

@@ -16,6 +16,13 @@ from decef.ranks import Latency
 from decef.ranks.latency import LayerTimes, Times
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The file of the times that were measured before, of which there are none."""
+    monkeypatch.setenv("DECEF_CACHE", str(tmp_path / "cache"))
+    return latency.cache_file()
+
+
 def test_times_between_measured_ranks_are_on_lines_and_never_fall():
     times = LayerTimes(dense=10.0, at_rank={1: 2.0, 4: 5.0, 8: 4.0})
     assert [times.seconds(rank) for rank in (1, 2, 4, 6, 8)] == pytest.approx([2, 3, 5, 5, 5])
@@ -94,7 +101,7 @@ def test_what_cannot_be_met_says_what_can():
         measure_times(model, "auto", torch.randn(1, 3, 8, 8))
 
 
-def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
+def test_layers_are_measured_once_and_remembered(monkeypatch, cache):
     model, x, measured = network().eval(), torch.randn(2, 1, 8, 8), []
 
     busy = [1.0]
@@ -104,15 +111,15 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
         return {step: busy[0] * (2.0 + i) for i, step in enumerate(steps)}
 
     monkeypatch.setattr(latency, "interleaved_times", pretend)
-    cache = tmp_path / "cache" / "times.json"
-    times = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
+
+    times = measure_times(model, "decef", x, engine="eager", exclude="conv1")
     convolutions = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != "conv1"]
     assert list(times.layers) == convolutions
     assert times.layers["layer1.0.conv1"] == times.layers["layer1.0.conv2"]  # of one shape
     assert all(min(layer.at_rank) == 1 and 4 <= max(layer.at_rank) < 9 for layer in times.layers.values())
     assert len(json.loads(cache.read_text())) == 1
     busy[0] = 3.0  # what is remembered is over the dense layers' time, which is measured again
-    again = measure_times(model, "decef", x, engine="eager", exclude="conv1", cache=cache)
+    again = measure_times(model, "decef", x, engine="eager", exclude="conv1")
     assert again.total == 3 * times.total
     for name, layer in times.layers.items():
         assert again.layers[name].dense == 3 * layer.dense
@@ -122,12 +129,12 @@ def test_layers_are_measured_once_and_remembered(tmp_path, monkeypatch):
     assert latency.DENSE in measured[1]
 
 
-def test_layers_that_share_a_weight_have_the_time_of_both(tmp_path, monkeypatch):
+def test_layers_that_share_a_weight_have_the_time_of_both(monkeypatch):
     monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
     torch.manual_seed(0)  # of these kernels none is better left dense
     model = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(3)))
     model[2].weight = model[0].weight
-    times = measure_times(model, "decef", torch.randn(1, 8, 8, 8), engine="eager", cache=tmp_path / "times.json")
+    times = measure_times(model, "decef", torch.randn(1, 8, 8, 8), engine="eager")
     assert {name: layer.dense for name, layer in times.layers.items()} == {"0": 2.0, "1": 1.0}
     assert times.layers["0"].at_rank == {rank: 2 * value for rank, value in times.layers["1"].at_rank.items()}
     both = Times(3.0, {name: LayerTimes(layer.dense, {1: layer.dense / 10}) for name, layer in times.layers.items()})
@@ -147,7 +154,7 @@ class Twice(nn.Module):
 
 def test_a_layer_that_is_called_twice_has_the_time_of_both_calls(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
-    times = measure_times(Twice(), "decef", torch.randn(1, 8, 8, 8), engine="eager", cache=tmp_path / "times.json")
+    times = measure_times(Twice(), "decef", torch.randn(1, 8, 8, 8), engine="eager")
     assert times.layers["conv"].dense == 2.0
     assert set(times.layers["conv"].at_rank.values()) == {2.0}
 
@@ -178,17 +185,17 @@ def test_a_rank_in_mid_block_is_never_worth_less_than_the_end_of_its_block():
     assert sorted(ranks.values()) == [16, 32]
 
 
-def test_measured_ranks_are_whole_blocks(tmp_path, monkeypatch):
+def test_measured_ranks_are_whole_blocks(monkeypatch):
     monkeypatch.setattr(latency, "interleaved_times", lambda steps, *how: dict.fromkeys(steps, 1.0))
     model, x = nn.Sequential(nn.Conv2d(64, 64, 3)).eval(), torch.randn(1, 64, 8, 8)
-    layer = measure_times(model, "basisconv", x, engine="eager", cache=tmp_path / "times.json").layers["0"]
+    layer = measure_times(model, "basisconv", x, engine="eager").layers["0"]
     assert layer.block == 16
     assert all(rank % 16 == 0 for rank in layer.at_rank if rank > 16)
     assert max(layer.at_rank) == 48  # the last block at which it costs less than dense
 
 
-def test_real_times_of_a_small_network(tmp_path):
+def test_real_times_of_a_small_network():
     model, x = network().eval(), torch.randn(1, 1, 8, 8)
-    times = measure_times(model, "cpac", x, engine="eager", include="layer1.*", cache=tmp_path / "times.json")
+    times = measure_times(model, "cpac", x, engine="eager", include="layer1.*")
     assert times.total > 0
     assert all(t > 0 for layer in times.layers.values() for t in (layer.dense, *layer.at_rank.values()))

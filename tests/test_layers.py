@@ -237,6 +237,20 @@ def test_auto_does_not_go_on_measuring_images_of_ever_other_sizes(monkeypatch):
     assert set(measured) == set(sizes[:8])
 
 
+def test_auto_times_the_backward_pass_where_a_gradient_goes_through(monkeypatch):
+    timed = []
+    monkeypatch.setattr("decef.layers.choice.MEASURED", {})
+    monkeypatch.setattr("decef.layers.choice.seconds", lambda layer, name, x, trains: timed.append(trains) or 1.0)
+    frozen, x = make(DeCEFConv2d).requires_grad_(False), torch.randn(1, 4, 8, 8, dtype=F64)
+    through = x.clone().requires_grad_()
+    for given in (x, through):
+        frozen.prefers_factorized(given)
+    assert timed == [False, False, True, True]
+    with torch.no_grad():
+        frozen.prefers_factorized(through)
+    assert len(timed) == 4  # as for x
+
+
 @pytest.mark.parametrize("implementation", ["factorized", "reconstructed"])
 @pytest.mark.parametrize("cls", TYPES)
 def test_gradcheck(cls, implementation):

@@ -205,9 +205,11 @@ def test_rebuilding_gives_identical_files_and_drops_stale_ones(tmp_path):
     tables = tmp_path / "tables"
     write_tables(load_records(tmp_path), tables)
     before = {p.name: p.read_bytes() for p in tables.iterdir()}
-    (tables / "cifar10-old.md").write_text("stale")
+    for name in ("cifar10-old.md", "cifar10-old.csv"):
+        (tables / name).write_text("stale")
+    (tables / "mine.csv").write_text("not of these")
     write_tables(load_records(tmp_path), tables)
-    assert {p.name: p.read_bytes() for p in tables.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in tables.iterdir()} == before | {"mine.csv": b"not of these"}
 
 
 def test_of_several_comparisons_by_one_schedule_the_largest_has_its_name(tmp_path):

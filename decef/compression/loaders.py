@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from decef.data import Data
-
-TEST_BATCH = 500
+from decef.training.loop import EVAL_BATCH
 
 
 @dataclass
@@ -44,5 +43,5 @@ class TestBatches:
     data: Data
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.data.views(TEST_BATCH):
+        for images, labels in self.data.views(EVAL_BATCH):
             yield self.data.normalize(images), labels

@@ -44,14 +44,14 @@ def measure_times(
     engine: str | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    cache: Path | None = None,
     progress: bool = False,
 ) -> Times:
     """Measure a network and each of its convolutions, dense and as a layer type at a few ranks.
 
     A rank's time is that of the layer's fastest form, see `decef.deploy`. Equal layers with equal inputs are measured
-    once. The cache has times over the dense layer's, by machine, engine, number of threads and layer: these are not
-    measured again, but the dense layers are, together with the network, as the machine may be busier or less so.
+    once. The cache, `cache_file()`, has times over the dense layer's, by machine, engine, number of threads and layer:
+    these are not measured again, but the dense layers are, together with the network, as the machine may be busier or
+    less so.
     Convolutions that share a weight have one rank: their times are added up under the first one's name.
 
     Args:
@@ -60,7 +60,7 @@ def measure_times(
         example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on.
         engine: of `decef.inference.engines.ENGINES`; None is onnxruntime on a CPU that has it, else eager.
         include, exclude: names of convolutions, see `decef.plan`.
-        cache: file of times that were measured before; None is `cache_file()`.
+
         progress: show a bar.
 
     Raises:
@@ -73,7 +73,7 @@ def measure_times(
     model = copied(model).eval()
     sites = plan(model, layer, rank=Share(1.0), include=include, exclude=exclude, input_size=example_input.shape[1:])
     inputs = layer_inputs(model, example_input, list(sites.ranks))
-    known = _Cache(cache or cache_file(), _where(engine, example_input))
+    known = _Cache(cache_file(), _where(engine, example_input))
     modules = dict(model.named_modules())
     dense = {_call(modules[n], x): Loadable(nn.Sequential(modules[n]), x) for n, xs in inputs.items() for x in xs}
     dense[WHOLE] = Loadable(to_convolutions(model), example_input)

@@ -55,14 +55,15 @@ def factorized_is_faster(layer: Layer, x: Tensor) -> bool:
     kind = (type(layer), layer.weight_shape, layer.groups, layer.rank, layer.stride, layer._padding, layer.dilation)
     trained = tuple(torch.is_grad_enabled() and p.requires_grad for p in layer.parameters())
     channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    where = (x.device, x.dtype, channels_last, x.requires_grad, trained, torch.get_num_threads())
+    goes_through = torch.is_grad_enabled() and x.requires_grad
+    where = (x.device, x.dtype, channels_last, goes_through, trained, torch.get_num_threads())
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     known = MEASURED.setdefault((*kind, *where, autocast), {})
     this = tuple(x.shape), x.stride()
     if this not in known and len(known) >= MOST_SHAPES:
         this = min(known, key=lambda other: abs(math.prod(other[0]) - x.numel()))
     if this not in known:
-        trains = any(trained)
+        trains = goes_through or any(trained)
         known[this] = seconds(layer, "factorized", x, trains) < seconds(layer, "reconstructed", x, trains)
     return known[this]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from decef.files import replace_file
 from decef.plans import layer_names
 from decef.results.comparisons import comparison_groups
 from decef.results.tables import Row, table_rows
@@ -45,20 +44,6 @@ def overview_table(records: Sequence[Record], results: Path) -> str:
         )
     align = ("left", "left", "right", "right", "left", "right", "left", "right", "right")
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align)
-
-
-def replace_between(path: Path, name: str, text: str) -> None:
-    """Replace what stands in a file between the lines `<!-- name -->` and `<!-- end of name -->` by `text`.
-
-    Raises:
-        ValueError: the file has no such lines.
-    """
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    before, mark, rest = path.read_text().partition(begin)
-    _, found, after = rest.partition(end)
-    if not mark or not found:
-        raise ValueError(f"{path} has no lines {begin.strip()} and {end} to put a table between")
-    replace_file(path, f"{before}{begin}{text}\n{end}{after}".encode())
 
 
 def _rows(groups: Mapping[str, Sequence[Record]], schedule: str, budget: str) -> dict[str, Row]:

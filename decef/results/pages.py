@@ -109,3 +109,17 @@ def write_measured(
     text = render(template, table=shown.to_markdown(index=False), about=about, provenance=provenance(made))
     replace_file(out.with_name(f"{out.name}.md"), text.encode())
     _partial(out).unlink(missing_ok=True)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands in a file between the lines `<!-- name -->` and `<!-- end of name -->` by `text`.
+
+    Raises:
+        ValueError: the file has no such lines.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, mark, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not mark or not found:
+        raise ValueError(f"{path} has no lines {begin.strip()} and {end} to put a table between")
+    replace_file(path, f"{before}{begin}{text}\n{end}{after}".encode())

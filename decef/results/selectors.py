@@ -57,7 +57,10 @@ def is_setting(key: str) -> bool:
     own = {f.name for f in fields(GROUPS[group])}
     if group == "dataset":
         own -= set(DATA_PLACES)
-    return name in own.union(*(inspect.signature(kind).parameters for kind in kinds.get(group, ())))
+    parameters = [p for kind in kinds.get(group, ()) for p in inspect.signature(kind).parameters.values()]
+    if group == "layer":  # the others are those of the convolution that is replaced
+        parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return name in own.union(p.name for p in parameters) - {"num_classes", "in_channels", "image_size"}
 
 
 def _value(text: str) -> Any:

@@ -163,9 +163,10 @@ def write_tables(records: Sequence[Record], folder: Path) -> list[Path]:
     """
     groups = comparison_groups(records)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("*.md"), *folder.glob("*.csv")):
-        if old.stem not in groups:
+    for old in folder.glob("*.md"):
+        if old.stem not in groups and (frame := old.with_suffix(".csv")).is_file():  # both, or it isn't of these
             old.unlink()
+            frame.unlink()
     written = []
     for name, group in groups.items():
         path, rows = folder / f"{name}.md", table_rows(group)

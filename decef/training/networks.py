@@ -10,31 +10,43 @@ from typing import Any
 
 from torch import nn
 
-from decef.conversion import convert
 from decef.data import Dataset
 from decef.models import create_model
 from decef.models.released import Card, file_of, load, read
 from decef.models.weights import classes_of, load_weights
 from decef.plans import Plan
-from decef.training.build import dense_network, network_options
+from decef.training.build import network_options, rebuild
 from decef.training.checkpoint import load_checkpoint
 from decef.training.config import DatasetConfig, ModelConfig
 from decef.training.record import CHECKPOINT, Summary, load_config, read_summary
 
 
 def load_networks(
+    name: str, *, weights: str | Path | None = None, pretrained: bool = False
+) -> list[tuple[str, nn.Module]]:
+    """As `load_network`, with a label; a run gives a network for each checkpoint that it kept, in order, and its last.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load_network`; but the run need not be finished.
+    """
+    if _is_run(name) and weights is None and not pretrained:
+        return list(_networks_of_run(Path(name)))
+    return [(name, load_network(name, weights=weights, pretrained=pretrained))]
+
+
+def load_network(
     name: str,
     *,
     weights: str | Path | None = None,
     pretrained: bool = False,
     input_size: Sequence[int] | None = None,
     trained: bool = False,
-) -> list[tuple[str, nn.Module]]:
-    """Load networks by what a user calls them, each with a label.
+) -> nn.Module:
+    """Load a network by what a user calls it.
 
     Args:
-        name: a run's folder, what `decef.load` loads, or a name that `create_model` knows. A run gives a network for
-            every checkpoint that it kept, in order, and for its last checkpoint.
+        name: a run's folder, which gives the network that it ended with, what `decef.load` loads, or a name that
+            `create_model` knows.
         weights: file with trained weights, of any number of classes.
         pretrained: let timm or torchvision download trained weights.
         input_size: `(C, H, W)`, for networks that are made for one; None is `input_size_of(name)`.
@@ -42,14 +54,17 @@ def load_networks(
 
     Raises:
         ValueError: there is no such network, the weights don't fit it, or they are for a run or a file, which has its
-            own.
+            own; or the run is not finished.
         FileNotFoundError: there is no such file of weights, or the run has no checkpoint.
     """
-    released = _is_released(name)
-    if released or Path(name).is_dir():
+    if _is_released(name) or _is_run(name):
         if weights is not None or pretrained:
             raise ValueError(f"{name} has weights of its own: give no others")
-        return [(name, load(name))] if released else list(_networks_of_run(Path(name)))
+        if _is_released(name):
+            return load(name)
+        check_finished(Path(name))
+        (*_, (_, model)) = _networks_of_run(Path(name), kept=False)
+        return model
     if trained and weights is None and not pretrained and ":" not in name:
         raise ValueError(f"{name} would have random weights: say where trained ones are, with --weights FILE")
     classes = 1000 if "/" in name else 10  # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
@@ -60,10 +75,10 @@ def load_networks(
     except ValueError as error:
         raise ValueError(f"'{name}' is no run's folder, and {error}") from error
     if weights is None:
-        return [(name, model)]
+        return model
     if (own := classes_of(model, weights, classes)) != classes:
         model = create_model(name, num_classes=own, **made_for)
-    return [(name, load_weights(model, weights))]
+    return load_weights(model, weights)
 
 
 def check_finished(run: Path) -> Summary:
@@ -110,7 +125,7 @@ def input_size_of(name: str) -> tuple[int, int, int]:
     """Input shape `(C, H, W)` of a network: its run's or file's, else ImageNet's for timm and torchvision, CIFAR's."""
     if _is_released(name):
         return read(name)[0].input_size
-    if Path(name).is_dir():
+    if _is_run(name):
         return load_config(Path(name)).dataset.dataset().input_size
     return (3, 224, 224) if "/" in name else (3, 32, 32)
 
@@ -118,6 +133,10 @@ def input_size_of(name: str) -> tuple[int, int, int]:
 def _is_released(name: str) -> bool:
     """Whether `decef.load` knows it: a released network, or a file or folder of `decef.compress`."""
     return name.endswith(".safetensors") or file_of(name).is_file()
+
+
+def _is_run(name: str) -> bool:
+    return Path(name).is_dir() and not _is_released(name)
 
 
 def label_of(epoch: int) -> str:
@@ -131,18 +150,20 @@ def epoch_of(label: object) -> int | None:
     return int(found[1]) if found else None
 
 
-def _networks_of_run(folder: Path) -> Iterator[tuple[str, nn.Module]]:
-    paths = [path for path in (*sorted(folder.glob("checkpoint-*.pt")), folder / CHECKPOINT) if path.is_file()]
+def _networks_of_run(folder: Path, *, kept: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The networks of a run's checkpoints; those that it kept on its way only if `kept`."""
+    known = [*(sorted(folder.glob("checkpoint-*.pt")) if kept else ()), folder / CHECKPOINT]
+    paths = [path for path in known if path.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
     config = load_config(folder)
-    dense = dense_network(config.model, config.dataset.dataset())
+    data = config.dataset.dataset()
     last = 0
     for path in paths:
         checkpoint = load_checkpoint(path)
         if checkpoint["epoch"] <= last:  # the last one may be among those that were kept
             continue
         last = checkpoint["epoch"]
-        model = convert(dense, Plan.from_dict(checkpoint["plan"]), from_scratch=True)
+        model = rebuild(config.model, data, Plan.from_dict(checkpoint["plan"])).model
         model.load_state_dict(checkpoint["model"])
         yield label_of(checkpoint["epoch"]), model
