@@ -59,8 +59,10 @@ def is_setting(key: str) -> bool:
         own -= set(DATA_PLACES)
     parameters = [p for kind in kinds.get(group, ()) for p in inspect.signature(kind).parameters.values()]
     if group == "layer":  # the others are those of the convolution that is replaced
-        parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return name in own.union(p.name for p in parameters) - {"num_classes", "in_channels", "image_size"}
+        options = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    else:  # these follow from the dataset
+        options = {p.name for p in parameters} - {"num_classes", "in_channels", "image_size"}
+    return name in own | options
 
 
 def _value(text: str) -> Any:
