@@ -153,7 +153,7 @@ def finetune(
             torch.manual_seed(seed * 1_000_003 + epoch)
             there = without_leftover(islice(batches(data, classes), steps))
             on_device = ((_on(images, device, config), labels.to(device)) for images, labels in there)
-            _, loss, accuracy = training.epoch(on_device, epoch, steps, bar.update)
+            loss, accuracy = training.epoch(on_device, epoch, steps, bar.update)
             bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.3f}", top1=f"{accuracy:.2f}")
             save({"epoch": epoch + 1, "training": training.state_dict()})
 

@@ -29,8 +29,8 @@ from decef.compression.finetune import (
 )
 from decef.compression.finetune import top1 as measure_top1
 from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
-from decef.compression.report import FILES, write_report
-from decef.compression.state import CHECKPOINT, FORMS, PLAN, REPORT, State, digest
+from decef.compression.report import write_report
+from decef.compression.state import CHECKPOINT, FILES, FORMS, PLAN, REPORT, State, digest
 from decef.conversion import convert, recalibrate
 from decef.copies import copied
 from decef.costs import input_shapes, module_flops, total_cost

@@ -8,9 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from decef.compression.state import PLAN
+from decef.compression.state import FILES
 from decef.files import replace_file, write_json
-from decef.models.released import NETWORK
 from decef.results.pages import provenance, render
 
 STEPS = {
@@ -18,12 +17,6 @@ STEPS = {
     "converted": "converted",
     "recalibrated": "batch norm measured again",
     "finetuned": "fine-tuned",
-}
-FILES = {
-    f"{NETWORK}.safetensors": "the small network with its plan, to use or train in Python",
-    f"{NETWORK}.onnx": "for ONNX Runtime and others, each layer in the form above",
-    f"{NETWORK}.pt2": "for torch.export.load, each layer in the form above",
-    PLAN: "the plan",
 }
 
 

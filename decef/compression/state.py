@@ -15,10 +15,14 @@ from decef.training.checkpoint import load_checkpoint
 
 log = logging.getLogger(__name__)
 
-ENDINGS = ("safetensors", "onnx", "pt2")  # of the network
 PLAN, FORMS, STATE, CHECKPOINT, REPORT = "plan.yaml", "forms.json", "state.json", "checkpoint.pt", "report.md"
-#: What a compression writes beside its state.
-WRITTEN = (PLAN, FORMS, CHECKPOINT, REPORT, "report.json", *(f"{NETWORK}.{ending}" for ending in ENDINGS))
+#: The files that a compression is made for, with what each is in its report.
+FILES = {
+    f"{NETWORK}.safetensors": "the small network with its plan, to use or train in Python",
+    f"{NETWORK}.onnx": "for ONNX Runtime and others, each layer in the form above",
+    f"{NETWORK}.pt2": "for torch.export.load, each layer in the form above",
+    PLAN: "the plan",
+}
 TUNING = {"finetune", "lr"}  # what is asked of fine-tuning alone
 AFTER_PLANNING = TUNING | {"images", "seed"}  # what a plan doesn't depend on
 BEFORE = "plan-before.yaml"
@@ -69,7 +73,9 @@ class State:
             self["asked"] = self.asked
 
     def _read(self) -> dict[str, Any]:
-        others = [name for name in WRITTEN if (self._folder / name).exists()]
+        """What the file says; empty if there is none. Raises ValueError for files of something else, see the class."""
+        written = (*FILES, FORMS, CHECKPOINT, REPORT, Path(REPORT).with_suffix(".json").name)
+        others = [name for name in written if (self._folder / name).exists()]
         if others and not self._path.is_file():
             raise ValueError(f"{self._folder} has a {others[0]} that is not of a compression: give another folder")
         return json.loads(self._path.read_text()) if self._path.is_file() else {}

@@ -53,7 +53,6 @@ class Deployed(nn.Module):
         precision: in which it computes.
         error: of its output for the example, over the norm of the original's.
         bytes: its size in a file of the engine.
-
         times: a dict for each candidate with `engine`, `arrangement` and `seconds`, the time of a call.
     """
 

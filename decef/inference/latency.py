@@ -60,7 +60,6 @@ def measure_times(
         example_input: `(B, C, H, W)`, of the batch size to be fast at, on the device to be fast on.
         engine: of `decef.inference.engines.ENGINES`; None is onnxruntime on a CPU that has it, else eager.
         include, exclude: names of convolutions, see `decef.plan`.
-
         progress: show a bar.
 
     Raises:

@@ -82,7 +82,7 @@ def create_model(
         raise ValueError(f"model '{name}' has no option {', '.join(unknown)}")
     width = options.get("width")
     if width is not None and not 0 < width < math.inf:
-        raise ValueError(f"model.width={width} must be a number above 0")
+        raise ValueError(f"model '{name}': width={width} must be a number above 0")
     if image_size is not None and "image_size" in known:
         options["image_size"] = image_size
     return MODELS[name](num_classes=num_classes, in_channels=in_channels, **options)

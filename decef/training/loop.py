@@ -136,12 +136,12 @@ def train_one_epoch(
     scale = _scale_at(config, epoch)
     batches = train.batches(batch_size, generator, part)
     inputs = ((training.network_input(train, images, scale), labels) for images, labels in batches)
-    lr, loss, top1 = training.epoch(inputs, epoch, steps, on_step)
+    loss, top1 = training.epoch(inputs, epoch, steps, on_step)
     seconds = time.perf_counter() - started
     if training.moved:
         again = train.batches(batch_size, generator, part)
         training.recalibrate(training.network_input(train, images, scale) for images, _ in again)
-    return Trained(lr=lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / seconds)
+    return Trained(lr=training.lr, train_loss=loss, train_top1=top1, images_per_second=steps * batch_size / seconds)
 
 
 class Training:
@@ -201,17 +201,14 @@ class Training:
 
     def epoch(
         self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int, steps: int, on_step: Callable[[], object]
-    ) -> tuple[float, float, float]:
-        """Train on the batches of an epoch.
+    ) -> tuple[float, float]:
+        """Train on the batches of an epoch; mean loss and top-1, see `finish_epoch`.
 
         Args:
             batches: inputs and labels, see `step`.
             epoch: its number, from 0.
             steps: how many batches every epoch has.
             on_step: called after every step.
-
-        Returns:
-            The last step's learning rate, and what `finish_epoch` returns.
 
         Raises:
             FloatingPointError: see `fit`.
@@ -221,7 +218,12 @@ class Training:
             lr = lr_at(self.config, (step + 0.5) / (steps * self.config.epochs))
             self.step(x, labels, lr, step)
             on_step()
-        return lr, *self.finish_epoch()
+        return self.finish_epoch()
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def start_epoch(self) -> None:
         """Switch to training mode and reset the epoch's sums."""
@@ -270,7 +272,7 @@ class Training:
         Raises:
             FloatingPointError: see `fit`.
         """
-        self._check(self.optimizer.param_groups[0]["lr"])
+        self._check(self.lr)
         if self.atcd is not None:
             self.moved = self.atcd.after_epoch()
         self.processes.broadcast_buffers(self.model)  # batch norm's statistics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,10 @@ def load_networks(
         ValueError, FileNotFoundError: see `load_network`; but the run need not be finished.
     """
     if _is_run(name) and weights is None and not pretrained:
-        return list(_networks_of_run(Path(name)))
+        # checkpoint.pt comes last, and may be of the same epoch as the last that was kept.
+        paths = sorted(Path(name).glob("checkpoint*.pt")) or [Path(name, CHECKPOINT)]
+        found = dict(_network_of(Path(name), path) for path in paths)
+        return [(label_of(epoch), network) for epoch, network in found.items()]
     return [(name, load_network(name, weights=weights, pretrained=pretrained))]
 
 
@@ -63,8 +66,7 @@ def load_network(
         if _is_released(name):
             return load(name)
         check_finished(Path(name))
-        (*_, (_, model)) = _networks_of_run(Path(name), kept=False)
-        return model
+        return _network_of(Path(name), Path(name, CHECKPOINT))[1]
     if trained and weights is None and not pretrained and ":" not in name:
         raise ValueError(f"{name} would have random weights: say where trained ones are, with --weights FILE")
     classes = 1000 if "/" in name else 10  # timm's and torchvision's networks are for ImageNet, ours for CIFAR-10
@@ -150,20 +152,11 @@ def epoch_of(label: object) -> int | None:
     return int(found[1]) if found else None
 
 
-def _networks_of_run(folder: Path, *, kept: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """The networks of a run's checkpoints; those that it kept on its way only if `kept`."""
-    known = [*(sorted(folder.glob("checkpoint-*.pt")) if kept else ()), folder / CHECKPOINT]
-    paths = [path for path in known if path.is_file()]
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no checkpoint: checkpoints stay on the machine where a run was made")
-    config = load_config(folder)
-    data = config.dataset.dataset()
-    last = 0
-    for path in paths:
-        checkpoint = load_checkpoint(path)
-        if checkpoint["epoch"] <= last:  # the last one may be among those that were kept
-            continue
-        last = checkpoint["epoch"]
-        model = rebuild(config.model, data, Plan.from_dict(checkpoint["plan"])).model
-        model.load_state_dict(checkpoint["model"])
-        yield label_of(checkpoint["epoch"]), model
+def _network_of(run: Path, path: Path) -> tuple[int, nn.Module]:
+    """The network in a run's checkpoint, and after how many epochs."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} has no {path.name}: checkpoints stay on the machine where a run was made")
+    config, checkpoint = load_config(run), load_checkpoint(path)
+    network = rebuild(config.model, config.dataset.dataset(), Plan.from_dict(checkpoint["plan"])).model
+    network.load_state_dict(checkpoint["model"])
+    return checkpoint["epoch"], network

@@ -144,7 +144,6 @@ class Recorder:
             known: what is known about the run before it is trained.
             epochs: how many are done. Metrics of later ones, written after the last checkpoint, are dropped.
 
-
         Raises:
             InputError: the run was begun on other data, or the disk is full or cannot be written.
         """

@@ -40,7 +40,6 @@ class _Job:
     train: TrainConfig
     dataset: Dataset
     device: torch.device
-
     recorder: Recorder
 
 
