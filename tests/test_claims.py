@@ -215,10 +215,35 @@ def test_training_of_another_name_is_no_control():
 
 def test_every_look_has_its_share_of_the_chance_to_be_wrong():
     ours = runs("decef", 88.0, 89.7, 90.0, rank=4)
-    once, twice = (judge(replace(NON_INFERIOR, looks=looks), [*DENSE, *ours]) for looks in (1, 2))
+    once, twice = (judge(replace(NON_INFERIOR, looks=looks), [*DENSE, *ours]) for looks in ((), (3, 10)))
     assert [one.verdict for one in (once, twice)] == [FAILS, UNDECIDED]
     (p,) = {re.search(r"\(p = ([\d.]+)", one.evidence[0].result)[1] for one in (once, twice)}
     assert 0.025 < float(p) < 0.05
+
+
+def test_seeds_beyond_a_planned_number_decide_nothing_before_the_next_is_there():
+    dense = runs("conv2d", *[90.0] * 6)
+    ours = runs("decef", 88.0, 89.1, 88.8, 88.1, 88.2, 88.3, rank=4)  # decidedly lower by six, not by three
+    judged = {
+        looks: judge(replace(NON_INFERIOR, looks=looks), [*dense, *ours]).evidence[0]
+        for looks in ((), (3, 10), (3, 6), (8, 10))
+    }
+    assert [one.verdict for one in judged.values()] == [FAILS, UNDECIDED, FAILS, FAILS]
+    assert "by the first 3 seeds; " in judged[3, 10].result
+    assert "by the first" not in judged[3, 6].result + judged[8, 10].result
+
+
+def test_pairs_across_two_kinds_of_hardware_are_counted():
+    dense, ours = runs("conv2d", 90.0, 91.0, 92.0), runs("decef", 90.0, 91.1, 91.9, rank=4)
+
+    def result():
+        return judge(NON_INFERIOR, [*dense, *ours]).evidence[0].result
+
+    assert "hardware" not in result()
+    ours[1].summary["machine"] = "another CPU"
+    assert "1 of the pairs across two kinds of hardware" in result()
+    ours[1].summary["device"] = dense[1].summary["device"] = "a GPU"  # whatever the CPU beside it
+    assert "hardware" not in result()
 
 
 def test_runs_of_another_precision_are_not_paired():
@@ -281,15 +306,15 @@ BETTER, WORSE, UNCLEAR = (0.0, 0.1, -0.1), (-2.0, -2.1, -1.9), (-3.0, 1.0, 2.0)
         ([WORSE], FAILS, "1 of 1 comparison decided: 0 hold, 1 doesn't"),
         ([BETTER, WORSE], MIXED, "2 of 2 comparisons decided: 1 holds, 1 doesn't"),
         ([BETTER, WORSE, UNCLEAR], MIXED, "2 of 3 comparisons decided: 1 holds, 1 doesn't; 1 needs more seeds"),
-        ([(5.0,), (5.0,)], UNDECIDED, "0 of 2 comparisons decided; 2 need more seeds"),
-        ([BETTER, (5.0,)], UNDECIDED, "1 of 2 comparisons decided: 1 holds, 0 don't; 1 needs more seeds"),
+        ([(5.0,), (5.0,)], UNDECIDED, "0 of 2 comparisons decided; 2 have one seed"),
+        ([BETTER, (5.0,)], UNDECIDED, "1 of 2 comparisons decided: 1 holds, 0 don't; 1 has one seed"),
         ([WORSE, UNCLEAR], REFUTED, "1 of 2 comparisons decided: 0 hold, 1 doesn't; 1 needs more seeds"),
     ],
 )
 def test_comparisons_are_summed_up_and_counted(differences, verdict, words):
     got = judge(NON_INFERIOR, networks(**{f"net{i}": d for i, d in enumerate(differences)}))
     assert (got.verdict, got.words) == (verdict, words)
-    assert got.open == (verdict in (NOT_TESTED, UNDECIDED))
+    assert got.open == (verdict in (NOT_TESTED, UNDECIDED, REFUTED))
 
 
 def test_one_that_holds_among_many_undecided_is_no_holding_in_part():

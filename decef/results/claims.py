@@ -42,7 +42,7 @@ class Claim:
     experiment: str
     published: tuple[Published, ...] = ()
     holds_if: str = "all"
-    looks: int = 1
+    looks: tuple[int, ...] = ()
     note: str = ""
 
     @property
@@ -53,7 +53,13 @@ class Claim:
     @property
     def alpha(self) -> float:
         """The chance of a wrong decision at one look, so that it is at most `ALPHA` over all (Bonferroni)."""
-        return ALPHA / self.looks
+        return ALPHA / max(1, len(self.looks))
+
+    def looked_at(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        """The values, in the order of their seeds, that a comparison is tested by: of the largest planned number that
+        is there, so that a run more than planned decides nothing; all where there are fewer than planned first."""
+        planned = [n for n in self.looks if n <= len(values)]
+        return values[: max(planned)] if planned else values
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Verdict:
     @property
     def open(self) -> bool:
         """Whether more runs are needed for a verdict."""
-        return self.verdict in (NOT_TESTED, UNDECIDED)
+        return self.verdict in (NOT_TESTED, UNDECIDED, REFUTED)
 
     @property
     def words(self) -> str:
@@ -94,14 +100,16 @@ class Verdict:
         An experiment counts as one comparison, even if it takes two for it to hold.
         """
         found = Counter(evidence.verdict for evidence in self.evidence)
-        holds, fails, left, alone = found[HOLDS], found[FAILS], found[UNDECIDED] + found[ONE_SEED], found[NOT_TESTED]
+        holds, fails, left, single, alone = (found[v] for v in (HOLDS, FAILS, UNDECIDED, ONE_SEED, NOT_TESTED))
         words = []
-        if tested := holds + fails + left:
+        if tested := holds + fails + left + single:
             words.append(f"{holds + fails} of {tested} comparison{'s' * (tested > 1)} decided")
         if holds + fails:
             words[0] += f": {holds} hold{'s' * (holds == 1)}, {fails} {'doesn' if fails == 1 else 'don'}'t"
         if left:
             words.append(f"{left} need{'s' * (left == 1)} more seeds")
+        if single:
+            words.append(f"{single} {'has' if single == 1 else 'have'} one seed")
         if alone:
             words.append(f"{alone} {'has' if alone == 1 else 'have'} nothing to be compared with")
         return "; ".join(words)
@@ -122,15 +130,17 @@ def load_claims() -> tuple[Claim, ...]:
         for name in entry.get("published", []):
             _known("published value", name, by_id, entry["id"])
         published = tuple(one for name in entry.get("published", []) for one in by_id[name])
+        looks = tuple(entry.get("looks", ()))
         try:
-            claim = Claim(**{**entry, "published": published})
+            claim = Claim(**{**entry, "published": published, "looks": looks})
         except TypeError as error:
             raise ValueError(f"claims.yaml: claim {entry.get('id')} cannot be read: {error}") from error
         _known("paper", claim.paper, load_papers(), claim.id)
         _known("kind", claim.asks.get("kind"), KINDS, claim.id)
         _check_asks(claim)
         _known("holds_if", claim.holds_if, HOLDS_IF, claim.id)
-        _known("looks", claim.looks, range(1, 10), claim.id)
+        if any(n < 2 for n in looks) or list(looks) != sorted(looks):
+            raise ValueError(f"claims.yaml: {claim.id} has looks {list(looks)}: numbers of seeds, from 2 on, must rise")
         if claim.id in claims:
             raise ValueError(f"claims.yaml: claim {claim.id} stands there twice")
         claims[claim.id] = claim
@@ -152,8 +162,8 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
 
     Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound, or a sign test,
     see `Comparison`. The p-values of a claim are corrected together by Holm's method. So the chance of even one wrong
-    decision among them is at most `ALPHA`, as long as the numbers of seeds at which it is looked at, `claim.looks` of
-    them, were fixed before.
+    decision among them is at most `ALPHA`, as long as the numbers of seeds at which it is looked at, `claim.looks`,
+    were fixed before; see `Claim.looked_at`.
 
     Args:
         claim: one of `load_claims()`.
@@ -171,9 +181,14 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     except ValueError as error:
         raise ValueError(f"claim {claim.id}: {error}") from error
     # Several experiments may share a control: its comparison counts once.
-    tests = list(dict.fromkeys(c for finding in findings for c in finding.comparisons if len(c.values) > 1))
-    corrected = dict(zip(tests, holm([p_value(c.values, c.bound, by_sign=c.by_sign) for c in tests]), strict=True))
-    evidence = tuple(_evidence(finding, corrected, claim.alpha) for finding in findings)
+    comparisons = dict.fromkeys(c for finding in findings for c in finding.comparisons)
+    tested = {c: values for c in comparisons if len(values := claim.looked_at(c.values)) > 1}
+    p_values = [p_value(values, c.bound, by_sign=c.by_sign) for c, values in tested.items()]
+    corrected = dict(zip(tested, holm(p_values), strict=True))
+    # Holm's bound for the smallest p-value, once all have seeds; those for the others are less strict.
+    alpha = claim.alpha / max(1, len(comparisons))
+    decided = {c: _decided(claim, c, p, alpha) for c, p in corrected.items()}
+    evidence = tuple(_evidence(finding, decided) for finding in findings)
     return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
 
 
@@ -197,26 +212,32 @@ def _overall(verdicts: Iterable[str], holds_if: str) -> str:
     return UNDECIDED
 
 
-def _evidence(finding: Finding, corrected: Mapping[Comparison, float], alpha: float) -> Evidence:
+def _evidence(finding: Finding, decided: Mapping[Comparison, tuple[str, str]]) -> Evidence:
     """A finding with its verdict: it holds if all its comparisons hold, and fails if one of them fails."""
-    parts = [_decided(comparison, corrected, alpha) for comparison in finding.comparisons]
+    parts = [decided.get(comparison, (ONE_SEED, comparison.words)) for comparison in finding.comparisons]
     found = {verdict for verdict, _ in parts} or {NOT_TESTED}
     verdict = next(v for v in (FAILS, ONE_SEED, UNDECIDED, HOLDS, NOT_TESTED) if v in found)
     result = "; ".join(filter(None, [finding.result, *(words for _, words in parts)]))
     return Evidence(finding.what, finding.n, result, verdict, finding.runs)
 
 
-def _decided(comparison: Comparison, corrected: Mapping[Comparison, float], alpha: float) -> tuple[str, str]:
-    """The verdict on one comparison, and its words with the p-value and, if undecided, the number of seeds needed."""
-    if comparison not in corrected:
-        return ONE_SEED, comparison.words
-    p = corrected[comparison]
+def _decided(claim: Claim, comparison: Comparison, p: float, alpha_of_one: float) -> tuple[str, str]:
+    """The verdict on one comparison, and its words with the p-value and, if undecided, the number of seeds needed.
+
+    Args:
+        claim: whose comparison it is.
+        comparison: a tested one.
+        p: its p-value, corrected.
+        alpha_of_one: what the p-value by itself must be below, to count how many seeds that takes.
+    """
+    values = claim.looked_at(comparison.values)
     words = f"{comparison.words} (p {f'= {p:.2g}' if p >= 0.001 else '< 0.001'}"
-    if p <= alpha:
-        above = is_above(comparison.values, comparison.bound, by_sign=comparison.by_sign)
+    if len(values) < len(comparison.values):
+        words += f" by the first {len(values)} seeds"
+    if p <= claim.alpha:
+        above = is_above(values, comparison.bound, by_sign=comparison.by_sign)
         return HOLDS if above else FAILS, f"{words})"
-    # Holm's bound for the smallest p-value; those for the others are less strict.
-    needed = seeds_needed(comparison.values, comparison.bound, alpha / len(corrected), by_sign=comparison.by_sign)
+    needed = seeds_needed(values, comparison.bound, alpha_of_one, by_sign=comparison.by_sign)
     return UNDECIDED, f"{words}; {f'about {needed}' if needed else f'more than {MOST_SEEDS}'} seeds needed)"
 
 

@@ -147,6 +147,8 @@ def _non_inferior(
         pairs = [against[pair(r)] for r in group if pair(r) in against]
         words = f"{difference.words('+.2f')} against {_percent(_top1s(pairs))} of {selector_words(control)}"
         words += f", over {difference.n} of the seeds" if difference.n < len(group) else ""
+        across = sum(r.hardware != against[pair(r)].hardware for r in group if pair(r) in against)
+        words += f", {across} of the pairs across two kinds of hardware" if across else ""
         comparison = Comparison(words, tuple(found), -margin, _ids(group, pairs))
         yield _finding(group, result, comparison, others=pairs)
 

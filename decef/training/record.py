@@ -143,6 +143,12 @@ class Record:
         return self.config.seed, self.summary.get("precision"), self.summary.get("processes", 1)
 
     @property
+    def hardware(self) -> str:
+        """What the run was trained on: the GPU, or the machine's CPU; results differ between two by rounding."""
+        device = self.summary.get("device", "cpu")
+        return device if device != "cpu" else self.summary.get("machine", "")
+
+    @property
     def task(self) -> str:
         """The dataset's name, with the options that make this another task than the name stands for."""
         return " ".join([self.config.dataset.name, *self._task_options])
