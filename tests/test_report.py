@@ -184,7 +184,7 @@ def test_verdicts_stand_with_how_many_comparisons_were_decided():
     words = " ".join(Parsed(text).words.split())
     assert " ".join(f"1 {verdict}" for verdict in VERDICTS) in words
     for verdict, claim in claims.items():
-        assert (claim.experiment in words) == (verdict in (UNDECIDED, NOT_TESTED))
+        assert (claim.experiment in words) == (verdict in (REFUTED, UNDECIDED, NOT_TESTED))
     assert all(
         f".pill.{name} {{" in text
         for name in ("holds", "holds-in-some-not-in-others", "doesn-t-hold-in-some-others-open")
@@ -192,7 +192,7 @@ def test_verdicts_stand_with_how_many_comparisons_were_decided():
 
     words = " ".join(Parsed(page(*grid())).words.split())
     assert "1 of 1 comparison decided: 0 hold, 1 doesn't doesn't hold" in words  # decef-two-thirds-resnet
-    assert "0 of 2 comparisons decided; 2 need more seeds too few seeds to say" in words  # fair-fight
+    assert "0 of 2 comparisons decided; 1 needs more seeds; 1 has one seed too few seeds to say" in words  # fair-fight
     assert "; more than 50 seeds needed)" in words  # exactly at its margin
     assert "one seed" in words
 
