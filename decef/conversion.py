@@ -84,8 +84,6 @@ def convert(
     made = {name: (types[name], rank, modules[name].groups) for name, rank in how.ranks.items()}
     _check_shared(made, shared_weights(model))
     moments = moments_on(model, list(how.ranks), data, progress=progress)
-    if data is not None and how.ranks and not set(moments) & set(how.ranks):
-        raise ValueError("data would do nothing: it holds moments of none of the layers that are converted")
     replaced: dict[nn.Module, nn.Module] = {}
     by_weight: dict[int, tuple[FactorizedConv2d, float | None]] = {}  # the first layer of each weight, and its error
     for row in bar([row for row in how.rows if row.action == "convert"], "decompose", progress):
@@ -146,9 +144,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     momenta, before = [norm.momentum for norm in norms], [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
-        norm.train()
+        _measure_anew(norm)
     try:
         with norms_inside_measured(model):
             for x in without_leftover(inputs_of(batch, model) for batch in chain([first], batches)):
@@ -167,6 +163,21 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
         if norm.num_batches_tracked == 0:  # this forward does not use it
             norm.load_state_dict(state)
     return model
+
+
+def _measure_anew(norm: _BatchNorm) -> None:
+    """Let a norm take the mean over all batches that it will see, of which the first replaces what it had.
+
+    Until then it has that: a norm that refuses training mode, or whose statistics another module uses, goes on with it.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    if not (norm.running_mean.isfinite().all() and norm.running_var.isfinite().all()):
+        norm.reset_running_stats()  # what isn't finite would stay so
+    norm.num_batches_tracked.zero_()
+    norm.momentum = None
+    norm.train()
 
 
 @contextmanager

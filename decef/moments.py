@@ -73,10 +73,17 @@ def moments_on(
     *,
     progress: bool = False,
 ) -> Mapping[str, Tensor]:
-    """Moments for `data`: none if it is None, `data` itself if it holds moments, else moments collected on it."""
-    if isinstance(data, Mapping):
-        return data
-    return {} if data is None else input_moments(model, names, data, progress=progress)
+    """Moments for `data`: none if it is None, `data` itself if it holds moments, else moments collected on it.
+
+    Raises:
+        ValueError: none of the moments are of a layer that they are wanted for; or see `input_moments`.
+    """
+    if data is None:
+        return {}
+    moments = data if isinstance(data, Mapping) else input_moments(model, names, data, progress=progress)
+    if names and not set(moments) & set(names):
+        raise ValueError("data would do nothing: it holds moments of none of the layers that may change")
+    return moments
 
 
 @torch.no_grad()

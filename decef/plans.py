@@ -174,7 +174,7 @@ def plan(
             nothing, or a network that does not run on `input_size`.
         TypeError: `rank` is none of the three, or the layer type does not have an option.
     """
-    if data is not None and not isinstance(data, Mapping) and layer != AUTO and _is_blind(as_rule(rank)):
+    if data is not None and layer != AUTO and _is_blind(as_rule(rank)):
         raise ValueError("data would do nothing: these ranks don't depend on what a kernel keeps; give them to convert")
     made, _ = planned(
         model,

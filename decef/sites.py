@@ -216,7 +216,7 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
         moments: from `decef.moments.input_moments`, for some or all of them by name.
 
     Raises:
-        ValueError: a weight has NaN or infinite values.
+        ValueError: a weight has NaN or infinite values, or moments are of another kernel.
     """
     owners: dict[str, list[Site]] = {}
     for site in sites:
@@ -227,6 +227,12 @@ def candidates_of(sites: Sequence[Site], moments: Mapping[str, Tensor]) -> list[
         assert unit is not None
         if not conv.weight.is_meta and not conv.weight.isfinite().all():
             raise ValueError(f"layer '{name}': its weight has NaN or infinite values")
+        size = math.prod(conv.weight.shape[1:])
+        if name in moments and moments[name].shape != (conv.groups, size, size):
+            raise ValueError(
+                f"layer '{name}': moments of shape {tuple(moments[name].shape)} are of another network, for here they "
+                f"have {(conv.groups, size, size)}"
+            )
         candidates.append(
             Candidate(
                 name,

@@ -23,6 +23,7 @@ from decef.inference.forms import to_convolutions
 from decef.layers import LAYERS, Basis2021Conv2d, BasisConv2d, DeCEFConv2d, FactorizedConv2d
 from decef.models import MODELS, CifarResNet, create_model
 from decef.moments import _collect as collect
+from decef.moments import input_moments
 from decef.plans import Plan, plan, planner
 from decef.ranks import Budget, EffectiveRank, Energy, Fixed, Latency, PerLayer, Share
 from decef.results.effective_ranks import rank_table
@@ -712,6 +713,47 @@ def test_recalibrate_leaves_a_norm_that_the_forward_does_not_use():
     assert not torch.equal(model.bn1.running_mean, before)
 
 
+class Frozen(nn.BatchNorm2d):
+    """A norm that stays in evaluation mode, as one is written to be frozen."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Borrowing(nn.Module):
+    """Normalises by the statistics of a norm that it doesn't call."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.norm.running_mean, self.norm.running_var)
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, Borrowing])
+def test_recalibrate_measures_what_comes_after_a_norm_that_stays_as_it_is(wrap):
+    kind = Frozen if wrap is nn.Identity else nn.BatchNorm2d
+    first = kind(4)
+    torch.nn.init.normal_(first.running_mean, 5.0)
+    first.running_var.fill_(9.0)
+    before = copy.deepcopy(first.state_dict())
+    middle = first if wrap is nn.Identity else wrap(first)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), middle, nn.BatchNorm2d(4)).eval()
+    x = images().float()
+    recalibrate(model, [x])
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
+    assert_close(model[2].running_mean, model[:2](x).mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_recalibrate_heals_statistics_that_are_not_finite():
+    model = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    model[0].running_mean.fill_(torch.nan)
+    x = images().float()
+    recalibrate(model, [x, x])
+    assert_close(model[0].running_mean, x.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
 def test_recalibrate_runs_nothing_where_there_is_no_batch_norm():
     calls = []
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -836,8 +878,17 @@ def test_a_convolution_may_be_called_by_the_name_of_its_argument():
 
 @pytest.mark.parametrize("data", [{}, {"module.conv1": torch.eye(9)[None]}])
 def test_moments_of_other_layers_are_refused(data):
+    model = network()
+    for how in (convert, plan):
+        with pytest.raises(ValueError, match="data would do nothing: it holds moments of none of the layers"):
+            how(model, "decef", rank=Energy(0.9), data=data)
     with pytest.raises(ValueError, match="data would do nothing: it holds moments of none of the layers"):
-        convert(network(), "decef", rank=1, data=data)
+        convert(model, plan(model, "decef", rank=1), data=data)
+
+
+def test_moments_of_other_kernels_are_refused():
+    with pytest.raises(ValueError, match=r"'conv1': moments of shape \(1, 4, 4\) are of another network"):
+        convert(network(), "decef", rank=Energy(0.9), data={"conv1": torch.eye(4)[None]})
 
 
 def test_new_factors_have_the_scale_of_small_weights_in_half_precision():
@@ -989,6 +1040,8 @@ def test_data_for_ranks_that_do_not_depend_on_them_are_refused(rank):
     model, batches = nn.Sequential(nn.Conv2d(3, 8, 3)), [torch.randn(4, 3, 8, 8)]
     with pytest.raises(ValueError, match="data would do nothing: these ranks"):
         plan(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))
+    with pytest.raises(ValueError, match="data would do nothing: these ranks"):
+        plan(model, "decef", rank=rank, data=input_moments(model, ["0"], batches), input_size=(3, 8, 8))
     convert(model, "decef", rank=rank, data=batches, input_size=(3, 8, 8))  # there they are for the factors
 
 

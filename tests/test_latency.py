@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,17 @@ def test_what_is_chosen_keeps_about_as_much_as_the_best_choice():
     everything = ({"0": a, "1": b} for a, b in itertools.product(range(1, 9), range(1, 9)))
     best = max(kept(ranks) for ranks in everything if seconds_of(ranks, times) <= 3.6)
     assert kept(chosen) > 0.97 * best
+
+
+def test_times_of_another_layer_type_or_network_are_refused():
+    model, times = network(), made_up(network())
+    for kind, layer in (("decef", decef.CPACConv2d), ("cpac", decef.DeCEFConv2d)):
+        with pytest.raises(ValueError, match=rf"the times are of {layer.__name__}, and the layers are \w+Conv2d"):
+            plan(model, kind, rank=Latency(0.5, replace(times, layer=layer)))
+    assert plan(model, "decef", rank=Latency(0.5, replace(times, layer=decef.DeCEFConv2d))).ranks
+    elsewhere = replace(times, layers={f"module.{name}": layer for name, layer in times.layers.items()})
+    with pytest.raises(ValueError, match="the times are of another network: none of the layers that may change"):
+        plan(model, "decef", rank=Latency(0.5, elsewhere))
 
 
 def test_what_cannot_be_met_says_what_can():
@@ -198,4 +210,5 @@ def test_real_times_of_a_small_network():
     model, x = network().eval(), torch.randn(1, 1, 8, 8)
     times = measure_times(model, "cpac", x, engine="eager", include="layer1.*")
     assert times.total > 0
+    assert times.layer is decef.CPACConv2d
     assert all(t > 0 for layer in times.layers.values() for t in (layer.dense, *layer.at_rank.values()))

@@ -237,6 +237,31 @@ def test_auto_does_not_go_on_measuring_images_of_ever_other_sizes(monkeypatch):
     assert set(measured) == set(sizes[:8])
 
 
+@pytest.mark.parametrize("short", [("reconstructed",), ("factorized", "reconstructed")])
+def test_auto_takes_what_the_memory_suffices_for(short, monkeypatch):
+    monkeypatch.setattr("decef.layers.choice.MEASURED", {})
+    layer, forward = make(DeCEFConv2d), DeCEFConv2d.forward
+
+    def run(self, x):
+        if self is not layer and self.implementation in short:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(DeCEFConv2d, "forward", run)
+    x = torch.randn(1, 4, 8, 8, dtype=F64)
+    assert layer.prefers_factorized(x) == (len(short) == 1)
+    assert_close(layer(x), layer.to_conv2d()(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("cls", TYPES)
+def test_torch_fx_traces_layers_of_a_fixed_implementation(cls, training):
+    for implementation in ("factorized", *(["reconstructed"] if cls.composes_in_training else [])):
+        layer = make(cls, padding=1, implementation=implementation)
+        model, x = nn.Sequential(layer).train(training), torch.randn(2, 4, 6, 6, dtype=F64)
+        assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+
+
 def test_auto_times_the_backward_pass_where_a_gradient_goes_through(monkeypatch):
     timed = []
     monkeypatch.setattr("decef.layers.choice.MEASURED", {})

@@ -572,7 +572,16 @@ def test_a_file_that_cannot_be_read_is_no_full_disk(tmp_path, monkeypatch):
     assert "make room" not in str(said.value)
 
 
-@pytest.mark.parametrize("std", [[0.0], [-1.0]])
-def test_images_are_not_divided_by_nothing(tmp_path, std):
-    with pytest.raises(ValueError, match=r"dataset\.std=.* must be above 0 in every channel"):
-        config(tmp_path, dataset__mean=[0.5], dataset__std=std)
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.5], [0.0], r"dataset\.std=\[0\.0\] must be above 0 in every channel"),
+        ([0.5], [-1.0], r"dataset\.std=\[-1\.0\] must be above 0 in every channel"),
+        ([127.5], [0.5], r"dataset\.mean=\[127\.5\] is not of pixels from 0 to 1, as images are here: divide by 255"),
+        ([0.5], [127.5], r"dataset\.std=\[127\.5\] is not of pixels from 0 to 1"),
+    ],
+)
+def test_images_are_normalised_as_pixels_from_0_to_1(tmp_path, mean, std, message):
+    with pytest.raises(InputError, match=message):
+        run(config(tmp_path, dataset__mean=mean, dataset__std=std))
+    assert not list(tmp_path.iterdir())

@@ -278,7 +278,7 @@ class Compression:
         """The first so many images, in batches."""
         device, found, left = self._x.device, [], self._images
         with self._seeded():
-            for images, _ in batches(self._data):
+            for images, _ in batches(self._data, self._classes):
                 found.append(images[:left].to(device))
                 left -= len(found[-1])
                 if left <= 0:
@@ -315,7 +315,7 @@ class Compression:
             self._note_top1("converted", network)
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
             with self._seeded():
-                recalibrate(network, (images.to(self._x.device) for images, _ in batches(self._data)))
+                recalibrate(network, (images.to(self._x.device) for images, _ in batches(self._data, self._classes)))
             if self._test is not None:
                 self._note_top1("recalibrated", network)
         self._save(network.eval(), None)

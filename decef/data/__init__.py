@@ -122,6 +122,12 @@ def dataset(
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != known.input_size[0]:
             raise ValueError(f"dataset.{key}={list(values)} must have a number for every channel")
+        if values is not None and max(map(abs, values)) > 1:
+            raise ValueError(
+                f"dataset.{key}={list(values)} is not of pixels from 0 to 1, as images are here: divide by 255"
+            )
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"dataset.std={list(std)} must be above 0 in every channel: images are divided by it")
     return replace(known, mean=tuple(mean or known.mean), std=tuple(std or known.std))
 
 

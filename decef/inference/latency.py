@@ -96,7 +96,8 @@ def measure_times(
             over_dense, at_dense = _over_dense(conv, made, x, engine, known), seconds[_call(conv, x)]
             times = LayerTimes(at_dense, {rank: at_dense * over_dense[rank] for rank in ranks}, block)
             layers[first.name] = layers[first.name] + times if first.name in layers else times
-    return Times(seconds[WHOLE], layers)
+    measured = layer_type(layer)
+    return Times(seconds[WHOLE], layers, measured if issubclass(measured, FactorizedConv2d) else None)
 
 
 def _call(conv: nn.Module, x: Tensor) -> str:

@@ -99,7 +99,8 @@ class Basis2021Conv2d(BasisConv2d):
 
     def forward_factorized(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         y = self._filtered(x, padding)
-        y = self.norm(y) if y.dim() == 4 else self.norm(y[None])[0]
+        single = isinstance(y, Tensor) and y.dim() == 3  # what torch.fx traces with has no number of dimensions
+        y = self.norm(y[None])[0] if single else self.norm(y)
         return F.conv2d(y, self.coefficients[:, :, None, None], self.bias, groups=self.groups)
 
     def _filtered(self, x: Tensor, padding: tuple[int, int]) -> Tensor:

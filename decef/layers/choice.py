@@ -79,7 +79,17 @@ def factorized_has_fewer_macs(layer: Layer, x: Tensor) -> bool:
 
 
 def seconds(layer: Layer, implementation: str, x: Tensor, trains: bool) -> float:
-    """Seconds of the fastest of a few runs, on an input that is already padded where the layer pads first."""
+    """Seconds of the fastest of a few runs, on an input that is already padded where the layer pads first.
+
+    Infinite if the device's memory doesn't suffice.
+    """
+    try:
+        return _seconds(layer, implementation, x, trains)
+    except torch.OutOfMemoryError:
+        return math.inf
+
+
+def _seconds(layer: Layer, implementation: str, x: Tensor, trains: bool) -> float:
     twin = layer._twin()
     twin.implementation = implementation
     if layer._pad_first:

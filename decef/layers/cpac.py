@@ -185,8 +185,10 @@ class CPACConv2d(FactorizedConv2d):
         """Remove components from the kernel by zeroing their filters.
 
         Args:
-            components: integer indices `(n,)` into `significance()`.
+            components: integer indices `(n,)` into `significance()`, or a mask of its shape.
         """
+        if components.dtype == torch.bool:
+            components = components.nonzero()[:, 0]
         filters = self.filters.reshape(self.groups, -1, self.rank).clone()
         filters[components // self.rank, :, components % self.rank] = 0
         self.filters.copy_(filters.reshape(self.filters.shape))

@@ -57,10 +57,12 @@ def conditioned(moments: Tensor) -> Tensor:
     if not moments.isfinite().all():
         raise ValueError("moments have NaN or infinite values: so has the data, or what the network makes of it")
     scale = moments.diagonal(dim1=1, dim2=2).mean()
-    identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     if scale <= 0:
-        return identity.expand_as(moments)
-    ridge = RIDGE
-    while torch.linalg.cholesky_ex(metric := moments / scale + ridge * identity).info.any():
+        return torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device).expand_as(moments)
+    metric, ridge = moments / scale, RIDGE
+    diagonal = metric.diagonal(dim1=1, dim2=2)  # of which the ridge changes nothing else: moments may be gigabytes
+    diagonal += ridge
+    while torch.linalg.cholesky_ex(metric).info.any():
+        diagonal += 9 * ridge
         ridge *= 10
     return metric

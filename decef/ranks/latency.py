@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar
 
+from decef.layers import FactorizedConv2d
 from decef.ranks.candidate import Candidate, Totals
 from decef.ranks.effective import check_share
 from decef.ranks.steps import NOTHING, Step, spread
@@ -61,10 +62,12 @@ class Times:
     Attributes:
         total: seconds of the dense network.
         layers: by the names of convolutions.
+        layer: the layer type that was measured; None if that isn't known.
     """
 
     total: float
     layers: Mapping[str, LayerTimes] = field(default_factory=dict)
+    layer: type[FactorizedConv2d] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Latency:
             by layer type.
 
     Raises:
-        ValueError: the share is not in (0, 1]. When called: there are no times, or the share can't be met.
+        ValueError: the share is not in (0, 1]. When called: there are no times, they are of another layer type or
+            network, or the share can't be met.
     """
 
     share: float
@@ -115,13 +119,15 @@ class Latency:
             energy: share that is kept, by rank.
 
         Raises:
-            ValueError: there are no times for this layer type.
+            ValueError: there are no times for this layer type, or they are of another.
         """
         times = self.times
         if layer is not None:
             times = times.get(layer) if isinstance(times, Mapping) else None
         if not isinstance(times, Times):
             raise ValueError(f"a time budget for 'auto' needs times by layer type, here for {layer}: of measure_times")
+        if times.layer not in (None, candidate.layer):
+            raise ValueError(f"the times are of {times.layer.__name__}, and the layers are {candidate.layer.__name__}")
         layers = times.layers.get(candidate.name)
         if layers is None:
             return
@@ -138,9 +144,11 @@ class Latency:
             totals: not looked at.
 
         Raises:
-            ValueError: it can't be met.
+            ValueError: it can't be met, or the times are of another network.
         """
         assert self.times is not None
+        if choices and not any(choices.values()):
+            raise ValueError("the times are of another network: none of the layers that may change was measured")
         total = (next(iter(self.times.values())) if isinstance(self.times, Mapping) else self.times).total
         chosen = spread(choices, total, self.share * total * (1 + 1e-9))  # for rounding
         if isinstance(chosen, float):

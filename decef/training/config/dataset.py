@@ -41,8 +41,6 @@ class DatasetConfig:
             value = getattr(self, key)
             if value is not None and not (isinstance(value, tuple) and all(isinstance(v, (int, float)) for v in value)):
                 raise ValueError(f"dataset.{key}={value!r} must be a list with a number for every channel")
-        if self.std is not None and min(self.std, default=1) <= 0:
-            raise ValueError(f"dataset.std={list(self.std)} must be above 0 in every channel: images are divided by it")
 
     @property
     def folder(self) -> Path | None:
