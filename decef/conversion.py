@@ -59,8 +59,8 @@ def convert(
 
     Raises:
         ValueError: the plan names a layer that the network doesn't have, no rank or one that is not possible there, or
-            different types or ranks for layers that share a weight; a weight has NaN or infinite values; `data` would
-            do nothing. Also what `plan` and `input_moments` raise.
+            different types or ranks for layers that share a weight; a weight has NaN or infinite values, or is on the
+            meta device, without values; `data` would do nothing. Also what `plan` and `input_moments` raise.
         TypeError: `how` is neither a plan nor a name, or `arguments` are given together with a plan. Also what `plan`
             raises.
     """
@@ -90,6 +90,10 @@ def convert(
         conv, layer_class = modules[row.name], types[row.name]
         assert isinstance(conv, nn.Conv2d)
         try:
+            if conv.weight.is_meta and not from_scratch:
+                raise ValueError(
+                    "its weight is on the meta device, which has no values: load them, or from_scratch=True"
+                )
             # Factors that are decomposed need not be drawn first.
             layer = layer_class.like(conv, row.rank, device=None if from_scratch else "meta", **how.options)
             if not from_scratch:

@@ -20,7 +20,10 @@ def check_batches(data: object) -> None:
     if isinstance(data, Tensor):
         raise ValueError("data must be batches, such as a list or a DataLoader, not one tensor: give [images]")
     parts = data if isinstance(data, (tuple, list)) and all(isinstance(part, Tensor) for part in data) else ()
-    if len(parts) == 2 and parts[0].dim() > 1 and parts[1].dim() == 1:
+    if len(parts) != 2 or parts[0].dim() < 2 or not parts[1].dim():
+        return
+    images, others = parts
+    if others.dim() == 1 or (len(images) == len(others) and images.shape[1] != others.shape[1]):  # such as masks
         raise ValueError("data must be batches, not one batch of images and labels: give [(images, labels)]")
 
 

@@ -421,6 +421,7 @@ class Auxiliary(nn.Module):
     [
         (lambda net: Auxiliary(), "in training mode it gives tuple: turn off auxiliary heads"),
         (lambda net: net.requires_grad_(False), r"are frozen: model.requires_grad_\(\) lets them train"),
+        (lambda net: nn.Flatten(), "the network has no parameters"),
         (lambda net: net.bfloat16(), r"the network is in torch.bfloat16: give it as model.float\(\)"),
     ],
 )
@@ -529,6 +530,12 @@ def colour_images():
         (loader, {"seed": 2**31}, "seed=2147483648 must be at most 2147483647"),
         (loader, {"engine": "tensorrt"}, "there is no engine 'tensorrt'"),
         (loader, {"budget": Budget(flops=0.01)}, r"0\.01 of the dense network's FLOPs can't be met"),
+        (
+            loader,
+            {"budget": Budget(flops=1.0)},
+            r"no less than what the dense network takes, \d+ MACs: there is nothing",
+        ),
+        (loader, {"budget": Budget(params=1.0)}, r"no less than what the dense network takes, \d+ parameters"),
         (loader, {"budget": Size(10**9)}, "no less than what the dense network takes"),
         (loader, {"budget": Latency(0.5, made_up_times(network()))}, "say Latency.share. without times"),
     ],
@@ -543,6 +550,43 @@ def test_a_budget_of_time_that_is_none_is_refused_before_layers_are_timed(traine
     monkeypatch.setattr("decef.compression.reach.measure_times", None)
     with pytest.raises(ValueError, match="no less than what the dense network takes"):
         Compression(trained, loader(), **{**options, "budget": budget}).plan()
+
+
+def test_a_plan_that_was_edited_to_convert_nothing_is_refused(trained, options, tmp_path):
+    job = Compression(trained, loader(), **{**options, "out": tmp_path})
+    made = job.plan()
+    for row in made.rows:
+        row.action = "keep"
+    made.save(tmp_path / "plan.yaml")
+    with pytest.raises(ValueError, match=r"plan\.yaml converts nothing: there is nothing to do"):
+        job.run()
+
+
+class Unsized:
+    """A loader that doesn't say how many batches it has, and counts how often it is asked for them."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __iter__(self):
+        self.asked += 1
+        return iter(loader(count=256))
+
+
+@pytest.mark.usefixtures("unexported")
+def test_a_loader_without_a_length_is_counted_once(trained, options):
+    data, known = Unsized(), loader(count=256)
+    done = compress(trained, data, finetune=2, **options)
+    same = compress(trained, known, finetune=2, **options)
+    assert all(torch.equal(value, same.network.state_dict()[key]) for key, value in done.network.state_dict().items())
+    assert data.asked <= 8  # first batch, count, labels' check, images, batch norm, two epochs
+
+
+def test_a_network_no_better_than_chance_is_warned_of(trained, options, caplog):
+    for model, warned in ((network(), True), (trained, False)):
+        caplog.clear()
+        Compression(model, loader(), test=loader(1, shuffle=False), **options).plan()
+        assert ("are its weights trained, and the images normalised" in caplog.text) == warned
 
 
 def test_labels_that_only_later_don_t_fit_stop_the_fine_tuning(trained, options, tmp_path):

@@ -351,6 +351,10 @@ def test_convert_says_what_it_cannot_do():
         convert(model, made, from_scratch=True, data=[images()])
     with pytest.raises(ValueError, match="to conv2d, no low-rank layer"):
         convert(model, dataclasses.replace(made, layer="conv2d"))
+    on_meta = copy.deepcopy(model).to("meta")
+    with pytest.raises(ValueError, match=r"layer 'conv1': its weight is on the meta device, which has no values"):
+        convert(on_meta, made)
+    assert convert(on_meta, made, from_scratch=True).conv1.weight.is_meta
 
 
 @pytest.mark.parametrize("rank", [Budget(params=0.5), Fixed(2), EffectiveRank(), Energy(0.9)])
@@ -680,6 +684,7 @@ def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
         (batches, 0, "count=0"),
         (images(), 1, "not one tensor"),
         ((images(), torch.zeros(len(images()))), 1, "not one batch of images and labels"),
+        ((images(), torch.zeros(len(images()), 8, 8)), 1, "not one batch of images and labels"),
     ):
         with pytest.raises(ValueError, match=says):
             recalibrate(model, data, count)

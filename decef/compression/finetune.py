@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -15,6 +16,8 @@ from decef.copies import copied
 from decef.inputs import forked_generator, without_leftover
 from decef.training.config import TrainConfig
 from decef.training.loop import Training
+
+log = logging.getLogger(__name__)
 
 Loader = Iterable[Any]
 
@@ -53,6 +56,7 @@ def count_batches(data: Loader) -> int:
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:
+        log.info("counting the batches of a loader that doesn't say how many it has")
         return sum(1 for _ in data)
 
 
@@ -99,7 +103,7 @@ def top1(model: nn.Module, data: Loader) -> float:
     device = next(model.parameters()).device
     right = seen = 0
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():  # what a network keeps for later calls, training may use too
         for images, labels in batches(data):
             right += int((model(images.to(device)).argmax(1).cpu() == labels.cpu()).sum())
             seen += len(labels)
@@ -112,6 +116,7 @@ def finetune(
     config: TrainConfig,
     *,
     classes: int,
+    steps: int,
     seed: int,
     saved: Mapping[str, Any] | None,
     save: Callable[[dict[str, Any]], None],
@@ -128,6 +133,7 @@ def finetune(
         data: see `batches`.
         config: how; its batch size is not used.
         classes: number of the network's outputs.
+        steps: an epoch, as many as there are batches.
         seed: see above.
         saved: what `save` got last, or None.
         save: called after every epoch with the state to go on from.
@@ -141,7 +147,6 @@ def finetune(
     first = saved["epoch"] if saved else 0
     if first >= config.epochs:
         return
-    steps = count_batches(data)
     training = Training(model, config, device, saved=saved["training"] if saved else None)
     with (
         forked_generator(device),

@@ -49,6 +49,8 @@ from decef.training.config import MAX_SEED, TrainConfig
 
 log = logging.getLogger(__name__)
 
+CHANCE = 5.0  # points of accuracy: a network that is no better than this over chance is warned of
+
 
 @dataclass
 class Compressed:
@@ -83,7 +85,7 @@ class Compression:
     Args:
         model: a trained network that gives logits `(B, classes)`, on the device to work on; it does not change.
         data: training images, normalised as the network expects, in batches (images, labels). It is iterated several
-            times.
+            times, so it must end; one without a length is iterated once more, to count its batches.
         budget: what the small network may cost: `decef.ranks.Budget` (FLOPs or parameters), `decef.ranks.Latency` (a
             share of the dense network's time), or one of `decef.compression`: `Milliseconds`, `Memory`, `Size`.
         layer: a layer type, or "auto": the best for every convolution.
@@ -136,6 +138,8 @@ class Compression:
                 raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if seed > MAX_SEED:
             raise ValueError(f"seed={seed} must be at most {MAX_SEED}")
+        if next(model.parameters(), None) is None:
+            raise ValueError("the network has no parameters: there is nothing to compress")
         if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
             raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
         self._model, self._data, self._test = copied(model).eval(), data, test
@@ -148,7 +152,7 @@ class Compression:
             raise ValueError(str(error).replace("train.", "")) from error
         self._epochs = finetune
         self._first = next(batches(data))[0]
-        self._classes = head_size(self._model, self._first)
+        self._classes, self._batches = head_size(self._model, self._first), count_batches(data)
         if finetune:
             check_trainable(self._model, self._first)
         used = [next(batches(given, self._classes))[0] for given in (data, test) if given is not None]
@@ -212,6 +216,7 @@ class Compression:
             if "reached" not in self._state:
                 if self._test is not None and "dense" not in self._accuracies():
                     self._note_top1("dense", self._model)
+                    self._warn_of_chance()
                 with forked_generator(self._x.device):
                     reached, deployed = self._planner().reach(self._budget)
                 if deployed is not None:
@@ -230,7 +235,7 @@ class Compression:
         if not self._epochs:
             return 0.0
         small = convert(self._model, self.plan(), from_scratch=True)
-        return self._epochs * count_batches(self._data) * step_seconds(small, self._data, self._training(small))
+        return self._epochs * self._batches * step_seconds(small, self._data, self._training(small))
 
     def run(self) -> Compressed:
         """Do what is not done yet.
@@ -245,6 +250,8 @@ class Compression:
             return self._run(self.plan())
 
     def _run(self, made: Plan) -> Compressed:
+        if not made.ranks:
+            raise ValueError(f"{PLAN} converts nothing: there is nothing to do")
         network, saved = self._converted(made)
         if self._epochs:
             self._finetune(network, saved)
@@ -264,7 +271,7 @@ class Compression:
 
     def _data_words(self) -> str:
         known = " ".join(map(str, filter(None, (self._card.dataset, self._card.mean, self._card.std))))
-        return f"{known} {count_batches(self._data)} batches of {tuple(self._first.shape)}".strip()
+        return f"{known} {self._batches} batches of {tuple(self._first.shape)}".strip()
 
     def _test_words(self, test: Loader) -> str:
         """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""
@@ -328,6 +335,7 @@ class Compression:
                 self._data,
                 self._training(network),
                 classes=self._classes,
+                steps=self._batches,
                 seed=self._seed,
                 saved=saved,
                 save=lambda training: self._save(network, training),
@@ -397,6 +405,14 @@ class Compression:
         if step not in self._accuracies():
             self._state["top1"] = {**self._accuracies(), step: measure_top1(network, self._test)}
         log.info("%s: top-1 %.2f %%", step, self._accuracies()[step])
+
+    def _warn_of_chance(self) -> None:
+        top1, chance = self._accuracies()["dense"], 100 / self._classes
+        if top1 < chance + CHANCE:
+            log.warning(
+                "the dense network is right on %.2f %% of the test images, and chance on %.2f: are its weights "
+                "trained, and the images normalised as in its training?", top1, chance,
+            )  # fmt: skip
 
     def _numbers(self, network: nn.Module, made: Plan, deployed: Deployed) -> dict[str, Any]:
         seconds = seconds_beside(self._dense, deployed, self._x)

@@ -60,9 +60,10 @@ class Planner:
         return self._by_time(budget)
 
     def _by_cost(self, budget: Budget) -> Reached:
-        made = self._plan(budget)
-        key = "macs" if budget.params is None else "params"
+        key, unit = ("macs", "MACs") if budget.params is None else ("params", "parameters")
         whole = total_cost(self._model, self._input_size)
+        _check_smaller(budget.share, f"{whole[key]} {unit}")
+        made = self._plan(budget)
         return Reached(made, total_cost(self._small(made), self._input_size)[key] / whole[key], budget.share)
 
     def _by_bytes(self, budget: Memory | Size) -> Reached:
