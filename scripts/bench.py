@@ -12,15 +12,18 @@ from typing import Any
 from cli import fail
 
 WHAT = ("layers", "networks", "operators", "training")
+SHARE = 0.5  # of the FLOPs; the pages of another one have it in their names
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(WHAT)}; default: all")
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>.json, .md")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>[-<share>].json, .md"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="for the layers benchmark")
-    parser.add_argument("--share", type=float, default=0.5, help="share of the dense FLOPs (default 0.5)")
+    parser.add_argument("--share", type=float, default=SHARE, help=f"share of the dense FLOPs (default {SHARE:g})")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes for the layers benchmark (default 1 8)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -54,6 +57,7 @@ def main() -> None:
     machine = environment(device_name(device)) | {"share": arguments.share}
     precisions = {"layers": arguments.dtype, "training": resolve_precision(device, "auto")}
     suffix = str(device) + ("" if arguments.dtype == "float32" else f"-{arguments.dtype}")
+    suffix += "" if arguments.share == SHARE else f"-{arguments.share:g}"
     share, dtype = arguments.share, getattr(torch, arguments.dtype)
     measure: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "layers": lambda: bench_layers.bench_layers(AUTO_TYPES, share, arguments.batches or [1, 8], device, dtype),

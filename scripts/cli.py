@@ -96,7 +96,7 @@ def check_arguments(arguments: list[str], config: str = "train") -> None:
         if override.key_or_group == "results" and override.is_sweep_override():
             fail(f"{text} may give several folders: say one")
         if len(values) > 1 and not {"-m", "--multirun"} & set(arguments):
-            fail(f"{text} gives several values: add -m to run them all")
+            fail(f"{text} gives several values: {'add -m to run them all' if config == 'train' else 'say one'}")
         if key in groups:
             _check_choices(key, values)
         first.append(f"{key}={values[0]}")

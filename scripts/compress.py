@@ -117,6 +117,8 @@ def _budget(given: object) -> Any:
 
 
 if __name__ == "__main__":
+    if {"-m", "--multirun"} & set(sys.argv):
+        fail("one network is shrunk at a time: leave out -m, and give every command an out= of its own")
     sys.argv[1:] = expand(sys.argv[1:])
     check_arguments(sys.argv[1:], CONFIG)
     for argument in sys.argv[1:]:

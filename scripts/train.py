@@ -12,6 +12,7 @@ repeats a recorded run exactly, in another folder, and says whether the same cam
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from dataclasses import replace
@@ -107,6 +108,7 @@ def train_again(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a cluster or a shutdown stops a run: as by Ctrl-C
     if sys.argv[1:2] == ["--from"]:
         try:
             train_again(sys.argv[1:])
@@ -119,12 +121,16 @@ if __name__ == "__main__":
     # Some launchers run jobs as processes of their own, which must find what this file imports.
     paths = [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    failures = _failures(given_value("results", sys.argv[1:]) or "results")
+    status: str | int = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
-    failures = _failures(given_value("results", sys.argv[1:]) or "results")
-    if failures.is_file():
-        failed = failures.read_text()
-        failures.unlink()
-        sys.exit(f"{len(failed.splitlines())} of the sweep's jobs failed:\n{failed}")
+        status = "interrupted; the same command resumes"
+    finally:
+        if failures.is_file():
+            failed = failures.read_text()
+            failures.unlink()
+            print(f"{len(failed.splitlines())} of the sweep's jobs failed:\n{failed}", file=sys.stderr)
+            status = status or 1
+    sys.exit(status)

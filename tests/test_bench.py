@@ -231,6 +231,9 @@ def test_what_was_measured_is_kept_until_the_page_is_written(tmp_path):
     assert shown == [{"seconds": 1.0}, {"seconds": 2.0}]
     partial = out.with_name("speed-0.5-cpu.partial.jsonl")
     assert [json.loads(line) for line in partial.read_text().splitlines()] == shown
+    with pytest.raises(KeyboardInterrupt):
+        collect(measured(), out, lambda row: None)
+    assert [json.loads(line) for line in partial.read_text().splitlines()] == 2 * shown
     rows = collect(shown, out, lambda row: None)
     write_bench("bench_operators", rows, out, MADE, table="a table")
     assert [path.name for path in sorted(out.parent.iterdir())] == ["speed-0.5-cpu.json", "speed-0.5-cpu.md"]

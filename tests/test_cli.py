@@ -37,9 +37,10 @@ def test_a_sweep_a_failed_job_a_rerun_and_the_table(call, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-# Runs a script in which Ctrl-C is pressed after the first epoch.
+# Runs a script that gets a signal, as by Ctrl-C, after the first epoch.
 INTERRUPTED = """
 import os, runpy, signal, sys
+number = signal.Signals[sys.argv.pop(1)]
 from decef.training.recorder import Recorder
 signal.signal(signal.SIGINT, signal.default_int_handler)
 epoch = Recorder.epoch
@@ -47,7 +48,7 @@ def pressing(self, metrics):
     epoch(self, metrics)
     if metrics["epoch"] == 1:
         Recorder.epoch = epoch
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 Recorder.epoch = pressing
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -55,10 +56,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_an_interrupted_run_says_so_and_the_same_command_resumes(call, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupted_run_says_so_and_the_same_command_resumes(call, tmp_path, name):
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     command = ["layer=decef", "layer.rank=2", *SMALL]
-    done = call(tmp_path / "interrupted.py", ROOT / "scripts" / "train.py", *command, cwd=tmp_path)
+    done = call(tmp_path / "interrupted.py", name, ROOT / "scripts" / "train.py", *command, cwd=tmp_path)
     assert (done.returncode, "interrupted; the same command resumes" in done.stderr) == (1, True)
     (summary,) = records(tmp_path / "results").values()
     assert summary["status"] == "interrupted"
@@ -66,6 +68,15 @@ def test_an_interrupted_run_says_so_and_the_same_command_resumes(call, tmp_path)
     assert again.returncode == 0, again.stderr
     (summary,) = records(tmp_path / "results").values()
     assert summary["status"] == "finished"
+
+
+def test_an_interrupted_sweep_says_too_what_failed(call, tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    sweep = ["-m", "layer=decef", "layer.flops=0.01,0.3", *SMALL]
+    done = call(tmp_path / "interrupted.py", "SIGINT", ROOT / "scripts" / "train.py", *sweep, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 of the sweep's jobs failed:\nlayer=decef layer.flops=0.01" in done.stderr
+    assert "interrupted; the same command resumes" in done.stderr
 
 
 def test_a_record_is_done_again(call, tmp_path):

@@ -651,6 +651,8 @@ def test_the_command_line(call, trained, tmp_path):
         (["budget.flops=0.5", "budget.latency=0.5", "model.weights=w.pt"], "say one budget"),
         (["budget=0.5", "model.weights=w.pt"], "say one budget, such as budget.latency=0.6"),
         (["budget.flop=0.5"], "there is no key 'budget.flop'; did you mean 'budget.flops'?"),
+        (["-m", "budget.flops=0.5,0.6"], "one network is shrunk at a time: leave out -m"),
+        (["budget.flops=0.5,0.6"], "budget.flops=0.5,0.6 gives several values: say one"),
         (["layer=decf"], "there is no layer 'decf'; did you mean 'decef'?"),
         (["layer=decef", "layer.rank=3"], "layer.rank=3 would do nothing here"),
         (["layer=decef", "++layer.rank=3"], "layer.rank=3 would do nothing here"),

@@ -1,6 +1,8 @@
 import hashlib
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,8 +98,47 @@ def test_a_flipped_byte_is_found(tmp_path, small):
 def test_a_missing_file_is_named(tmp_path, small):
     write_py(tmp_path / cifar.PY_FOLDER, small)
     (tmp_path / cifar.PY_FOLDER / "data_batch_5").unlink()
-    with pytest.raises(FileNotFoundError, match="data_batch_5 is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=f"data_batch_5 is missing; .* remove {tmp_path}.* to download all anew"
+    ):
         load_cifar10(tmp_path)
+
+
+def test_several_that_want_it_at_once_download_it_once(tmp_path, small, monkeypatch):
+    fetched, elsewhere = [], tmp_path / "elsewhere"
+    _torchvision()
+    monkeypatch.delenv("DECEF_DATA", raising=False)
+
+    def cifar10(root, download):
+        fetched.append(root)
+        time.sleep(0.1)  # in which the others come
+        write_py(Path(root) / cifar.PY_FOLDER, small)
+        assert cifar.find_cifar10(elsewhere) is None  # which is there when it is complete
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", cifar10)
+    with ThreadPoolExecutor(3) as pool:
+        loaded = list(pool.map(load_cifar10, [elsewhere] * 3))
+    assert [len(train) for train, _ in loaded] == [35] * 3
+    assert len(fetched) == 1
+    assert {path.name for path in elsewhere.iterdir()} == {cifar.PY_FOLDER, ".download.lock"}
+
+
+def test_a_download_that_broke_off_leaves_nothing(tmp_path, small, monkeypatch):
+    monkeypatch.delenv("DECEF_DATA", raising=False)
+    some = {name: small[name] for name in cifar.TRAIN_FILES[:2]}
+    _torchvision()
+
+    def broken(root, download):
+        write_py(Path(root) / cifar.PY_FOLDER, some)
+        raise OSError("connection lost")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", broken)
+    with pytest.raises(FileNotFoundError, match="connection lost"):
+        load_cifar10(tmp_path)
+    monkeypatch.setattr(
+        "torchvision.datasets.CIFAR10", lambda root, download: write_py(Path(root) / cifar.PY_FOLDER, small)
+    )
+    assert len(load_cifar10(tmp_path)[0]) == 35
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path, small):

@@ -212,8 +212,12 @@ def test_deleted_and_drawn_again_figures_are_the_same_files(drawn):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     shutil.rmtree(folder)
     folder.mkdir()
-    (folder / "ranks-gone.png").write_bytes(b"of data that are no longer there")
+    (folder / "README.md").write_text("![ranks-gone](ranks-gone.png)\n")
+    for name in ("ranks-gone.png", "ranks-gone.svg"):
+        (folder / name).write_bytes(b"of data that are no longer there")
+    (folder / "mine.png").write_bytes(b"an image of somebody else's")
     figures.draw(results)
+    (folder / "mine.png").unlink()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -61,13 +61,22 @@ def test_it_is_calibrated_on_a_tensor_a_list_or_a_loader_alike(caplog):
     for given in (images, [X, 3 * X], labelled):
         for one, other in zip(calibration_inputs(given, X), [X, 3 * X], strict=True):
             assert torch.equal(one, other)
-    odd = calibration_inputs(iter([images[:3], images[3:]]), X)  # one of three is left over
-    assert torch.equal(torch.cat(odd), torch.cat([images[:2], images[3:]]))
+    for sizes in ((3, 2), (1, 1, 1, 1, 1), (2, 0, 3)):  # of five one is left over
+        odd = calibration_inputs(iter(images.split(sizes)), X)
+        assert [len(one) for one in odd] == [2, 2]
+        assert torch.equal(torch.cat(odd), images[:4])
     whole = decef.deploy(model, X, precision="int8", calibration=labelled)(X)
     assert "calibrated on the example alone" not in caplog.text
     alone = decef.deploy(model, X, precision="int8")(X)
     assert not torch.equal(alone, whole)
     assert "calibrated on the example alone" in caplog.text
+
+
+def test_of_a_loader_no_more_is_read_than_calibrating_takes():
+    batches = iter([X.repeat(200, 1, 1, 1)] * 5)  # of 400 images
+    assert sum(map(len, calibration_inputs(batches, X))) == 1200
+    assert len(list(batches)) == 2
+    assert sum(map(len, calibration_inputs(X.repeat(1000, 1, 1, 1), X))) == 2000
 
 
 @pytest.mark.parametrize(("saturates", "largest"), [(False, 127), (True, 64)])

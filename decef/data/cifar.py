@@ -49,7 +49,9 @@ def load_cifar10(root: Path | None = None) -> tuple[Images, Images]:
     paths = [folder / f"{name}{suffix}" for name in (*TRAIN_FILES, TEST_FILE)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"CIFAR-10 is incomplete: {missing[0]} is missing")
+        raise FileNotFoundError(
+            f"CIFAR-10 is incomplete: {missing[0]} is missing; put it there, or remove {folder} to download all anew"
+        )
     parts = [read(path) for path in paths]
     train = Images(torch.cat([p.images for p in parts[:-1]]), torch.cat([p.labels for p in parts[:-1]]))
     return train, parts[-1]
@@ -71,7 +73,10 @@ def _download(root: Path | None) -> Path:
 
         CIFAR10(str(folder), download=True)
 
-    return download("CIFAR-10", f"{PY_FOLDER} or {BIN_FOLDER}", root, fetch) / PY_FOLDER
+    def there(folder: Path) -> bool:
+        return (folder / PY_FOLDER).is_dir()
+
+    return download("CIFAR-10", f"{PY_FOLDER} or {BIN_FOLDER}", root, fetch, there) / PY_FOLDER
 
 
 def _read(path: Path) -> bytes:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def search_path(root: Path | None) -> list[Path]:
@@ -20,14 +23,24 @@ def root_or_search_path(root: Path | None) -> list[Path]:
     return search_path(None) if root is None else [root]
 
 
-def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], None], hint: str = "") -> Path:
+def download(
+    name: str,
+    what: str,
+    root: Path | None,
+    fetch: Callable[[Path], None],
+    there: Callable[[Path], bool],
+    hint: str = "",
+) -> Path:
     """Download a dataset into the first folder of the search path, and return that folder.
+
+    Several processes may ask for it at once: one downloads it, the others wait. It appears there when it is complete.
 
     Args:
         name: the dataset's name in messages.
         what: the files or folders that were looked for, for the message.
         root: see `search_path`.
         fetch: downloads the dataset into the given folder.
+        there: whether the dataset is in the given folder.
         hint: another way out, appended to the message.
 
     Raises:
@@ -35,7 +48,12 @@ def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], No
     """
     tried = search_path(root)
     try:
-        fetch(tried[0])
+        tried[0].mkdir(parents=True, exist_ok=True)
+        with FileLock(tried[0] / ".download.lock"):
+            if not there(tried[0]):
+                with tempfile.TemporaryDirectory(dir=tried[0], prefix=".download-") as folder:
+                    fetch(Path(folder))
+                    _move(Path(folder), tried[0])
     except Exception as error:
         raise FileNotFoundError(
             f"{name} was not found: no {what} in {', '.join(map(str, tried))}, and the download failed "
@@ -43,3 +61,12 @@ def download(name: str, what: str, root: Path | None, fetch: Callable[[Path], No
             f"the environment variable DECEF_DATA.{hint}"
         ) from error
     return tried[0]
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move all that is in a folder into another, whole folders at once where the other has none of that name."""
+    for path in source.iterdir():
+        if path.is_dir() and (target / path.name).exists():
+            _move(path, target / path.name)
+        else:
+            path.replace(target / path.name)

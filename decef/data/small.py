@@ -83,8 +83,11 @@ def _checked_by_torchvision(name: str, class_name: str, mark: str, root: Path | 
         for train in (True, False):
             make(folder, train, True)
 
+    def there(folder: Path) -> bool:
+        return (folder / mark).exists()
+
     candidates = [f for folder in search_path(root) for f in (folder, folder / class_name)]
-    folder = next((f for f in candidates if (f / mark).exists()), None) or download(name, mark, root, fetch)
+    folder = next(filter(there, candidates), None) or download(name, mark, root, fetch, there)
     try:
         train, test = (_images(make(folder, train, False)) for train in (True, False))
     except RuntimeError as error:
@@ -129,12 +132,16 @@ def _load_idx(name: str, class_name: str, root: Path | None, split_test: bool) -
 
     folders = search_path(root)
     parts = ("t10k",) if split_test else ("train", "t10k")
-    folder = next((f for f in folders if all(find(f, part) for part in parts)), None)
+
+    def there(folder: Path) -> bool:
+        return all(find(folder, part) for part in parts)
+
+    folder = next(filter(there, folders), None)
     if folder is None:
         hint = ""
         if name == "MNIST" and any(find(f, "t10k") for f in folders):
             hint = " Its test part alone is there: dataset.split_test=true trains and tests on parts of that."
-        folder = download(name, f"{class_name}/raw/{parts[0]}-images-idx3-ubyte", root, fetch, hint)
+        folder = download(name, f"{class_name}/raw/{parts[0]}-images-idx3-ubyte", root, fetch, there, hint)
     files = [find(folder, part) for part in parts]
     data = [_read_pair(*pair) for pair in files if pair is not None]
     return stratified_split(data[0], SPLIT_TEST_IMAGES) if split_test else (data[0], data[1])

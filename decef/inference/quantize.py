@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from decef.extras import need
@@ -16,6 +17,8 @@ from decef.machine import int8_saturates
 
 if TYPE_CHECKING:
     import onnx
+
+MOST_IMAGES = 1024  # that are read of a loader
 
 
 def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelProto:
@@ -56,16 +59,18 @@ def quantize(proto: onnx.ModelProto, batches: Sequence[Tensor]) -> onnx.ModelPro
 
 
 def calibration_inputs(calibration: Tensor | Iterable[object], example: Tensor) -> list[Tensor]:
-    """What to calibrate on, in batches of the example's size; what is left over of a batch is left out.
+    """What to calibrate on, in batches of the example's size; what is left over in the end is left out.
 
     Args:
-        calibration: images `(B, C, H, W)`, or batches as a DataLoader yields them (labels are ignored).
+        calibration: images `(B, C, H, W)`, or batches as a DataLoader yields them (labels are ignored), of which only
+            as many are read as `MOST_IMAGES` take.
         example: an input of the network.
 
     Raises:
         ValueError: they are not like the example, or too few for one batch.
     """
-    inputs = []
+    inputs: list[Tensor] = []
+    rest = example[:0]
     for batch in [calibration] if isinstance(calibration, Tensor) else calibration:
         images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(images, Tensor) or images.shape[1:] != example.shape[1:]:
@@ -73,7 +78,12 @@ def calibration_inputs(calibration: Tensor | Iterable[object], example: Tensor) 
             raise ValueError(f"an input for calibration is {got}; it must be like the example, {tuple(example.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"an input for calibration is {images.dtype}: normalise as the network's training did")
-        inputs += [part.to(example) for part in images.split(len(example)) if len(part) == len(example)]
+        *whole, rest = torch.cat([rest, images.to(example)]).split(len(example))
+        inputs += whole
+        if len(rest) == len(example):
+            inputs, rest = [*inputs, rest], rest[:0]
+        if len(inputs) * len(example) >= MOST_IMAGES and not isinstance(calibration, Tensor):
+            break
     if not inputs:
         raise ValueError(
             f"calibration has no {len(example)} inputs, which is the example's batch size: give more of them"

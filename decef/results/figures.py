@@ -66,11 +66,12 @@ def draw(results: Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     for drawing in drawings:
         plots.save(drawing.figure, folder / drawing.name)
-    names = {drawing.name for drawing in drawings}
-    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
-        if old.stem not in names:
-            old.unlink()
-    replace_file(folder / "README.md", render("figures", drawings=drawings).encode())
+    names, page = {drawing.name for drawing in drawings}, folder / "README.md"
+    drawn: list[str] = re.findall(r"\]\(([^()/]+)\.png\)", page.read_text()) if page.is_file() else []
+    for old in set(drawn) - names:  # not other images, which somebody else has put there
+        for ending in ("png", "svg"):
+            (folder / f"{old}.{ending}").unlink(missing_ok=True)
+    replace_file(page, render("figures", drawings=drawings).encode())
     return [folder / f"{drawing.name}.png" for drawing in drawings]
 
 

@@ -47,6 +47,8 @@ def provenance(made: Mapping[str, Any], *more: str) -> str:
 def collect(rows: Iterable[Row], out: Path, show: Callable[[Row], None]) -> list[Row]:
     """All rows of a measurement. Until its page is written, what was measured is kept in <out>.partial.jsonl.
 
+    So is what earlier attempts measured, before it.
+
     Args:
         rows: as they are measured.
         out: path of the page without ending.
@@ -59,7 +61,7 @@ def collect(rows: Iterable[Row], out: Path, show: Callable[[Row], None]) -> list
     path.parent.mkdir(parents=True, exist_ok=True)
     found: list[Row] = []
     for row in rows:
-        with path.open("a" if found else "w") as file:
+        with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         found.append(row)
         show(row)
