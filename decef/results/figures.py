@@ -67,8 +67,8 @@ def draw(results: Path) -> list[Path]:
     for drawing in drawings:
         plots.save(drawing.figure, folder / drawing.name)
     names, page = {drawing.name for drawing in drawings}, folder / "README.md"
-    drawn: list[str] = re.findall(r"\]\(([^()/]+)\.png\)", page.read_text()) if page.is_file() else []
-    for old in set(drawn) - names:  # not other images, which somebody else has put there
+    before = re.findall(r"\]\(([^()/]+)\.png\)", page.read_text()) if page.is_file() else []
+    for old in set(before) - names:  # not other images, which somebody else has put there
         for ending in ("png", "svg"):
             (folder / f"{old}.{ending}").unlink(missing_ok=True)
     replace_file(page, render("figures", drawings=drawings).encode())
