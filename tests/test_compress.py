@@ -562,6 +562,34 @@ def test_a_plan_that_was_edited_to_convert_nothing_is_refused(trained, options, 
         job.run()
 
 
+@pytest.mark.usefixtures("unexported")
+def test_every_option_has_its_effect(trained, options):
+    def made(**changes):
+        done = compress(trained, loader(count=256), **{**options, "finetune": 0, **changes})
+        return done.network.state_dict()
+
+    def same(one, other):
+        return all(torch.equal(value, other[key]) for key, value in one.items())
+
+    before = made()
+    assert same(made(), before)
+    for change in ({"images": 100}, {"seed": 1}, {"layer": "cpac"}, {"budget": Budget(flops=0.5)}):
+        changed = made(**change)
+        assert changed.keys() != before.keys() or not same(changed, before), change
+    only = made(include="layer2.*", exclude=None, budget=Budget(flops=0.8))
+    assert {key.split(".")[0] for key in only.keys() - trained.state_dict().keys()} == {"layer2"}
+    slow, fast = (made(finetune=1, lr=lr) for lr in (0.001, 0.01))
+    moved = [sum((state[key] - value).double().norm() for key, value in before.items()) for state in (slow, fast)]
+    assert 0 < moved[0] < moved[1]
+
+
+def test_the_estimate_is_of_all_steps_of_all_epochs(trained, options, monkeypatch):
+    monkeypatch.setattr("decef.compression.pipeline.step_seconds", lambda *_: 2.0)
+    for epochs in (0, 3):
+        job = Compression(trained, loader(count=256), **{**options, "finetune": epochs})
+        assert job.estimate() == epochs * 4 * 2.0
+
+
 class Unsized:
     """A loader that doesn't say how many batches it has, and counts how often it is asked for them."""
 

@@ -1,5 +1,6 @@
 """The tables in our pages are copies of those in results: every number is there."""
 
+import json
 import re
 
 import pytest
@@ -24,7 +25,7 @@ def sources(page, section):
     return [link.read_text() for link in links if ROOT / "results" in link.parents and link.suffix == ".md"]
 
 
-@pytest.mark.parametrize(("name", "tables"), [("results.md", 6), ("speed.md", 2), ("compress.md", 1), ("layers.md", 1)])
+@pytest.mark.parametrize(("name", "tables"), [("results.md", 6), ("compress.md", 1), ("layers.md", 1)])
 def test_every_number_in_a_copied_table_is_in_a_page_that_its_section_links_to(name, tables):
     page = ROOT / "docs" / name
     found = 0
@@ -43,3 +44,77 @@ def test_every_number_in_a_copied_table_is_in_a_page_that_its_section_links_to(n
             known = halves if half else there
             assert any(abs(one - float(number)) <= slack for one in known), (section.splitlines()[0], number)
     assert found >= tables
+
+
+def measured(name):
+    rows = json.loads((ROOT / "results" / "bench" / f"{name}-cpu.json").read_text())["rows"]
+    return [row for row in rows if "network" in row]
+
+
+def table(page, heading):
+    """The first table under a heading, as its column names and its rows."""
+    section = (ROOT / "docs" / page).read_text().split(f"\n{heading}", 1)[1]
+    lines = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return cells[0], cells[2:]
+
+
+def check(shown, value, where):
+    """Whether a number in a table is the measured one, rounded."""
+    places = len(shown.partition(".")[2])
+    assert shown == f"{value:.{places}f}", (where, shown, value)
+
+
+NAMES = {
+    "ResNet-18": "torchvision/resnet18",
+    "ResNet-50": "torchvision/resnet50",
+    "VGG-16-BN": "vgg16_bn",
+    "ResNet-20": "resnet20",
+    "MobileNetV2": "torchvision/mobilenet_v2",
+}
+
+
+def test_the_table_of_inference_times_is_the_measured_one():
+    columns, rows = table("speed.md", "## Inference")
+    found = {(r["network"], r["batch"], r["precision"], r["layer"]): r for r in measured("networks")}
+    network = ("", 0)
+    for name, precision, dense, at_dense_speed, *shares in rows:
+        if name:
+            words, batch = name.rsplit(", ", 1)
+            network = NAMES[words.split(" at ")[0]], int(batch)
+        of = {layer.strip("`"): found.get((*network, precision, layer.strip("`"))) for layer in columns[4:]}
+        seconds = found[*network, precision, "conv2d"]["deployed"]
+        check(dense, 1e3 * seconds, (network, precision))
+        known = [row["at_dense_speed"] for row in of.values() if row is not None]
+        check(at_dense_speed, sum(known) / len(known), (network, precision))
+        for share, (layer, row) in zip(shares, of.items(), strict=True):
+            assert bool(share) == (row is not None), (network, precision, layer)
+            if row is not None:
+                check(share, row["deployed"] / seconds, (network, precision, layer))
+
+
+def test_the_table_of_training_times_is_the_measured_one():
+    columns, rows = table("speed.md", "## Training")
+    found = {(r["network"], r["batch"], r["layer"]): r["seconds"] for r in measured("training")}
+    for name, *shares in rows:
+        words, batch = name.split(", ")
+        network = NAMES[words], int(batch)
+        for share, column in zip(shares, columns[1:], strict=True):
+            layer = column.split("`")[1]
+            check(share, found[*network, layer] / found[*network, "conv2d"], (network, layer))
+
+
+def test_the_table_of_operators_is_the_measured_one():
+    columns, rows = table("speed.md", "**Where the rest of the time goes**")
+    of = [r for r in measured("operators") if (r["network"], r["precision"]) == ("torchvision/resnet18", "int8")]
+    (dense,) = (sum(r["seconds"].values()) for r in of if r["layer"] == "conv2d")
+    for name, total, *parts in rows:
+        layer, form = [*name.replace("`", "").split(", "), "reconstructed"][:2]
+        (seconds,) = (r["seconds"] for r in of if (r["layer"], r["form"]) == (layer, form))
+        check(total, sum(seconds.values()) / dense, name)
+        named = {column: seconds.get(column, 0.0) for column in columns[2:-1]}
+        named["else"] = sum(seconds.values()) - sum(named.values())
+        for part, (column, value) in zip(parts, named.items(), strict=True):
+            assert part or not value, (name, column)
+            if part:
+                check(part, value / dense, (name, column))
