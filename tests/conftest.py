@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,21 @@ def _short_rounds():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("decef.inference.timing.ROUND_SECONDS", 0.001)
         patch.setattr("decef.inference.timing.SETTLE", 0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network():
+    """No test downloads anything, on whatever machine it runs."""
+    connect = socket.socket.connect
+
+    def local(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests don't use the network, and this one asks for {address[0]}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local)
         yield
 
 

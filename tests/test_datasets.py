@@ -171,6 +171,7 @@ def test_svhn(tmp_path, any_checksum):
 def test_nowhere_to_be_found(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=f"was not found: .*{tmp_path}.*dataset.root=FOLDER.*DECEF_DATA"):
         loaded(name)
+    assert not [path for path in tmp_path.rglob("*") if path.name != ".download.lock"]
 
 
 # Magnetic tiles ---------------------------------------------------------------------------------------------------

@@ -103,9 +103,10 @@ def test_a_stopped_run_goes_on_where_it_was(finished, tmp_path, monkeypatch, cap
     with pytest.raises(InputError, match=r"was begun on .*9, .*not .*: set dataset.root to the same data"):
         run(config(tmp_path))
     (folder / "summary.json").write_text(
-        json.dumps({**stopped, "threads": 99, "processes": 8, "git_commit": "of another day"})
+        json.dumps({**stopped, "threads": 99, "processes": 8, "git_commit": "of another day", "wall_seconds": 1000.0})
     )
     summary = run(config(tmp_path))
+    assert 1000 < summary["wall_seconds"] < 1000 + 100 * stopped["wall_seconds"]  # of all sessions
     assert (summary["test_top1"], summary["test_loss"]) == (expected["test_top1"], expected["test_loss"])
     (session,) = summary["earlier_sessions"]
     assert (session["threads"], session["git_commit"], session["started"]) == (99, "of another day", stopped["started"])

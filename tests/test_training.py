@@ -34,6 +34,20 @@ def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, flag, found):
     assert resolve_precision(torch.device("cpu"), "fp32") == "fp32"
 
 
+def test_labels_are_smoothed_as_asked():
+    x, labels = torch.randn(6, 1, 8, 8, dtype=torch.float64), torch.arange(6)
+    for share in (0.0, 0.2):
+        model = plain()
+        logs = model.train()(x).float().log_softmax(1)
+        wanted = (1 - share) * F.one_hot(labels, 10) + share / 10
+        config = dataclasses.replace(TRAIN, label_smoothing=share)
+        training = Training(model, config, torch.device("cpu"))
+        training.start_epoch()
+        training.step(x, labels, config.lr, 0)
+        loss, _ = training.finish_epoch()
+        assert loss == pytest.approx(-(wanted * logs).sum(1).mean().item(), rel=1e-5)
+
+
 def test_fewer_images_than_a_batch():
     metrics = train(plain(), dataclasses.replace(TRAIN, epochs=1, batch_size=128), size=50)
     assert metrics[0]["train_top1"] * 50 / 100 == pytest.approx(round(metrics[0]["train_top1"] / 2))  # of 50 images
