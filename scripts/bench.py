@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli import fail
+from cli import fail, output_folder
 
 WHAT = ("layers", "networks", "operators", "training")
 SHARE = 0.5  # of the FLOPs; the pages of another one have it in their names
@@ -19,7 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"any of {', '.join(WHAT)}; default: all")
     parser.add_argument(
-        "--out", type=Path, default=Path("results/bench"), help="folder for <what>-<device>[-<share>].json, .md"
+        "--out",
+        type=output_folder,
+        default=Path("results/bench"),
+        help="folder for <what>-<device>[-<share>].json, .md",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="for the layers benchmark")

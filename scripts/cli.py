@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -41,6 +42,24 @@ def weights_file(name: str) -> Path:
         return find_weights(name)
     except FileNotFoundError as error:
         fail(str(error))
+
+
+def output_file(name: str) -> Path:
+    """For argparse: the path of a file, or the beginning of one, that can be written, else exit with status 2."""
+    path = Path(name)
+    output_folder(str(path.absolute().parent))
+    return path
+
+
+def output_folder(name: str) -> Path:
+    """For argparse: a folder that can be written to or made, else exit with status 2. Nothing is made yet."""
+    path = Path(name)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except OSError as error:
+        fail(f"nothing can be written to {path}: {there}: {error.strerror}")
 
 
 def expand(arguments: list[str]) -> list[str]:

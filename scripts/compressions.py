@@ -7,14 +7,14 @@ python scripts/compressions.py small/* --about "ResNet-56 on CIFAR-10" --out res
 import argparse
 from pathlib import Path
 
-from cli import fail
+from cli import fail, output_file
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="what scripts/compress.py wrote (its out=)")
     parser.add_argument("--about", required=True, help="network and data, in words")
-    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    parser.add_argument("--out", type=output_file, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
 
     from decef.results.compressions import write_compressions

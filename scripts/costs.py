@@ -6,7 +6,7 @@ python scripts/costs.py --out results/costs --page docs/layers.md
 import argparse
 from pathlib import Path
 
-from cli import fail, run_config
+from cli import fail, output_file, run_config
 
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16_bn", "mobilenetv1", "mobilenetv2")
 IMAGENET = ("resnet18", "resnet34", "resnet50", "vgg16_imagenet", "vgg16_bn_imagenet", "mobilenetv1_imagenet",
@@ -18,7 +18,7 @@ PAIRS = ("mobilenetv1", "mobilenetv2")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", type=float, default=0.667, help="share of the dense network's FLOPs (default 0.667)")
-    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    parser.add_argument("--out", type=output_file, required=True, help="writes <out>.csv and <out>.md")
     parser.add_argument("--page", type=Path, help="also put the table between this file's <!-- costs --> lines")
     arguments = parser.parse_args()
 

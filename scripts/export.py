@@ -11,7 +11,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from cli import fail, weights_file
+from cli import fail, output_file, weights_file
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
         "network",
         help="a run's folder, a file of compress.py, or a name: of a released network, or as above",
     )
-    parser.add_argument("--out", type=Path, required=True, help="file to write, .onnx or .pt2")
+    parser.add_argument("--out", type=output_file, required=True, help="file to write, .onnx or .pt2")
     parser.add_argument("--weights", type=weights_file, help="file with trained weights, for a network given by name")
     parser.add_argument("--pretrained", action="store_true", help="download timm's or torchvision's trained weights")
     parser.add_argument("--plan", type=Path, help="first convert by this plan (from decef.Plan.save)")

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cli import fail, weights_file
+from cli import fail, output_file, weights_file
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs=3, help="per channel, as the network expects; default: ImageNet's")
     parser.add_argument("--std", type=float, nargs=3, help="likewise")
     parser.add_argument("--data", type=Path, help="folder with CIFAR-10; default: $DECEF_DATA, data/")
-    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    parser.add_argument("--out", type=output_file, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

@@ -9,7 +9,7 @@ python scripts/ranks.py timm/mobilenetv2_100 | torchvision/resnet18 [--pretraine
 import argparse
 from pathlib import Path
 
-from cli import fail, weights_file
+from cli import fail, output_file, weights_file
 
 
 def main() -> None:
@@ -21,7 +21,9 @@ def main() -> None:
         "--threshold", type=float, default=0.3, help="a singular value counts from this share of the largest"
     )
     parser.add_argument(
-        "--out", type=Path, help="also write <out>.csv, .json, .png, .svg; for a run to count in claims, use its id"
+        "--out",
+        type=output_file,
+        help="also write <out>.csv, .json, .png, .svg; for a run to count in claims, use its id",
     )
     arguments = parser.parse_args()
 

@@ -8,7 +8,7 @@ import copy
 import re
 from pathlib import Path
 
-from cli import fail
+from cli import fail, output_folder
 
 MOST_LOST = 0.05  # points of accuracy that half precision may cost
 
@@ -17,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder that still has its checkpoint")
     parser.add_argument("name", help="what the network is loaded by")
-    parser.add_argument("--out", type=Path, default=Path("results/networks"), help="folder for <name>.safetensors")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("results/networks"), help="folder for <name>.safetensors"
+    )
     parser.add_argument("--root", type=Path, help="where the data are; default: as for training")
     arguments = parser.parse_args()
     if not re.fullmatch(r"[\w.-]+", arguments.name):

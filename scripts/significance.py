@@ -6,14 +6,16 @@ python scripts/significance.py results/runs/<run of layer=cpac> ... --out result
 import argparse
 from pathlib import Path
 
-from cli import fail
+from cli import fail, output_folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that still have their checkpoints")
     parser.add_argument("--root", type=Path, help="folder with the data; default: as for training")
-    parser.add_argument("--out", type=Path, default=Path("results/significance"), help="folder for <run id>.csv, .json")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("results/significance"), help="folder for <run id>.csv, .json"
+    )
     arguments = parser.parse_args()
 
     from decef.files import write_csv, write_json

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cli import fail, weights_file
+from cli import fail, output_file, weights_file
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--std", type=float, nargs=3, help=what)
     parser.add_argument("--images", type=int, default=512, help="training images to fit outputs on; 0: kernels only")
     parser.add_argument("--data", type=Path, help="folder with the data; default: $DECEF_DATA, data/")
-    parser.add_argument("--out", type=Path, required=True, help="writes <out>.csv and <out>.md")
+    parser.add_argument("--out", type=output_file, required=True, help="writes <out>.csv and <out>.md")
     arguments = parser.parse_args()
 
     from decef.data import IMAGENET_MEAN, IMAGENET_STD

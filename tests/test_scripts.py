@@ -199,3 +199,17 @@ def test_quickstart(call, tmp_path):
     shown = call("tables.py", "--print", "digits-quickstart", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert all(f"| {layer} " in shown.stdout for layer in LAYERS)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["bench", "compressions", "costs", "export", "frontier", "ranks", "release", "significance", "without_finetuning"],
+)
+def test_where_nothing_can_be_written_is_said_before_any_work(main_of, tmp_path, capsys, script):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        main_of(script, "--out", tmp_path / "file" / "made")
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("\n")) == (2, 1)
+    assert f"nothing can be written to {tmp_path / 'file'}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
