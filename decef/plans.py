@@ -145,6 +145,7 @@ def plan(
     min_kernel_size: int = 1,
     input_size: Sequence[int] | None = None,
     data: Iterable[object] | Mapping[str, Tensor] | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan what converting `model` would do, without changing anything.
@@ -166,6 +167,7 @@ def plan(
         input_size: shape of one input without the batch dimension, `(3, 32, 32)` for CIFAR. Needed to know the MACs.
         data: a few hundred inputs, as for `convert`. Rules then use the energy of the layers' outputs on these data,
             not that of the kernels.
+        progress: show progress bars.
         **options: keyword arguments for every new layer: `implementation`, and those of its type.
 
     Raises:
@@ -185,6 +187,7 @@ def plan(
         min_kernel_size=min_kernel_size,
         input_size=input_size,
         data=data,
+        progress=progress,
         **options,
     )
     return made
