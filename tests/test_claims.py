@@ -738,6 +738,8 @@ def test_commands_that_need_nothing_are_accepted(monkeypatch):
         ("flops: [0.15, 0.2]", "flop: [0.15, 0.2]", "has argument 'flop'; there are"),
         ("over: depth", "over: dept", "has over 'dept'; there are depth, training"),
         ("      control_at_most: 15\n", "", "has only one of control and control_at_most"),
+        ("looks: [2, 3]", "looks: [3, 2]", r"rank1-cifar10 has looks \[3, 2\]: numbers of seeds, from 2 on, must rise"),
+        ("looks: [2, 3]", "looks: [1, 3]", r"rank1-cifar10 has looks \[1, 3\]: numbers of seeds, from 2 on, must rise"),
         ("holds_if: any", "holds_if: some", "has holds_if 'some'; there are all, any"),
         ("layer.name: rank1", "layer.nmae: rank1", "selects by 'layer.nmae', which is no setting of a run"),
         ("margin: 0.5", "margn: 0.5", "missing a required argument: 'margin'"),

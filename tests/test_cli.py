@@ -175,6 +175,7 @@ def test_a_sweep_leaves_a_run_to_the_process_that_is_at_it(call, tmp_path):
         (["-m", "++results=a,b"], "results=a,b may give several folders: say one"),
         (["-m", "train.lr=interval(0.01,0.1)"], "can't be swept here"),
         (["-m", "seed=range(3,3)"], "seed=range(3,3) gives no value"),
+        (["layer.rank=[1"], "cannot read the arguments: "),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, message):
@@ -185,6 +186,17 @@ def test_bad_input_is_one_sentence_and_status_2(call, tmp_path, arguments, messa
     assert message in done.stderr
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_what_repeating_and_releasing_refuse(call, tmp_path):
+    for command, message in (
+        (["train.py", "--from"], "--from needs a run's folder: --from results/runs/<run id>"),
+        (["train.py", "--from", "run", "layer=decef"], "layer=decef: with --from only the place can be said"),
+        (["train.py", "--from", "run", "dataset.workers=few"], "dataset.workers=few must be a whole number"),
+        (["release.py", "run", "a/b"], "'a/b' can't be a network's name: use letters, digits"),
+    ):
+        done = call(*command, cwd=tmp_path)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
 def test_a_sweep_over_all_choices_by_hydras_glob(monkeypatch):

@@ -275,7 +275,9 @@ def test_wrong_ranks():
         Share(1.5)
 
 
-@pytest.mark.parametrize(("layer", "there"), [("decef", "progress, implementation"), ("conv2d", "progress"), ("auto", "data")])
+@pytest.mark.parametrize(
+    ("layer", "there"), [("decef", "progress, implementation"), ("conv2d", "progress"), ("auto", "data")]
+)
 def test_a_misspelt_argument_is_named(layer, there):
     with pytest.raises(TypeError, match=rf"plan has no argument exlude, .*there are rank, include, exclude.*{there}"):
         plan(network(), layer, rank=Budget(params=0.5), exlude="conv1")

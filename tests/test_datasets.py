@@ -108,6 +108,11 @@ def test_damaged_idx_files_are_named(tmp_path):
     cut.write_bytes(cut.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is truncated"):
         read_idx(cut)
+    write_mnist(tmp_path, "t10k", 20)
+    cut.unlink()
+    write_idx(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte", np.zeros((29, 28, 28), np.uint8), False)
+    with pytest.raises(ValueError, match=r"don't belong together: \(29, 28, 28\) images, \(30,\) labels"):
+        loaded("mnist")
 
 
 @pytest.mark.skipif(not (REAL / "MNIST").is_dir(), reason="no MNIST under $DECEF_DATA or data/")

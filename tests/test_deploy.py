@@ -470,8 +470,10 @@ def test_what_deploy_refuses(monkeypatch):
     model, x = small("decef"), torch.randn(1, 3, 9, 9)
     with pytest.raises(ValueError, match="no engine 'tensorrt'; there are eager, compile, onnxruntime"):
         decef.deploy(model, x, engines=["tensorrt"])
-    with pytest.raises(ValueError, match="one tensor"):
+    with pytest.raises(ValueError, match="the network must give one tensor to be deployed, not a tuple"):
         decef.deploy(Pair(), x)
+    with pytest.raises(ValueError, match="the network returns tuple, not a tensor: wrap it in one that does"):
+        write(Pair(), "never-written.pt2", x.shape)
     with pytest.raises(ValueError, match=r"example_input must be a tensor, such as images\[:1\], not tuple"):
         decef.deploy(model, (3, 9, 9))
     monkeypatch.setattr("decef.inference.engines.available", lambda device, precision: [])

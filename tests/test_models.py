@@ -7,7 +7,7 @@ from torch import nn
 from decef.conversion import convert
 from decef.costs import total_cost
 from decef.data.torchvision_cpu import import_torchvision
-from decef.models import create_model
+from decef.models import CifarResNet, create_model
 from decef.plans import plan
 
 # Parameters and MACs (convolutions and classifier) as published or worked out from the papers' tables.
@@ -76,6 +76,14 @@ def test_a_separable_pair_is_a_decef_of_rank_1(name):
         ("plain", {"width": 0.001}, "leaves a layer without channels"),
         ("plain", {"width": math.nan}, "model 'plain': width=nan must be a number above 0"),
         ("mobilenetv2", {"width": -1}, "model 'mobilenetv2': width=-1 must be a number above 0"),
+        ("cpacnet", {"image_size": 3}, "the image is too small for this network: it needs 4 pixels, or 10 with two"),
+        (
+            "cpacnet",
+            {"image_size": 9, "two": True},
+            "the image is too small for this network: it needs 4 pixels, or 10",
+        ),
+        ("rank1net", {"image_size": 7}, "the image is too small for this network: it needs 8 pixels"),
+        ("argparse:Namespace", {}, "argparse:Namespace must return a torch.nn.Module, not a Namespace"),
         ("resnet20", {"pretrained": True}, "no trained weights of 'resnet20'"),
         ("mynets:make", {"pretrained": True}, "no trained weights of 'mynets:make' to download"),
     ],
@@ -83,6 +91,14 @@ def test_a_separable_pair_is_a_decef_of_rank_1(name):
 def test_networks_that_cannot_be_made(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, num_classes=10, **options)
+
+
+def test_networks_of_the_least_image_size_run():
+    for name, size, options in (("cpacnet", 4, {}), ("cpacnet", 10, {"two": True}), ("rank1net", 8, {})):
+        model = create_model(name, num_classes=10, in_channels=1, image_size=size, **options).eval()
+        assert model(torch.zeros(2, 1, size, size)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"depth=19 is not 6n \+ 2"):
+        CifarResNet(19)
 
 
 def test_trained_weights_of_torchvision_come_with_their_classes(monkeypatch):

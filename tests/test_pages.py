@@ -6,6 +6,8 @@ import re
 import pytest
 from support import ROOT
 
+from decef.results.pages import replace_between
+
 NUMBER = r"\d+(?:\.\d+)?"
 
 
@@ -44,6 +46,18 @@ def test_every_number_in_a_copied_table_is_in_a_page_that_its_section_links_to(n
             known = halves if half else there
             assert any(abs(one - float(number)) <= slack for one in known), (section.splitlines()[0], number)
     assert found >= tables
+
+
+def test_a_table_needs_lines_to_stand_between(tmp_path):
+    page = tmp_path / "page.md"
+    for text in ("nothing", "<!-- x -->\nand no end", "<!-- end of x -->"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=r"has no lines <!-- x --> and <!-- end of x --> to put a table between"):
+            replace_between(page, "x", "a table")
+        assert page.read_text() == text
+    page.write_text("before\n<!-- x -->\nold\n<!-- end of x -->\nafter\n")
+    replace_between(page, "x", "new")
+    assert page.read_text() == "before\n<!-- x -->\nnew\n<!-- end of x -->\nafter\n"
 
 
 def measured(name):

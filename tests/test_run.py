@@ -357,6 +357,12 @@ def test_a_file_of_weights_is_found_by_name(tmp_path, monkeypatch):
         ({"layer__rank": None, "layer__energy": "most"}, "layer.energy='most' must be a share of each kernel's"),
         ({"dataset__flip": "no"}, "dataset.flip='no' must be true or false"),
         ({"dataset__mean": 0.5}, "dataset.mean=0.5 must be a list"),
+        ({"dataset__mean": [0.5] * 3}, r"dataset.mean=\[0.5, 0.5, 0.5\] must have a number for every channel"),
+        ({"model__exclude": ["layer*"]}, "layer=decef would replace none of resnet20's convolutions$"),
+        (
+            {"model__min_kernel_size": 5},
+            "replace none of resnet20's convolutions, mostly because: kernel smaller than 5",
+        ),
         ({"model__dense_stem": "off"}, "model.dense_stem='off' must be true or false"),
         ({"model": {"name": "mobilenetv2", "dense_pairs": "no"}}, "model.dense_pairs='no' must be true or false"),
         ({"model": {"name": "mobilenetv2", "width": "half"}}, "model.width='half' must be a number"),

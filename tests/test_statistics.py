@@ -120,6 +120,12 @@ def test_as_many_seeds_as_needed_decide_by_sign(values):
     assert power(n - 1) < 0.82
 
 
+def test_one_value_has_no_spread():
+    for statistic in (p_value, seeds_needed):
+        with pytest.raises(ValueError, match="one value has no spread"):
+            statistic([1.0], 0.0)
+
+
 def test_seeds_needed_at_its_ends():
     assert seeds_needed([1.0, 1.0], 0.0) == 6
     assert p_value([1.0] * 6, 0.0) <= 0.05 < p_value([1.0] * 5, 0.0)
