@@ -151,6 +151,13 @@ def test_reasons_to_keep():
     assert set(reasons(plan(model, "conv2d", rank=2)).values()) == {"conv2d keeps every convolution"}
 
 
+def test_kernels_are_small_that_are_so_in_both_directions():
+    kernels = (1, (1, 3), (3, 1), 3, (1, 5))
+    model = nn.Sequential(*(nn.Conv2d(8, 8, kernel) for kernel in kernels))
+    converted = {least: set(plan(model, "cpac", rank=1, min_kernel_size=least).ranks) for least in (1, 2, 3, 4)}
+    assert converted == {1: set("01234"), 2: set("1234"), 3: set("1234"), 4: {"4"}}
+
+
 def test_unknown_layer_type():
     with pytest.raises(ValueError, match=r"unknown layer type 'decaf'.*decef"):
         plan(network(), "decaf", rank=1)
@@ -693,6 +700,12 @@ def test_recalibrate_uses_as_many_batches_as_it_is_told_and_needs_one():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     two, first_two = recalibrate(copy.deepcopy(model), batches, 2), recalibrate(model, batches[:2])
     assert torch.equal(two(batches[2]), first_two(batches[2]))
+
+
+def test_recalibrate_uses_fifty_batches_if_not_told():
+    batches = iter([images().float()] * 60)
+    recalibrate(nn.Sequential(nn.BatchNorm2d(3)), batches)
+    assert len(list(batches)) == 10
 
 
 def test_recalibrate_leaves_the_statistics_if_a_batch_fails():

@@ -132,3 +132,19 @@ def test_the_table_of_operators_is_the_measured_one():
             assert part or not value, (name, column)
             if part:
                 check(part, value / dense, (name, column))
+
+
+def test_shares_on_the_measured_page_are_of_the_dense_network_that_they_say():
+    lines = (ROOT / "results" / "bench" / "networks-cpu.md").read_text().splitlines()
+    columns, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    found = {(r["network"], str(r["batch"]), r["layer"], r["precision"]): r for r in measured("networks")}
+    assert len(rows) == len(found)
+    for cells in rows:
+        row = dict(zip(columns, cells, strict=True))
+        network, precision = (row["network"], row["batch"]), row["precision"]
+        here = found[*network, row["layer"], precision]
+        same, full = (found[*network, "conv2d", kind] for kind in (precision, "fp32"))
+        assert float(row["of dense"]) == round(here["deployed"] / same["deployed"], 2)
+        assert float(row["of dense fp32"]) == round(here["deployed"] / full["deployed"], 2)
+        assert float(row["torch"]) == round(here["eager"] / full["eager"], 2)
+        assert float(row["memory"]) == round(here["memory"] / full["memory"], 2)
