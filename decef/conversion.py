@@ -51,9 +51,9 @@ def convert(
             as it was.
         from_scratch: draw new factors instead of decomposing the weights. Each composed kernel gets the same root mean
             square as the weight that it replaces, so the network starts at the scale of its dense twin.
-        data: a few hundred inputs in batches `(B, ...)`, as a DataLoader yields them (labels are ignored), or their
-            moments from `decef.moments.input_moments`; not with `from_scratch`. Factors are then fitted to the layers'
-            outputs on these data instead of to the kernels, and errors are those of the outputs.
+        data: a few hundred inputs in batches `(B, ...)`, as a DataLoader yields them (labels are ignored; all of it is
+            read), or their moments from `decef.moments.input_moments`; not with `from_scratch`. Factors are then fitted
+            to the layers' outputs on these data instead of to the kernels, and errors are those of the outputs.
         progress: show progress bars.
         **arguments: arguments of `plan`, if `how` is a layer type.
 
