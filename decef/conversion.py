@@ -120,7 +120,8 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
 
     Decomposed layers give other means and variances than the ones they replace. The images must be augmented as in
     training, or the statistics are of other inputs than the network was trained on. The norms inside `Basis2021Conv2d`
-    are measured too, without changing what these layers compute, see `norms_inside_measured`.
+    are measured too, without changing what these layers compute, see `norms_inside_measured`. Other norms that keep
+    statistics, as torchvision's `FrozenBatchNorm2d`, stay as they are, with a warning.
 
     Args:
         model: the network.
@@ -143,7 +144,13 @@ def recalibrate(model: nn.Module, data: Iterable[Any], count: int = RECALIBRATIO
     # torch's update_bn would run the norms inside layers in training mode too, where they are no part of a kernel.
     inner = {layer.norm for layer in model.modules() if isinstance(layer, Basis2021Conv2d)}
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in inner]
-    if not norms and not inner:
+    measured = {*norms, *inner}
+    kept = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor) and m not in measured]
+    if kept:
+        log.warning(
+            "%d norms (%s) keep their statistics: only batch norms are measured", len(kept), type(kept[0]).__name__
+        )
+    if not measured:
         return model.eval()
     momenta, before = [norm.momentum for norm in norms], [copy.deepcopy(norm.state_dict()) for norm in norms]
     model.eval()

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import os
 import runpy
@@ -112,11 +113,16 @@ def test_weights_of_another_network_and_no_weights(tmp_path):
     torch.save(state, tmp_path / "w.th")
     classifier = load_weights(CifarResNet(8, conv_classifier=True), tmp_path / "w.th").linear
     assert torch.equal(classifier.weight[:, :, 0, 0], state["linear.weight"])
+    # As the training scripts of torchvision and timm write them.
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, data="images"), "epoch": 3}, tmp_path / "w.th")
+    assert torch.equal(load_weights(CifarResNet(8), tmp_path / "w.th").conv1.weight, state["conv1.weight"])
     own = {"module.weight": torch.zeros(1), "bias": torch.zeros(1)}  # a part of that name
     torch.save(own, tmp_path / "w.th")
     assert load_state_dict(tmp_path / "w.th") == own
     torch.save(CifarResNet(8), tmp_path / "w.th")
-    with pytest.raises(ValueError, match=r"or a network saved whole: save its state_dict\(\) instead$"):
+    with pytest.raises(
+        ValueError, match=r"saved whole \(it holds a decef\.\S+CifarResNet\): save its state_dict\(\) inst"
+    ):
         load_weights(CifarResNet(8), tmp_path / "w.th")
     torch.save({"net": state}, tmp_path / "w.th")
     with pytest.raises(ValueError, match=r"no state dict, alone or under the key state_dict or model: it has 'net'$"):

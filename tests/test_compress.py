@@ -1,6 +1,7 @@
 """From a trained network and a budget to a small network: the steps, the folder, what is refused, the command line."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import decef
-from decef.compression import Compression, Memory, Milliseconds, Size, compress
+from decef.compression import Compression, Memory, Milliseconds, Size, compress, loaders
 from decef.compression.budgets import search
 from decef.compression.report import summary
 from decef.inference.memory import activation_bytes, stored_bytes
@@ -428,6 +429,32 @@ class Auxiliary(nn.Module):
 def test_networks_that_can_t_be_fine_tuned_are_refused_first(options, change, message):
     with pytest.raises(ValueError, match=message):
         Compression(change(network()), loader(), **{**options, "exclude": None})
+
+
+def test_frozen_convolutions_are_warned_of_where_fine_tuning_would_not_change_them(options, caplog):
+    model = network()
+    model.layer1.requires_grad_(False)
+    Compression(model, loader(), finetune=0, **options)
+    assert not caplog.records
+    job = Compression(model, loader(), finetune=1, **options)
+    frozen = sum(isinstance(part, nn.Conv2d) for part in model.layer1.modules())
+    assert f"{frozen} of 7 convolutions are frozen and stay so in fine-tuning" in caplog.text
+    small = decef.convert(model, job.plan())
+    assert not any(p.requires_grad for p in small.layer1.parameters())
+
+
+def test_a_test_set_is_told_apart_by_its_labels_without_reading_images(trained, options, monkeypatch):
+    data = DIGITS[1]
+    asked = Compression(trained, loader(), test=loader(1, shuffle=False), **options)._state.asked["test"]
+    read = []
+    monkeypatch.setattr(
+        type(data), "views", lambda self, size: read.append(1) or iter([(data.images[:2], data.labels[:2])])
+    )
+    assert Compression(trained, loader(), test=loaders.TestBatches(data), **options)._state.asked["test"] == asked
+    assert len(read) == 1  # a batch, for the size of the images
+    wrong = dataclasses.replace(data, labels=data.labels + 1)
+    with pytest.raises(ValueError, match="the labels go from 1 to 10, but the network has 10 outputs"):
+        Compression(trained, loader(), test=loaders.TestBatches(wrong), **options)
 
 
 class Views(nn.Module):

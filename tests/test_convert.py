@@ -766,6 +766,28 @@ def test_recalibrate_measures_what_comes_after_a_norm_that_stays_as_it_is(wrap):
     assert_close(model[2].running_mean, model[:2](x).mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
+class FrozenBatchNorm2d(nn.Module):
+    """As detectors have it: no batch norm, but statistics."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_mean", torch.ones(channels))
+
+    def forward(self, x):
+        return x - self.running_mean[:, None, None]
+
+
+def test_recalibrate_says_which_norms_keep_their_statistics(caplog):
+    images = torch.randn(8, 2, 4, 4)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), FrozenBatchNorm2d(3), nn.BatchNorm2d(3))
+    recalibrate(model, [images])
+    assert "1 norms (FrozenBatchNorm2d) keep their statistics" in caplog.text
+    assert_close(model[2].running_mean, model[:2](images).mean((0, 2, 3)))
+    caplog.clear()
+    recalibrate(model[:1], [images])
+    assert not caplog.records
+
+
 def test_recalibrate_heals_statistics_that_are_not_finite():
     model = nn.Sequential(nn.BatchNorm2d(3)).eval()
     model[0].running_mean.fill_(torch.nan)

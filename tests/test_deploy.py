@@ -486,6 +486,11 @@ class Pair(nn.Module):
         return x, x
 
 
+def test_a_network_on_another_device_than_the_example_is_refused():
+    with pytest.raises(ValueError, match="the network is on cpu, example_input on meta: move one of them"):
+        decef.deploy(nn.Conv2d(1, 2, 3), torch.empty(1, 1, 4, 4, device="meta"), engines=["eager"])
+
+
 def test_forms_of_a_layer_have_what_they_say():
     forms = forms_of(decef.DeCEFConv2d(4, 8, 3, padding=1, rank=3))
     convolutions = {name: [m for m in form.modules() if isinstance(m, torch.nn.Conv2d)] for name, form in forms.items()}

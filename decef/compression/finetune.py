@@ -42,13 +42,19 @@ def batches(data: Loader, classes: int | None = None) -> Iterator[tuple[Tensor, 
             raise ValueError(f"images must be (B, C, H, W) in floating point, not {images.dtype} {tuple(images.shape)}")
         if labels.is_floating_point() or labels.dim() != 1 or len(labels) != len(images):
             raise ValueError(f"labels must be one class index for each image, not {labels.dtype} {tuple(labels.shape)}")
-        if classes is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(
-                f"the labels go from {int(labels.min())} to {int(labels.max())}, but the network has {classes} outputs"
-            )
+        if classes is not None:
+            check_labels(labels, classes)
         yield images, labels.long()
     if empty:
         raise ValueError("the data yields no batch: give a loader that can be iterated again and again")
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError if a label is none of a network with so many outputs."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"the labels go from {int(labels.min())} to {int(labels.max())}, but the network has {classes} outputs"
+        )
 
 
 def count_batches(data: Loader) -> int:
@@ -70,9 +76,19 @@ def head_size(model: nn.Module, images: Tensor) -> int:
 
 
 def check_trainable(model: nn.Module, images: Tensor) -> None:
-    """Raise ValueError if fine-tuning would fail: frozen parameters, or no logits in training mode."""
+    """Warn of convolutions that fine-tuning won't change.
+
+    Raises:
+        ValueError: fine-tuning would fail, as all parameters are frozen or there are no logits in training mode.
+    """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("the network's parameters are frozen: model.requires_grad_() lets them train, or finetune=0")
+    trains = [conv.weight.requires_grad for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    if not all(trains):
+        log.warning(
+            "%d of %d convolutions are frozen and stay so in fine-tuning: model.requires_grad_() lets them train",
+            trains.count(False), len(trains),
+        )  # fmt: skip
     _logits(copied(model).train(), images[:2])
 
 

@@ -42,6 +42,11 @@ class TestBatches:
 
     data: Data
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels of all images, `(N,)`, known without reading them."""
+        return self.data.labels
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self.data.views(EVAL_BATCH):
             yield self.data.normalize(images), labels

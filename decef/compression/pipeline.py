@@ -21,6 +21,7 @@ from decef.compression.budgets import AnyBudget, Memory, Milliseconds, Size, wor
 from decef.compression.finetune import (
     Loader,
     batches,
+    check_labels,
     check_trainable,
     count_batches,
     finetune,
@@ -28,6 +29,7 @@ from decef.compression.finetune import (
     step_seconds,
 )
 from decef.compression.finetune import top1 as measure_top1
+from decef.compression.loaders import TestBatches
 from decef.compression.reach import Planner, memory_bytes, seconds_beside, time_share
 from decef.compression.report import write_report
 from decef.compression.state import CHECKPOINT, FILES, FORMS, PLAN, REPORT, State, digest
@@ -275,8 +277,12 @@ class Compression:
 
     def _test_words(self, test: Loader) -> str:
         """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""
+        known = (
+            [test.labels] if isinstance(test, TestBatches) else (labels for _, labels in batches(test, self._classes))
+        )
         counts = torch.zeros(self._classes, dtype=torch.int64)
-        for _, labels in batches(test, self._classes):
+        for labels in known:
+            check_labels(labels, self._classes)
             counts += labels.cpu().bincount(minlength=self._classes)
         digest = hashlib.md5(counts.numpy().tobytes(), usedforsecurity=False).hexdigest()[:8]
         return f"{int(counts.sum())} images of classes {digest}"

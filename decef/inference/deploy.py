@@ -164,8 +164,8 @@ def deploy(
         teacher's, clone them first.
 
     Raises:
-        ValueError: the network does not return one tensor, an engine is unknown or not available, or no candidate gives
-            the original's output up to rounding.
+        ValueError: the network does not return one tensor or is on another device than the example, an engine is
+            unknown or not available, or no candidate gives the original's output up to rounding.
     """
     engines, inputs = _checked(example_input, engines, precision, calibration)  # before anything takes time
     if precision == "int8" and inputs is None:
@@ -180,11 +180,13 @@ class Deployer:
         model, example_input, progress: see `deploy`.
 
     Raises:
-        ValueError: the network does not return one tensor.
+        ValueError: the network does not return one tensor, or is on another device than the example.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, example_input: Tensor, *, progress: bool = False) -> None:
+        if (there := next(model.parameters(), example_input).device) != example_input.device:
+            raise ValueError(f"the network is on {there}, example_input on {example_input.device}: move one of them")
         self._x, self._progress = example_input.clone(), progress  # a network may change its input in place
         self._model = copied(model).eval()
         self._expected = self._model(self._x.clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 import re
@@ -22,7 +23,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     A file that ends in .safetensors is of that format, any other of torch.save.
 
     Prefixes that `torch.nn.DataParallel` and `torch.compile` leave in the names are removed. Nothing in the file is
-    executed.
+    executed; beside tensors it may hold the arguments of the script that wrote it, as torchvision's and timm's do.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -33,8 +34,10 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         data = _read(path)
     except pickle.UnpicklingError as error:
+        unknown = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        holds = f" (it holds a {unknown[1]})" if unknown else ""
         raise ValueError(
-            f"{path} is damaged, no file of weights, or a network saved whole: save its state_dict() instead"
+            f"{path} is damaged, no file of weights, or a network saved whole{holds}: save its state_dict() instead"
         ) from error
     except (FileNotFoundError, ImportError):
         raise
@@ -54,7 +57,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Any:
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     need("train", "safetensors")
     from safetensors.torch import load_file
 
