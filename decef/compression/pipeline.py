@@ -131,19 +131,11 @@ class Compression:
         progress: bool = False,
     ) -> None:
         _check_budget_and_layer(budget, layer)
+        _check_numbers(finetune=finetune, images=images, batch_size=batch_size, seed=seed)
+        _check_network(model)
         for given in (data, test):
             if isinstance(given, Iterator):
                 raise ValueError("the data can be iterated once only: give a list or a DataLoader")
-        whole = (("finetune", finetune, 0), ("images", images, 1), ("batch_size", batch_size, 1), ("seed", seed, 0))
-        for key, value, least in whole:
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
-        if seed > MAX_SEED:
-            raise ValueError(f"seed={seed} must be at most {MAX_SEED}")
-        if next(model.parameters(), None) is None:
-            raise ValueError("the network has no parameters: there is nothing to compress")
-        if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
-            raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
         self._model, self._data, self._test = copied(model).eval(), data, test
         self._budget, self._layer, self._images, self._seed, self._progress = budget, layer, images, seed, progress
         self._include, self._exclude = listed(include), listed(exclude)
@@ -472,6 +464,24 @@ def _check_budget_and_layer(budget: object, layer: str) -> None:
     if layer == "conv2d":
         raise ValueError("layer=conv2d would change nothing: say auto or a low-rank layer type")
     layer_type(layer)  # refuses what there is not
+
+
+def _check_numbers(**given: object) -> None:
+    """Raise ValueError for what is no whole number, or too small or large a one."""
+    for key, value in given.items():
+        least = 0 if key in ("finetune", "seed") else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
+        if key == "seed" and value > MAX_SEED:
+            raise ValueError(f"seed={value} must be at most {MAX_SEED}")
+
+
+def _check_network(model: nn.Module) -> None:
+    """Raise ValueError for a network without parameters or in another precision than fp32."""
+    if next(model.parameters(), None) is None:
+        raise ValueError("the network has no parameters: there is nothing to compress")
+    if wrong := {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}:
+        raise ValueError(f"the network is in {', '.join(wrong)}: give it as model.float(); deploy makes it smaller")
 
 
 def _fingerprint(model: nn.Module) -> str:

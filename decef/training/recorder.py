@@ -172,17 +172,7 @@ class Recorder:
             **environment(known["device"]),
         }
         if epochs:
-            session = {key: previous[key] for key in SESSION if key in previous}  # type: ignore[literal-required]
-            session["started"] = [previous["started"], *previous.get("resumed", [])][-1]
-            self.summary["earlier_sessions"] = [*previous.get("earlier_sessions", []), session]
-            self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
-            self.summary["started"] = previous["started"]
-            for key, why in (("threads", "round differently"), ("processes", "share each batch in another way")):
-                if previous.get(key, self.summary[key]) != self.summary[key]:  # type: ignore[literal-required]
-                    log.warning(
-                        "%s began with %s %s and goes on with %s, which %s: no run can repeat it",
-                        self.id, previous[key], key, self.summary[key], why,  # type: ignore[literal-required]
-                    )  # fmt: skip
+            self._note_earlier_session(previous)
         self._earlier = self.summary["wall_seconds"]
         with self._writing():
             self._write()
@@ -192,20 +182,37 @@ class Recorder:
             params, macs = (f"{self.summary[key]:,}" for key in ("params", "macs"))
             share = self.summary["macs"] / self.summary["dense"]["macs"]
             log.info("%s: %s parameters, %s MACs (%.3f of dense)", self.id, params, macs, share)
-        wandb, experiment = self._config.wandb, self._config.experiment
-        names = [self._config.dataset.name, self._config.model.name, self._config.layer.name, self._config.train.name]
-        self._tracker = Tracker(
+        self._tracker = self._new_tracker()
+        for row in rows:
+            self._tracker.log(row)
+
+    def _note_earlier_session(self, previous: Summary) -> None:
+        """Of a resumed run: keep where and with what it began, and warn if no run can repeat it for that."""
+        session = {key: previous[key] for key in SESSION if key in previous}  # type: ignore[literal-required]
+        session["started"] = [previous["started"], *previous.get("resumed", [])][-1]
+        self.summary["earlier_sessions"] = [*previous.get("earlier_sessions", []), session]
+        self.summary["resumed"] = [*previous.get("resumed", []), self.summary["started"]]
+        self.summary["started"] = previous["started"]
+        for key, why in (("threads", "round differently"), ("processes", "share each batch in another way")):
+            if previous.get(key, self.summary[key]) != self.summary[key]:  # type: ignore[literal-required]
+                log.warning(
+                    "%s began with %s %s and goes on with %s, which %s: no run can repeat it",
+                    self.id, previous[key], key, self.summary[key], why,  # type: ignore[literal-required]
+                )  # fmt: skip
+
+    def _new_tracker(self) -> Tracker:
+        config, wandb = self._config, self._config.wandb
+        names = [config.dataset.name, config.model.name, config.layer.name, config.train.name]
+        return Tracker(
             wandb.mode,
             run_id=self.id,
             folder=self.path,
             config=self._recorded,
-            group=wandb.group or experiment_id(self._config),
-            tags=[*names, *filter(None, [experiment])],
+            group=wandb.group or experiment_id(config),
+            tags=[*names, *filter(None, [config.experiment])],
             project=wandb.project,
             entity=wandb.entity,
         )
-        for row in rows:
-            self._tracker.log(row)
 
     def epoch(self, metrics: Metrics) -> None:
         """Append an epoch's metrics and update the summary."""
