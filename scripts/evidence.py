@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _run(jobs: Sequence[Job], arguments: argparse.Namespace) -> NoReturn:
-    from decef.training.evidence import interruptible, one_thread_each, run_jobs
+    from decef.training.queue import Queue, interruptible, one_thread_each
 
     interruptible()
     one_thread_each()
@@ -96,15 +96,14 @@ def _run(jobs: Sequence[Job], arguments: argparse.Namespace) -> NoReturn:
     here += arguments.overrides
     scripts = Path(__file__).parent
     try:
-        failed = run_jobs(
+        queue = Queue(
             jobs,
             arguments.results,
-            hours=arguments.hours,
-            processes=arguments.processes,
             command=lambda job: [sys.executable, str(scripts / "train.py"), *job.arguments, *here],
             after=lambda job: _measure(arguments.results, job),
             report=lambda line: print(f"{line}\n", end="", flush=True),  # in one piece, whichever thread says it
         )
+        failed = queue.run(arguments.hours, arguments.processes)
     except KeyboardInterrupt:
         sys.exit("stopped: the same command goes on with these runs")
     sys.exit("\n".join(failed) or None)

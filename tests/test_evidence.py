@@ -25,14 +25,13 @@ from decef.training.evidence import (
     for_gpu,
     for_other_hardware,
     gpu_hours,
-    interruptible,
     is_done,
     list_jobs,
     load_entries,
     missing,
-    run_jobs,
 )
 from decef.training.precision import resolve_precision
+from decef.training.queue import Queue, interruptible
 from decef.training.record import Record
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -104,7 +103,7 @@ def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hou
     jobs = [Job(entry, (f"seed={seed}",), f"run-{seed}", config("results", seed=seed)) for seed in range(3)]
     said, began = [], time.monotonic()
     command = lambda job: [sys.executable, "-c", WAITS, str(tmp_path / job.run_id)]  # noqa: E731
-    here = {"hours": hours, "processes": 2, "command": command, "after": lambda job: [], "report": said.append}
+    queue = Queue(jobs, tmp_path, command=command, after=lambda job: [], report=said.append)
     interruptible()
     if interrupt:
 
@@ -115,9 +114,9 @@ def test_when_time_is_up_or_by_ctrl_c_runs_stop_so_that_they_go_on(tmp_path, hou
 
         threading.Thread(target=press).start()
         with pytest.raises(KeyboardInterrupt):
-            run_jobs(jobs, tmp_path, **here)
+            queue.run(hours, 2)
     else:
-        assert run_jobs(jobs, tmp_path, **here) == []
+        assert queue.run(hours, 2) == []
     for number, handler in before.items():
         signal.signal(number, handler)
     assert time.monotonic() - began < 30

@@ -1,4 +1,4 @@
-"""The queue of runs that the claims need: which are wanted, which are done, which come next.
+"""The runs that the claims need: which are wanted, which are done, which come next. `queue` does them.
 
 `configs/evidence.yaml` is the list. Runs are told apart by their ids: a run that two entries want, or that a sweep
 reaches twice, is run once. Finished runs are skipped, and stopped ones are resumed.
@@ -6,15 +6,9 @@ reaches twice, is run once. Finished runs are skipped, and stopped ones are resu
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import re
-import signal
-import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +25,6 @@ from decef.training.record import CHECKPOINT, Record, Summary, read_summary, run
 if TYPE_CHECKING:
     import pandas as pd
 
-GRACE = 60  # seconds that a run gets to write its record when time is up
 CPU_SCHEDULES, GPU_SCHEDULE = ("standard", "full_size"), "paper"  # the same entry on a CPU and on a GPU
 #: Assumed, not measured: FLOP/s of one H100 that trains ten small networks at once, a fiftieth of its peak in bf16.
 H100 = 989e12 / 50
@@ -279,103 +272,6 @@ def for_other_hardware(jobs: Sequence[Job], results: Path, device: str) -> dict[
         if precisions and here not in precisions and not _summary(results, job):
             needed[job.run_id] = min(precisions)
     return needed
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    results: Path,
-    *,
-    hours: float,
-    processes: int,
-    command: Callable[[Job], Sequence[str]],
-    after: Callable[[Job], Sequence[Sequence[str]]],
-    report: Callable[[str], None],
-) -> list[str]:
-    """Run jobs side by side, in their order, until all are done or time is up. Runs stopped by that can be resumed.
-
-    Ctrl-C stops them in the same way, and is raised again.
-
-    Args:
-        jobs: see `missing`.
-        results: the results folder; logs go to `<results>/.evidence`.
-        hours: the time limit.
-        processes: how many jobs run at a time.
-        command: gives the command line that runs a job.
-        after: gives the command lines that measure and release a finished run, as its entry asks for.
-        report: called with a line of text whenever a job begins or ends.
-
-    Returns:
-        A line for every job that failed.
-    """
-    waiting, failed, lock = iter(jobs), list[str](), threading.Lock()
-    time_is_up = threading.Event()
-    timer = threading.Timer(3600 * hours, time_is_up.set)
-    logs = results / ".evidence"
-    logs.mkdir(parents=True, exist_ok=True)
-
-    def call(arguments: Sequence[str], log: Path) -> int | None:
-        """The exit status, or None if time was up."""
-        with log.open("a") as file:
-            # In a group of its own, as a terminal would send Ctrl-C to it too, in the midst of its coming to an end.
-            process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, process_group=0)
-            while not time_is_up.is_set():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(1.0)
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            return None
-
-    def work() -> None:
-        while not time_is_up.is_set():
-            with lock:
-                job = next(waiting, None)
-            if job is None:
-                return
-            report(f"begins: {job.run_id}")
-            log = logs / f"{job.run_id}.log"
-            code = call(command(job), log)
-            for more in after(job):
-                code = call(more, log) if code == 0 else code
-            if code is None:
-                report(f"stopped, to go on later: {job.run_id}")
-            elif code:
-                last = log.read_text().strip().splitlines()[-1:] or ["no output"]
-                failed.append(f"{job.run_id}: {last[0]}")
-                report(f"failed: {failed[-1]}")
-            else:
-                report(f"finished: {job.run_id}, top-1 {_summary(results, job)['test_top1']:.2f} %")
-
-    timer.start()
-    with ThreadPoolExecutor(processes) as pool:
-        workers = [pool.submit(work) for _ in range(processes)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:  # by Ctrl-C too, which stops the runs as the end of the time does
-            timer.cancel()
-            time_is_up.set()
-    return failed
-
-
-def interruptible() -> None:
-    """Let Ctrl-C stop this process and those that it starts, even if a shell started it in the background.
-
-    To be killed, or to lose its terminal, then does the same, unless it is told to survive that (nohup).
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
-
-
-def one_thread_each() -> None:
-    """Let the processes started from here use one thread each, at low priority."""
-    os.nice(10)
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 def _dense_flops(config: RunConfig) -> int:
