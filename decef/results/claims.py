@@ -57,9 +57,9 @@ class Claim:
 
     def looked_at(self, values: tuple[float, ...]) -> tuple[float, ...]:
         """The values, in the order of their seeds, that a comparison is tested by: of the largest planned number that
-        is there, so that a run more than planned decides nothing; all where there are fewer than planned first."""
+        is there, so that a run more than planned decides nothing, and none before the first; without looks, all."""
         planned = [n for n in self.looks if n <= len(values)]
-        return values[: max(planned)] if planned else values
+        return values[: max(planned, default=0)] if self.looks else values
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,11 @@ def judge_all(results: Path) -> tuple[list[Record], list[tuple[Claim, Verdict]]]
 def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None = None) -> Verdict:
     """Judge a claim by what was run.
 
-    Every comparison with two seeds or more is tested: a two-sided t test of its mean against its bound, or a sign test,
-    see `Comparison`. The p-values of a claim are corrected together by Holm's method. So the chance of even one wrong
-    decision among them is at most `ALPHA`, as long as the numbers of seeds at which it is looked at, `claim.looks`,
-    were fixed before; see `Claim.looked_at`.
+    Every comparison with two seeds or more is tested, once it has as many as planned: a two-sided t test of its mean
+    against its bound, or a sign test, see `Comparison`. The p-values of a claim are corrected together by Holm's
+    method, for all of its comparisons, those too that have one seed yet. So the chance of even one wrong decision among
+    them is at most `ALPHA`, as long as the numbers of seeds at which it is looked at, `claim.looks`, were fixed before;
+    see `Claim.looked_at`.
 
     Args:
         claim: one of `load_claims()`.
@@ -184,10 +185,13 @@ def judge(claim: Claim, records: Sequence[Record], measured: Measurements | None
     comparisons = dict.fromkeys(c for finding in findings for c in finding.comparisons)
     tested = {c: values for c in comparisons if len(values := claim.looked_at(c.values)) > 1}
     p_values = [p_value(values, c.bound, by_sign=c.by_sign) for c, values in tested.items()]
-    corrected = dict(zip(tested, holm(p_values), strict=True))
-    # Holm's bound for the smallest p-value, once all have seeds; those for the others are less strict.
-    alpha = claim.alpha / max(1, len(comparisons))
+    # What isn't tested yet will be: counted from the start, it takes no verdict back then.
+    corrected = dict(zip(tested, holm([*p_values, *[1.0] * (len(comparisons) - len(tested))]), strict=False))
+    alpha = claim.alpha / max(1, len(comparisons))  # Holm's bound for the smallest p-value; the others are less strict
     decided = {c: _decided(claim, c, p, alpha) for c, p in corrected.items()}
+    for c in comparisons:
+        if c not in decided and len(c.values) > 1:
+            decided[c] = UNDECIDED, f"{c.words} (looked at when there are {claim.looks[0]} seeds)"
     evidence = tuple(_evidence(finding, decided) for finding in findings)
     return Verdict(_overall((e.verdict for e in evidence), claim.holds_if), evidence)
 
