@@ -88,13 +88,17 @@ def takes_channels_last(model: nn.Module, x: Tensor) -> bool:
     Args:
         model: it does not change.
         x: an input `(B, C, H, W)` on the network's device.
+
+    Raises:
+        RuntimeError: the network doesn't run in the usual layout either.
     """
-    try:
-        twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.no_grad(), forked_generator(x.device):
+    with torch.no_grad(), forked_generator(x.device):
+        try:
+            twin = copied(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             twin(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
-    except RuntimeError:
-        return False
+        except RuntimeError:  # of the layout, or of something else?
+            copied(model)(x.contiguous())
+            return False
     return True
 
 

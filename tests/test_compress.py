@@ -19,6 +19,7 @@ from decef.compression import Compression, Memory, Milliseconds, Size, compress,
 from decef.compression.budgets import search
 from decef.compression.report import summary
 from decef.inference.memory import activation_bytes, stored_bytes
+from decef.inputs import takes_channels_last
 from decef.plans import Plan, PlanRow
 from decef.ranks import Budget, Latency
 from decef.ranks.latency import LayerTimes, Times
@@ -466,6 +467,14 @@ class Views(nn.Module):
 
     def forward(self, x):
         return self.linear(self.conv2(self.conv1(x).relu()).relu().view(len(x), -1))
+
+
+def test_only_what_runs_otherwise_is_kept_out_of_channels_last_layout():
+    x = torch.randn(2, 1, 8, 8)
+    assert takes_channels_last(network(), x)
+    assert not takes_channels_last(Views(), x)
+    with pytest.raises(RuntimeError, match="expected input"):
+        takes_channels_last(network(), x.expand(2, 3, 8, 8))
 
 
 def test_a_network_that_flattens_by_view(options, tmp_path):

@@ -549,6 +549,15 @@ def test_subsets_that_cannot_be_drawn(size):
         stratified_subset(sorted_by_class(60, 30, 10), size)
 
 
+def test_a_folder_takes_the_indices_that_images_in_memory_take(folder):
+    train, _ = loaded("imagefolder", **SETTINGS)
+    mask = torch.zeros(len(train), dtype=torch.bool)
+    mask[[1, len(train) - 1]] = True
+    for index in (mask, torch.tensor([1, len(train) - 1]), slice(1, None, len(train) - 2)):
+        assert train.subset(index).paths == [train.paths[1], train.paths[-1]]
+        assert train.subset(index).labels.tolist() == train.labels[index].tolist()
+
+
 def test_a_subset_of_a_folder(folder):
     train, _ = loaded("imagefolder", **SETTINGS)
     part = stratified_subset(train, 6)

@@ -470,6 +470,8 @@ def test_what_deploy_refuses(monkeypatch):
     model, x = small("decef"), torch.randn(1, 3, 9, 9)
     with pytest.raises(ValueError, match="no engine 'tensorrt'; there are eager, compile, onnxruntime"):
         decef.deploy(model, x, engines=["tensorrt"])
+    with pytest.raises(ValueError, match=r"engines=\[\] leaves none to run the network"):
+        decef.deploy(model, x, engines=[])
     with pytest.raises(ValueError, match="the network must give one tensor to be deployed, not a tuple"):
         decef.deploy(Pair(), x)
     with pytest.raises(ValueError, match="the network returns tuple, not a tensor: wrap it in one that does"):

@@ -49,6 +49,8 @@ def test_networks_that_are_not_there_or_damaged(call, finished, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     with pytest.raises(FileNotFoundError, match=r"there is no released network .*; the nearest in .*: broken$"):
         decef.load("resnet20", folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"networks have names in a clone of the repository only$"):
+        decef.load("resnet20", folder=tmp_path / "nowhere")
     with pytest.raises(ValueError, match="damaged or no released network"):
         decef.load("broken", folder=tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"nothing")

@@ -21,7 +21,7 @@ from wandb_server import ENTITY, WandbServer
 from decef.results.dashboard import spec
 from decef.results.tables import load_wandb_records, write_tables
 from decef.training.record import experiment_id, load_config, load_records, recorded
-from decef.training.tracking import Tracker, offline_runs
+from decef.training.tracking import Tracker, _seconds, offline_runs
 
 TINY = ["dataset=digits", "train=smoke", "train.batch_size=64", "dataset.train_size=128", "threads=1"]
 TINY += ["model=plain", "model.width=0.1", "model.relu=true"]
@@ -320,3 +320,11 @@ def test_the_dashboard_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
     with pytest.raises(ValueError, match=r"pip install 'decef\[results\]'"):
         spec("decef", "someone")
+
+
+def test_a_timeout_that_is_no_number_is_not_taken(monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "30s")
+    assert _seconds("WANDB_INIT_TIMEOUT", 7.0) == 7.0
+    assert "WANDB_INIT_TIMEOUT=30s is no number of seconds: 7 are taken" in caplog.text
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "12.5")
+    assert _seconds("WANDB_INIT_TIMEOUT", 7.0) == 12.5

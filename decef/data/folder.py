@@ -69,7 +69,7 @@ class ImageFolder:
 
     def subset(self, index: Tensor | slice) -> ImageFolder:
         """The images that `index` names."""
-        chosen = list(range(len(self))[index]) if isinstance(index, slice) else index.tolist()
+        chosen = torch.arange(len(self))[index].tolist()  # a slice, numbers, or a mask
         return replace(self, paths=[self.paths[i] for i in chosen], labels=self.labels[chosen], skipped={})
 
     def normalize(self, images: Tensor) -> Tensor:

@@ -297,6 +297,8 @@ def _checked(
         engines = need_engines(x.device, precision)
     elif isinstance(engines, str):
         raise ValueError(f"engines={engines!r} must be a list: give [{engines!r}]")
+    elif not engines:
+        raise ValueError("engines=[] leaves none to run the network: leave it out for all that are available")
     engines = [check_engine(engine, x, precision) for engine in engines]
     if calibration is None:
         return engines, None

@@ -117,6 +117,8 @@ def read(name: str | Path, *, folder: Path = RELEASED) -> tuple[Card, dict[str, 
     if not path.is_file():
         if Path(name).is_file():
             raise ValueError(f"{name} is no .safetensors file of decef.compress or scripts/release.py")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no {path}: networks have names in a clone of the repository only")
         nearest = get_close_matches(str(name), [p.stem for p in folder.glob("*.safetensors")], n=3, cutoff=0.0)
         raise FileNotFoundError(
             f"there is no released network {path}; the nearest in {folder}: {', '.join(nearest) or 'none'}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from decef.layers import FactorizedConv2d
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class Candidate:
     """A kernel that may be factorised, with everything that a rule may look at.
 

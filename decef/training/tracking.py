@@ -63,8 +63,8 @@ class Tracker:
         settings = wandb.Settings(
             silent=True,
             console="off",
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 30)),
-            finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", 60)),
+            init_timeout=_seconds("WANDB_INIT_TIMEOUT", 30.0),
+            finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", 60.0),
             finish_timeout_raises=True,
         )
         start = partial(
@@ -134,6 +134,14 @@ class Tracker:
             log.warning("%s (%s)", what, " ".join(f"{type(error).__name__}: {error}".split())[:200])
             with suppress(Exception):
                 _end_process()  # else it keeps the run's id, and the next run of a sweep has no W&B either
+
+
+def _seconds(variable: str, default: float) -> float:
+    try:
+        return float(os.environ.get(variable, default))
+    except ValueError:
+        log.warning("%s=%s is no number of seconds: %g are taken", variable, os.environ[variable], default)
+        return default
 
 
 def _end_process() -> None:
