@@ -133,6 +133,12 @@ def candidate(cls, weight, groups=1, name="c"):
     return Candidate(name, cls, weight, groups, unit.max_rank, weight.numel(), per_rank, 0, 0)
 
 
+def test_a_rule_can_look_for_a_candidate_among_others():
+    weight = torch.randn(4, 2, 3, 3)
+    one, other = candidate(DeCEFConv2d, weight), candidate(DeCEFConv2d, weight.clone())
+    assert [one, other].index(other) == 1
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.99])
 @pytest.mark.parametrize("cls", [DeCEFConv2d, BasisConv2d])

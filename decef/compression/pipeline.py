@@ -48,6 +48,7 @@ from decef.ranks import Budget, Latency
 from decef.sites import check_patterns, find_sites, listed
 from decef.training.checkpoint import load_checkpoint, save_checkpoint
 from decef.training.config import MAX_SEED, TrainConfig
+from decef.training.config.checks import is_whole
 
 log = logging.getLogger(__name__)
 
@@ -269,9 +270,7 @@ class Compression:
 
     def _test_words(self, test: Loader) -> str:
         """How many test images there are of which class, in brief: what tells test sets apart in whatever order."""
-        known = (
-            [test.labels] if isinstance(test, TestBatches) else (labels for _, labels in batches(test, self._classes))
-        )
+        known = [test.labels] if isinstance(test, TestBatches) else (labels for _, labels in batches(test))
         counts = torch.zeros(self._classes, dtype=torch.int64)
         for labels in known:
             check_labels(labels, self._classes)
@@ -466,11 +465,11 @@ def _check_budget_and_layer(budget: object, layer: str) -> None:
     layer_type(layer)  # refuses what there is not
 
 
-def _check_numbers(**given: object) -> None:
+def _check_numbers(**given: Any) -> None:
     """Raise ValueError for what is no whole number, or too small or large a one."""
     for key, value in given.items():
         least = 0 if key in ("finetune", "seed") else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value) or value < least:
             raise ValueError(f"{key}={value!r} must be a whole number, at least {least}")
         if key == "seed" and value > MAX_SEED:
             raise ValueError(f"seed={value} must be at most {MAX_SEED}")
